@@ -1,0 +1,3 @@
+//! Volumes, their NBD front end, and the control interface.
+
+pub mod status;

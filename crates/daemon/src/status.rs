@@ -1,0 +1,89 @@
+//! What a volume tells about itself. The fields of the JSON form are stable: scripts read them.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a volume stands in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LifeState {
+    /// A plain disk image; needs nobody.
+    Local,
+    /// Waits for the handoff; the VM still runs at the source.
+    Standby,
+    /// The VM runs here; blocks are still coming.
+    Arriving,
+}
+
+/// What the background copy does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackgroundState {
+    /// There is nothing to copy, or it may not begin yet.
+    Idle,
+    /// Copying.
+    Running,
+    /// Stopped by `pause`.
+    Paused,
+    /// Switched off by `--no-background`.
+    Off,
+}
+
+/// One export, as `status --json` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// The export's name; empty for the default export.
+    pub export: String,
+    /// Size of the disk in bytes.
+    pub size_bytes: u64,
+    /// Where the volume stands.
+    pub state: LifeState,
+    /// Bytes that are here (clean or owned).
+    pub resident_bytes: u64,
+    /// Bytes that were written, zeroed or trimmed here since the handoff.
+    pub owned_bytes: u64,
+    /// Bytes that only the source has.
+    pub absent_bytes: u64,
+    /// Bytes that came over the link from the source, since the daemon started.
+    pub wire_bytes: u64,
+    /// Whether the source is reachable; `null` when there is none.
+    pub source_connected: Option<bool>,
+    /// The background copy.
+    pub background: BackgroundState,
+    /// How fast blocks become resident, bytes per second, over the last seconds.
+    pub rate_bytes_per_s: u64,
+    /// Seconds until all is here at that rate; `null` when unknown or done.
+    pub eta_s: Option<u64>,
+    /// The cap on the background copy in bytes per second; `null` without one.
+    pub limit_bytes_per_s: Option<u64>,
+    /// The image file or block device.
+    pub image: String,
+    /// The source's address; `null` when there is none.
+    pub source: Option<String>,
+    /// What a person should know: what is waited for, or what is wrong. Empty when all is well.
+    pub notes: Vec<String>,
+    /// Clients connected now.
+    pub clients: u64,
+    /// Counters since the daemon started.
+    pub counters: Counters,
+}
+
+/// Counters of one export since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Reads answered from the local image alone.
+    pub reads_local: u64,
+    /// Reads that waited for the source.
+    pub reads_remote: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Flushes, and writes with FUA.
+    pub flushes: u64,
+    /// Trims and zeroings.
+    pub zeroes: u64,
+    /// Blocks installed from the source.
+    pub blocks_installed: u64,
+    /// Bytes found to be zero at the source, so never sent.
+    pub zero_bytes_skipped: u64,
+    /// The longest a guest read waited for the source, in microseconds.
+    pub longest_remote_read_us: u64,
+}

@@ -1,0 +1,6 @@
+//! The decisions of a disk move: what is here, what is missing, what to fetch next.
+//!
+//! Nothing in this crate does I/O, reads a clock or draws a random number. Callers hand in events
+//! and the time, and carry out the actions that come back.
+
+pub mod geometry;

@@ -1,0 +1,6 @@
+//! The NBD protocol, without I/O.
+//!
+//! Bytes go in, bytes and decisions come out; sockets belong to the callers. The reference is the
+//! protocol document of the NBD project (`doc/proto.md`), cited by section name.
+
+pub mod wire;

@@ -1,0 +1,96 @@
+//! The local image and the durable state beside it.
+//!
+//! [`Store`] is the seam: bytes at offsets, with holes and a way to make them durable. It knows
+//! nothing of sources or residency.
+
+use std::io;
+
+/// What an extent of a store holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Data, as far as anybody knows.
+    Data,
+    /// Allocated and known to read as zeroes.
+    Zero,
+    /// Not allocated; reads as zeroes.
+    Hole,
+}
+
+/// A run of bytes of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes, above zero.
+    pub len: u64,
+    /// What it holds.
+    pub kind: ExtentKind,
+}
+
+/// How zeroes are to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// A hole may be punched (preferred), else zeroes are written by the quickest means.
+    MayPunch,
+    /// The range must stay or become allocated.
+    Allocate,
+    /// Only if it is quicker than writing zeroes (a hole or a kernel primitive); otherwise fails
+    /// with [`io::ErrorKind::Unsupported`] and changes nothing.
+    FastOnly,
+}
+
+/// Called with the buffer when a submitted read ends.
+pub type ReadDone = Box<dyn FnOnce(io::Result<Vec<u8>>) + Send>;
+
+/// A local disk image. Ranges have been checked against [`Store::size_bytes`] by the caller; an
+/// implementation answers [`io::ErrorKind::InvalidInput`] to one that was not, and touches nothing.
+///
+/// A write that has returned is seen by every later read, and survives the end of the process.
+/// It survives a power cut once a [`Store::sync`] that began after it has returned `Ok`.
+pub trait Store: Send + Sync + 'static {
+    /// The size in bytes.
+    fn size_bytes(&self) -> u64;
+
+    /// Fills `buf` if that needs no waiting. `Ok(false)` means it would wait, and `buf` then holds
+    /// nothing of meaning.
+    ///
+    /// # Errors
+    /// The error of the medium.
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool>;
+
+    /// Fills `buf`, waiting as long as it takes.
+    ///
+    /// # Errors
+    /// The error of the medium; a short read is [`io::ErrorKind::UnexpectedEof`].
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Reads `len` bytes somewhere else (a ring, a pool of threads) and calls `done` there.
+    /// Returns at once.
+    fn submit_read(&self, offset: u64, len: usize, done: ReadDone);
+
+    /// Writes `data`, waiting as long as it takes.
+    ///
+    /// # Errors
+    /// The error of the medium.
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Makes a range read as zeroes.
+    ///
+    /// # Errors
+    /// The error of the medium; [`io::ErrorKind::Unsupported`] only with [`ZeroMode::FastOnly`].
+    fn write_zeroes(&self, offset: u64, len: u64, mode: ZeroMode) -> io::Result<()>;
+
+    /// Makes all that was written before the call durable (`fdatasync`).
+    ///
+    /// # Errors
+    /// The error of the medium. After one, nothing is known of what is durable: the caller must
+    /// not call again and believe the answer.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Extents from `offset` on, in order and without gaps, at most `max` of them, covering at
+    /// most `len` bytes (fewer when `max` is reached). Neighbours of one kind are merged.
+    ///
+    /// # Errors
+    /// The error of the medium.
+    fn extents(&self, offset: u64, len: u64, max: usize) -> io::Result<Vec<Extent>>;
+}

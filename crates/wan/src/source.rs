@@ -1,0 +1,145 @@
+//! The [`Source`] trait and what crosses it.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// What is known of a source once it has been reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceInfo {
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// It refuses writes from us; says nothing of writes by others.
+    pub read_only: bool,
+    /// It promises that several connections see one coherent disk.
+    pub can_multi_conn: bool,
+    /// It tells holes and zeroes (`base:allocation`).
+    pub has_extents: bool,
+    /// The smallest request it serves, in bytes.
+    pub min_block_bytes: u32,
+    /// The largest read it serves, in bytes.
+    pub max_read_bytes: u32,
+    /// Address and export, as given, for people and for the recorded identity.
+    pub uri: String,
+}
+
+/// In which queue a request travels. Demand never waits behind bulk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// A guest waits for it.
+    Demand,
+    /// Nobody waits for it yet.
+    Bulk,
+}
+
+/// What a read brought.
+#[derive(Debug)]
+pub struct Fetched {
+    /// The offset that was asked for, in bytes.
+    pub offset: u64,
+    /// All bytes that were asked for; holes are filled with zeroes.
+    pub data: Vec<u8>,
+    /// Runs (absolute offset, length) that the source said are holes, in order.
+    pub holes: Vec<(u64, u64)>,
+    /// Bytes that crossed the link for it, headers included.
+    pub wire_bytes: u64,
+}
+
+/// A run of bytes at the source, of one allocation state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SourceExtent {
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes, above zero.
+    pub len: u64,
+    /// It reads as zeroes.
+    pub zero: bool,
+}
+
+/// The answer to a question for extents: in order, gapless, from the offset asked for; it may end
+/// before the length asked for (then ask again from there), never after it.
+#[derive(Debug)]
+pub struct ExtentsAnswer {
+    /// The extents, at least one.
+    pub extents: Vec<SourceExtent>,
+    /// Bytes that crossed the link for it.
+    pub wire_bytes: u64,
+}
+
+/// What went wrong, as far as the caller must tell cases apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceErrorKind {
+    /// The connection is gone. The request may be asked again once the source is back.
+    Disconnected,
+    /// The source answered with an error for this range (its medium failed, say).
+    Refused,
+    /// The source broke the protocol, or is not the disk it was. Nothing of it is to be believed.
+    Untrusted,
+}
+
+/// Why a request to the source failed.
+#[derive(Clone, Debug)]
+pub struct SourceError {
+    /// The kind to match on.
+    pub kind: SourceErrorKind,
+    /// What was tried and what happened, for people.
+    pub message: Arc<str>,
+}
+
+impl SourceError {
+    /// An error of `kind`, told by `message`.
+    pub fn new(kind: SourceErrorKind, message: impl Into<Arc<str>>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+        }
+    }
+}
+
+impl fmt::Display for SourceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for SourceError {}
+
+/// Called exactly once with the outcome of a request.
+pub type Completion<T> = Box<dyn FnOnce(Result<T, SourceError>) + Send>;
+
+/// Told of what happens to the connection as a whole. Called on a thread of the source, without
+/// any lock of the source held, so that it may submit requests.
+pub trait SourceWatcher: Send + Sync {
+    /// The first connection stands (again) and requests will be answered.
+    fn source_up(&self);
+    /// The last connection is gone; the source tries again by itself.
+    fn source_down(&self, error: &SourceError);
+}
+
+/// A disk elsewhere that can be read.
+///
+/// Requests never wait: they are sent or queued, and `done` is called exactly once, on a thread of
+/// the source, never before `submit` returned to a caller on that same thread's stack. While the
+/// source is unreachable, requests fail at once with [`SourceErrorKind::Disconnected`].
+pub trait Source: Send + Sync + 'static {
+    /// What is known of it.
+    fn info(&self) -> SourceInfo;
+
+    /// Whether a connection stands now.
+    fn is_connected(&self) -> bool;
+
+    /// How many connections stand now.
+    fn connections(&self) -> usize;
+
+    /// Reads `len` bytes at `offset`.
+    fn read(&self, lane: Lane, offset: u64, len: u32, done: Completion<Fetched>);
+
+    /// Asks for extents of at most `len` bytes from `offset` on.
+    fn extents(&self, lane: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>);
+
+    /// Sets who is told of connection changes.
+    fn watch(&self, watcher: Arc<dyn SourceWatcher>);
+
+    /// Closes every connection politely. Outstanding requests fail as disconnected; the source
+    /// does not come back.
+    fn close(&self);
+}

@@ -1,0 +1,1 @@
+//! Oracle disks, link emulation and the QEMU harness for tests and benches.
