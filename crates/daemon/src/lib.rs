@@ -1,3 +1,5 @@
 //! Volumes, their NBD front end, and the control interface.
 
+pub mod config;
+pub mod registry;
 pub mod status;
