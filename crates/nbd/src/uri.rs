@@ -54,6 +54,9 @@ pub enum Problem {
     /// A socket parameter without `+unix`.
     #[error("a socket= parameter needs the scheme nbd+unix:// (nbds+unix:// with TLS)")]
     StraySocket,
+    /// A parameter that means nothing here.
+    #[error("`{0}` is not a parameter of an NBD URI; socket=PATH is")]
+    UnknownParameter(String),
     /// A host with `+unix`.
     #[error("nbd+unix:// takes no host; three slashes come before the export")]
     StrayHost,
@@ -108,10 +111,7 @@ impl FromStr for Address {
     fn from_str(text: &str) -> Result<Self, AddressError> {
         let parsed = if let Some(authority) = text.strip_prefix("tcp://") {
             let authority = authority.strip_suffix('/').unwrap_or(authority);
-            match authority {
-                "" => Err(Problem::NoHost),
-                _ => host_and_port(authority, 0).map(|(host, port)| Self::Tcp { host, port }),
-            }
+            host_and_port(authority, Purpose::Listen).map(|(host, port)| Self::Tcp { host, port })
         } else if let Some(path) = text.strip_prefix("unix:") {
             // `unix:///run/x` is what people also write: the authority is empty, the path is not.
             let path = match path.strip_prefix("//") {
@@ -205,7 +205,7 @@ fn parse_uri(text: &str) -> Result<NbdUri, Problem> {
         let authority = authority
             .rsplit_once('@')
             .map_or(authority, |(_, host)| host);
-        let (host, port) = host_and_port(authority, 1)?;
+        let (host, port) = host_and_port(authority, Purpose::Connect)?;
         Address::Tcp { host, port }
     };
     Ok(NbdUri {
@@ -215,14 +215,18 @@ fn parse_uri(text: &str) -> Result<NbdUri, Problem> {
     })
 }
 
-/// The value of `socket=`, which other parameters may stand beside: those are passed over, as
-/// the document asks.
+/// The value of `socket=`. The parameters of TLS are passed over: whoever has no TLS refuses the
+/// scheme. Others are refused, as the document asks, for a misspelt one must not be lost silently.
 fn socket_parameter(query: &str) -> Result<Option<Vec<u8>>, Problem> {
-    query
-        .split(['&', ';'])
-        .find_map(|parameter| parameter.strip_prefix("socket="))
-        .map(unescape)
-        .transpose()
+    let mut socket = None;
+    for parameter in query.split(['&', ';']).filter(|p| !p.is_empty()) {
+        match parameter.split_once('=') {
+            Some(("socket", value)) => socket = Some(unescape(value)?),
+            Some((name, _)) if name.starts_with("tls-") => {}
+            _ => return Err(Problem::UnknownParameter(parameter.to_owned())),
+        }
+    }
+    Ok(socket)
 }
 
 fn export_name(path: &str) -> Result<String, Problem> {
@@ -249,8 +253,17 @@ fn socket_path(bytes: Vec<u8>) -> Result<PathBuf, Problem> {
     Ok(PathBuf::from(OsString::from_vec(bytes)))
 }
 
-/// `HOST`, `HOST:PORT`, `[IPV6]` or `[IPV6]:PORT`; no host is this one.
-fn host_and_port(authority: &str, min_port: u16) -> Result<(String, u16), Problem> {
+/// What a host and port are for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// The host must be said, for it decides who can reach us; port 0 is any that is free.
+    Listen,
+    /// No host is this one; port 0 is none.
+    Connect,
+}
+
+/// `HOST`, `HOST:PORT`, `[IPV6]` or `[IPV6]:PORT`.
+fn host_and_port(authority: &str, purpose: Purpose) -> Result<(String, u16), Problem> {
     let (host, port) = if let Some(inner) = authority.strip_prefix('[') {
         let bad = || Problem::BadHost(authority.to_owned());
         let (address, after) = inner.split_once(']').ok_or_else(bad)?;
@@ -277,12 +290,12 @@ fn host_and_port(authority: &str, min_port: u16) -> Result<(String, u16), Proble
     };
     let port = match port {
         None => DEFAULT_PORT,
-        Some(digits) => port_number(digits, min_port)?,
+        Some(digits) => port_number(digits, u16::from(purpose == Purpose::Connect))?,
     };
-    let host = if host.is_empty() {
-        "localhost".to_owned()
-    } else {
-        host
+    let host = match purpose {
+        _ if !host.is_empty() => host,
+        Purpose::Connect => "localhost".to_owned(),
+        Purpose::Listen => return Err(Problem::NoHost),
     };
     Ok((host, port))
 }
@@ -353,3 +366,6 @@ impl NbdUri {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,6 +24,13 @@
 mod answer;
 mod option;
 
+#[cfg(test)]
+mod cve_tests;
+#[cfg(test)]
+mod test_client;
+#[cfg(test)]
+mod tests;
+
 use crate::limits;
 use crate::wire::{self, export, handshake, info, option as opt, reply};
 use answer::Answers;
@@ -383,7 +390,10 @@ impl Handshake {
         let named = Named::parse(payload)?;
         let found = exports.find(named.name).ok_or(UNKNOWN_EXPORT)?;
         let told_block_size = named.asks_for(info::BLOCK_SIZE);
+        let sizes = [found.min_block, found.preferred_block, found.max_payload];
         if found.block_size_required && !told_block_size {
+            // Told with the refusal, which saves the client a round trip.
+            self.output.info_block_size(option, sizes);
             return Err(BLOCK_SIZE_REQUIRED);
         }
         self.output
@@ -397,7 +407,6 @@ impl Handshake {
                 .info_text(option, info::DESCRIPTION, &found.description);
         }
         if told_block_size {
-            let sizes = [found.min_block, found.preferred_block, found.max_payload];
             self.output.info_block_size(option, sizes);
         }
         Ok((named.name.to_owned(), found, told_block_size))
