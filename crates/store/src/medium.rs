@@ -62,7 +62,9 @@ pub struct FsDirectory {
 impl FsDirectory {
     /// The directory at `path`, which exists.
     pub fn new(path: &Path) -> Self {
-        Self { path: path.to_owned() }
+        Self {
+            path: path.to_owned(),
+        }
     }
 }
 
@@ -85,7 +87,11 @@ impl Directory for FsDirectory {
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn DurableFile>> {
-        Ok(Box::new(fs::OpenOptions::new().write(true).open(self.path.join(name))?))
+        Ok(Box::new(
+            fs::OpenOptions::new()
+                .write(true)
+                .open(self.path.join(name))?,
+        ))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

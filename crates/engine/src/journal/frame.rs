@@ -59,7 +59,11 @@ pub fn read_log(
     epoch: u64,
     geometry: Geometry,
 ) -> Result<LogEnd, JournalError> {
-    let mut end = LogEnd { records: Vec::new(), frames: 0, bytes: 0 };
+    let mut end = LogEnd {
+        records: Vec::new(),
+        frames: 0,
+        bytes: 0,
+    };
     while let Some(frame) = parse(&log[end.bytes..], volume, epoch) {
         if frame.seq != end.frames {
             break;
@@ -74,7 +78,9 @@ pub fn read_log(
     let mut at = end.bytes;
     while at < log.len() {
         if parse(&log[at..], volume, epoch).is_some_and(|f| f.seq >= end.frames && at > end.bytes) {
-            return Err(JournalError::Corrupt("a commit in the middle of the log is unreadable"));
+            return Err(JournalError::Corrupt(
+                "a commit in the middle of the log is unreadable",
+            ));
         }
         at += FRAME_ALIGN;
     }

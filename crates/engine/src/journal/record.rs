@@ -49,11 +49,19 @@ impl Record {
             if start >= g.blocks() || count != words {
                 return Err(JournalError::Corrupt("a partial block is out of bounds"));
             }
-            let mask = (0..count).map(|_| reader.u64()).collect::<Result<Vec<_>, _>>()?;
-            return Ok(Self::Partial { block: BlockIndex(start), mask: SectorMask::from_words(mask) });
+            let mask = (0..count)
+                .map(|_| reader.u64())
+                .collect::<Result<Vec<_>, _>>()?;
+            return Ok(Self::Partial {
+                block: BlockIndex(start),
+                mask: SectorMask::from_words(mask),
+            });
         }
         let end = start.checked_add(count).filter(|end| *end <= g.blocks());
-        let range = BlockRange::new(start, end.ok_or(JournalError::Corrupt("a range is out of bounds"))?);
+        let range = BlockRange::new(
+            start,
+            end.ok_or(JournalError::Corrupt("a range is out of bounds"))?,
+        );
         match kind {
             CLEAN => Ok(Self::Clean(range)),
             OWNED => Ok(Self::Owned(range)),

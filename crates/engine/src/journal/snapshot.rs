@@ -33,7 +33,13 @@ pub fn encode_snapshot(volume: VolumeId, epoch: u64, residency: &Residency) -> V
     let words = geometry.blocks().div_ceil(64);
     for page in 0..geometry.blocks().div_ceil(PAGE_BLOCKS) {
         let first = page * PAGE_WORDS;
-        encode_page(&mut out, page, residency, first, words.min(first + PAGE_WORDS));
+        encode_page(
+            &mut out,
+            page,
+            residency,
+            first,
+            words.min(first + PAGE_WORDS),
+        );
     }
     out.push(END);
     for (block, mask) in residency.partials() {
@@ -169,7 +175,11 @@ fn apply_raw(
 ) -> Result<(), JournalError> {
     for first in (blocks.start..blocks.end).step_by(64) {
         let (resident, owned) = (reader.u64()?, reader.u64()?);
-        let beyond = if blocks.end - first >= 64 { 0 } else { u64::MAX << (blocks.end - first) };
+        let beyond = if blocks.end - first >= 64 {
+            0
+        } else {
+            u64::MAX << (blocks.end - first)
+        };
         if owned & !resident != 0 || resident & beyond != 0 {
             return Err(JournalError::Corrupt("a page says what cannot be"));
         }

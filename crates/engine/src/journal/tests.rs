@@ -11,8 +11,9 @@ fn shape() -> Geometry {
 }
 
 fn fresh() -> Residency {
-    let words: Vec<_> =
-        (0..Residency::required_words(shape())).map(|_| AtomicU64::new(0)).collect();
+    let words: Vec<_> = (0..Residency::required_words(shape()))
+        .map(|_| AtomicU64::new(0))
+        .collect();
     Residency::new(shape(), Box::new(words))
 }
 
@@ -76,15 +77,25 @@ proptest! {
 fn every_flipped_bit_of_a_snapshot_is_found() {
     let r = fresh();
     Record::Clean(BlockRange::new(100, 5000)).apply(&r);
-    Record::Partial { block: BlockIndex(5), mask: SectorMask::from_words(vec![6]) }.apply(&r);
+    Record::Partial {
+        block: BlockIndex(5),
+        mask: SectorMask::from_words(vec![6]),
+    }
+    .apply(&r);
     let good = encode_snapshot(ID, 1, &r);
     for bit in 0..good.len() * 8 {
         let mut bad = good.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
-        assert!(apply_snapshot(&bad, ID, &fresh()).is_err(), "bit {bit} went unnoticed");
+        assert!(
+            apply_snapshot(&bad, ID, &fresh()).is_err(),
+            "bit {bit} went unnoticed"
+        );
     }
     for len in 0..good.len() {
-        assert!(apply_snapshot(&good[..len], ID, &fresh()).is_err(), "cut at {len}");
+        assert!(
+            apply_snapshot(&good[..len], ID, &fresh()).is_err(),
+            "cut at {len}"
+        );
     }
 }
 
@@ -100,7 +111,10 @@ fn damage_in_the_middle_of_a_log_is_refused() {
             bad[seq * FRAME_ALIGN + at] ^= 0x10;
             let outcome = read_log(&bad, ID, 1, shape());
             if seq < 2 {
-                assert!(matches!(outcome, Err(JournalError::Corrupt(_))), "{seq} {at}: {outcome:?}");
+                assert!(
+                    matches!(outcome, Err(JournalError::Corrupt(_))),
+                    "{seq} {at}: {outcome:?}"
+                );
             } else {
                 assert_eq!(outcome.unwrap().frames, 2);
             }

@@ -84,9 +84,12 @@ impl Identity {
         line("life", self.life.name());
         line("source", &escape(&self.source_uri));
         line("incarnation", &hex(&self.incarnation));
-        line("image-inode", &self.image_inode.map_or("none".into(), |i| i.to_string()));
+        line(
+            "image-inode",
+            &self.image_inode.map_or("none".into(), |i| i.to_string()),
+        );
         let crc = crc32c::crc32c(text.as_bytes());
-        line("crc32c", &format!("{crc:08x}"));
+        text.push_str(&format!("crc32c = {crc:08x}\n"));
         text.into_bytes()
     }
 
@@ -100,7 +103,10 @@ impl Identity {
             return Err(IdentityError::Format);
         }
         let crc_at = text.rfind("crc32c = ").ok_or(IdentityError::Checksum)?;
-        let sealed = format!("crc32c = {:08x}\n", crc32c::crc32c(text[..crc_at].as_bytes()));
+        let sealed = format!(
+            "crc32c = {:08x}\n",
+            crc32c::crc32c(text[..crc_at].as_bytes())
+        );
         if text[crc_at..] != sealed {
             return Err(IdentityError::Checksum);
         }
@@ -136,7 +142,15 @@ impl Identity {
         if lines.next().is_some() || source_uri.len() > MAX_URI_BYTES {
             return Err(IdentityError::Line("source"));
         }
-        Ok(Self { volume_id, geometry, generation, life, source_uri, incarnation, image_inode })
+        Ok(Self {
+            volume_id,
+            geometry,
+            generation,
+            life,
+            source_uri,
+            incarnation,
+            image_inode,
+        })
     }
 }
 

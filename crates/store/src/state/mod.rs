@@ -104,7 +104,9 @@ pub struct StateDir {
 impl StateDir {
     /// Whether there is a state at `path`, complete or not.
     pub fn exists(path: &Path) -> bool {
-        [VOLUME, MAP, LOG].iter().any(|name| path.join(name).exists())
+        [VOLUME, MAP, LOG]
+            .iter()
+            .any(|name| path.join(name).exists())
     }
 
     /// Makes the state of a new volume, of which nothing is here.
@@ -153,7 +155,16 @@ impl StateDir {
             path: dir.path(LOG),
             source,
         })?;
-        Ok(Self { dir, identity, log, epoch, seq: 0, log_bytes: 0, poisoned: false, _lock: lock })
+        Ok(Self {
+            dir,
+            identity,
+            log,
+            epoch,
+            seq: 0,
+            log_bytes: 0,
+            poisoned: false,
+            _lock: lock,
+        })
     }
 
     /// Opens what [`StateDir::create`] made. What it knows is brought into memory by
@@ -171,8 +182,11 @@ impl StateDir {
     /// # Errors
     /// As [`StateDir::open`].
     pub fn open_in(dir: Box<dyn Directory>, lock: Option<File>) -> Result<Self, StateError> {
-        let identity = Identity::decode(&get(&*dir, VOLUME)?)
-            .map_err(|source| StateError::Identity { path: dir.path(VOLUME), source })?;
+        let identity =
+            Identity::decode(&get(&*dir, VOLUME)?).map_err(|source| StateError::Identity {
+                path: dir.path(VOLUME),
+                source,
+            })?;
         if identity.life == Life::Local {
             return Ok(Self {
                 log: Box::new(NoLog),
@@ -186,8 +200,12 @@ impl StateDir {
             });
         }
         let map = get(&*dir, MAP)?;
-        let epoch = journal::snapshot_epoch(&map, identity.volume_id, identity.geometry)
-            .map_err(|source| StateError::Journal { path: dir.path(MAP), source })?;
+        let epoch = journal::snapshot_epoch(&map, identity.volume_id, identity.geometry).map_err(
+            |source| StateError::Journal {
+                path: dir.path(MAP),
+                source,
+            },
+        )?;
         Self::opened(dir, identity, epoch, lock)
     }
 
@@ -205,7 +223,9 @@ impl StateDir {
         let log = get(&*self.dir, LOG)?;
         let end = journal::read_log(&log, self.volume_id(), self.epoch, self.geometry())
             .map_err(bad(LOG))?;
-        end.records.iter().for_each(|record| record.apply(residency));
+        end.records
+            .iter()
+            .for_each(|record| record.apply(residency));
         Ok(())
     }
 
@@ -229,7 +249,10 @@ impl StateDir {
     pub fn append(&mut self, records: &[Record]) -> Result<(), StateError> {
         self.guarded(|this| {
             let frame = encode_frame(this.volume_id(), this.epoch, this.seq, records);
-            let written = this.log.write_at(this.log_bytes, &frame).and_then(|()| this.log.sync());
+            let written = this
+                .log
+                .write_at(this.log_bytes, &frame)
+                .and_then(|()| this.log.sync());
             written.map_err(|source| this.failed("writing", LOG, source))?;
             this.seq += 1;
             this.log_bytes += frame.len() as u64;
@@ -321,7 +344,11 @@ impl StateDir {
     }
 
     fn failed(&self, what: &'static str, name: &str, source: io::Error) -> StateError {
-        StateError::Io { what, path: self.dir.path(name), source }
+        StateError::Io {
+            what,
+            path: self.dir.path(name),
+            source,
+        }
     }
 }
 
@@ -343,7 +370,11 @@ impl DurableFile for NoLog {
 
 fn take_lock(path: &Path) -> Result<File, StateError> {
     let path = path.join(LOCK);
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
     let file = file.map_err(|source| StateError::Io {
         what: "opening",
         path: path.clone(),
@@ -352,9 +383,11 @@ fn take_lock(path: &Path) -> Result<File, StateError> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(StateError::InUse { path }),
-        Err(std::fs::TryLockError::Error(source)) => {
-            Err(StateError::Io { what: "locking", path, source })
-        }
+        Err(std::fs::TryLockError::Error(source)) => Err(StateError::Io {
+            what: "locking",
+            path,
+            source,
+        }),
     }
 }
 
@@ -369,7 +402,13 @@ fn put(dir: &dyn Directory, name: &str, content: &[u8]) -> Result<(), StateError
 fn get(dir: &dyn Directory, name: &str) -> Result<Vec<u8>, StateError> {
     match dir.read(name) {
         Ok(Some(content)) => Ok(content),
-        Ok(None) => Err(StateError::Missing { path: dir.path(name) }),
-        Err(source) => Err(StateError::Io { what: "reading", path: dir.path(name), source }),
+        Ok(None) => Err(StateError::Missing {
+            path: dir.path(name),
+        }),
+        Err(source) => Err(StateError::Io {
+            what: "reading",
+            path: dir.path(name),
+            source,
+        }),
     }
 }
