@@ -79,13 +79,13 @@ pub enum ControlError {
 
 /// A control interface that is being served. Ends, and removes its socket, when dropped.
 #[derive(Debug)]
-pub struct ControlServer {
+pub struct Server {
     path: PathBuf,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl ControlServer {
+impl Server {
     /// Where it listens.
     pub fn path(&self) -> &Path {
         &self.path
@@ -109,7 +109,7 @@ impl ControlServer {
     }
 }
 
-impl Drop for ControlServer {
+impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
@@ -120,7 +120,7 @@ impl Drop for ControlServer {
 ///
 /// # Errors
 /// A live daemon has the socket, something else is in the way, or the system refuses.
-pub fn serve(path: &Path, exports: Arc<dyn Exports>) -> Result<ControlServer, ControlError> {
+pub fn serve(path: &Path, exports: Arc<dyn Exports>) -> Result<Server, ControlError> {
     let failed = |source| ControlError::Io {
         path: path.to_path_buf(),
         source,
@@ -143,7 +143,7 @@ pub fn serve(path: &Path, exports: Arc<dyn Exports>) -> Result<ControlServer, Co
             drop(bound);
         })
         .map_err(failed)?;
-    Ok(ControlServer {
+    Ok(Server {
         path: path.to_path_buf(),
         stop: Some(stop),
         thread: Some(thread),

@@ -280,7 +280,7 @@ fn only_private_directories_are_believed() {
     let places = [open.clone(), private.clone()];
     let path = place::socket_for(&places, 7).unwrap();
     assert_eq!(path, private.join("7.sock"));
-    assert!(place::socket_for(&[open.clone()], 7).is_err());
+    assert!(place::socket_for(std::slice::from_ref(&open), 7).is_err());
     let _evil = UnixListener::bind(open.join("1.sock")).unwrap();
     drop(UnixListener::bind(private.join("2.sock")).unwrap());
     let _server = serve(&path, few()).unwrap();
