@@ -29,6 +29,7 @@ fn conform(directory: &Path, engine: EngineChoice, cases: u32) {
             };
             Arc::new(FileStore::open(&path, options).unwrap())
         },
+        512,
         cases,
     );
 }
