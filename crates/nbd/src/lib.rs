@@ -4,3 +4,5 @@
 //! protocol document of the NBD project (`doc/proto.md`), cited by section name.
 
 pub mod wire;
+
+pub mod client;
