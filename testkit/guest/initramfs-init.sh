@@ -44,7 +44,7 @@ nbd)
     ip link set lo up
     ip link set eth0 up
     ip address add 10.0.2.15/24 dev eth0
-    nbd-client "$(option host)" "$(option port)" /dev/nbd0 -b 4096 || die "nbd-client failed"
+    nbd-client "$(option host)" "$(option port)" /dev/nbd0 -b 512 || die "nbd-client failed"
     echo "WL connected, $(cat /sys/block/nbd0/size) sectors"
     mount -t ext4 /dev/nbd0 /mnt || die "cannot mount /dev/nbd0"
     echo "WL mounted"

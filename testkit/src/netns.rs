@@ -7,7 +7,12 @@ use crate::process;
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::net::Ipv4Addr;
+use std::path::Path;
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+/// How the names of all namespaces made here start.
+const PREFIX: &str = "hikkoshi";
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
@@ -27,7 +32,9 @@ impl Namespace {
     /// # Errors
     /// `ip` is missing or refuses, which it does to anyone but root.
     pub fn new(label: &str) -> Result<Self> {
-        let name = format!("hikkoshi-{label}-{}-{}", std::process::id(), unique());
+        static SWEEP: Once = Once::new();
+        SWEEP.call_once(sweep);
+        let name = format!("{PREFIX}-{label}-{}-{}", std::process::id(), unique());
         process::run("ip", ["netns", "add", &name]).context("make a network namespace")?;
         let namespace = Self { name };
         namespace.ip(&["link", "set", "lo", "up"])?;
@@ -76,6 +83,29 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         if let Err(error) = process::run("ip", ["netns", "del", &self.name]) {
             eprintln!("network namespace {} stays: {error:#}", self.name);
+        }
+    }
+}
+
+/// Removes what a test left behind that was killed: namespaces whose name has the number of a
+/// process that no longer lives.
+fn sweep() {
+    for entry in std::fs::read_dir("/run/netns")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let parts: Vec<&str> = name.split('-').collect();
+        let [PREFIX, .., pid, _] = parts[..] else {
+            continue;
+        };
+        let dead = pid
+            .parse::<u32>()
+            .is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        if dead {
+            // Another test may be sweeping too, and be first.
+            let _ = process::run("ip", ["netns", "del", &name]);
         }
     }
 }

@@ -22,6 +22,8 @@ const MEMORY_MIB: &str = "256";
 /// How long a state may take to come about that QEMU reaches at once on an idle machine.
 const SOON: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
+/// How long QEMU waits for its disk's server to come back, in seconds.
+const RECONNECT_S: u32 = 60;
 /// The pause that a live migration may make at its end.
 const DOWNTIME_LIMIT_MS: u64 = 300;
 /// More than any link has, so that the link is the limit, in bytes per second.
@@ -198,10 +200,10 @@ impl Machine {
         )?;
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         let start = Instant::now();
-        let done = loop {
+        loop {
             let state = self.qmp.execute("query-migrate", json!({}))?;
             match state["status"].as_str() {
-                Some("completed") => break state,
+                Some("completed") => break,
                 Some("failed" | "cancelled") => {
                     bail!(
                         "migration failed: {state}\n{}\n{}",
@@ -218,8 +220,10 @@ impl Machine {
                 "migration not done in {timeout:?}: {state}"
             );
             std::thread::sleep(POLL);
-        };
+        }
         to.wait_until_running()?;
+        // Asked again: the times are filled in a moment after the state.
+        let done = self.qmp.execute("query-migrate", json!({}))?;
         let millis = |name: &str| Duration::from_millis(done[name].as_u64().unwrap_or_default());
         Ok(Migration {
             total: millis("total-time"),
@@ -330,6 +334,8 @@ fn disk_arguments(disk: &Disk, write_log: &Path) -> Result<Vec<String>> {
         "driver": "nbd",
         "node-name": "network",
         "server": disk.server(),
+        // A server that is killed and started again is no error to the guest.
+        "reconnect-delay": RECONNECT_S,
         "cache": {"direct": true, "no-flush": false},
     });
     let log = json!({

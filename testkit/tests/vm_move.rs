@@ -104,7 +104,19 @@ impl Journey {
     }
 
     /// The guest moves across `link` to `site`, its disk follows, and the old site is gone.
-    fn go_on(&self, mut here: Here, name: &str, site: &Namespace, link: &Link) -> Result<Here> {
+    fn go_on(&self, here: Here, name: &str, site: &Namespace, link: &Link) -> Result<Here> {
+        self.go_on_with(here, name, site, link, |server, _| Ok(server))
+    }
+
+    /// The same with `trouble`, which happens when the guest has just arrived.
+    fn go_on_with(
+        &self,
+        mut here: Here,
+        name: &str,
+        site: &Namespace,
+        link: &Link,
+        trouble: impl FnOnce(Hikkoshi, &Machine) -> Result<Hikkoshi>,
+    ) -> Result<Here> {
         let image = self.image(name);
         let address = SocketAddrV4::new(link.address_b, PORT);
         let start = Instant::now();
@@ -138,6 +150,7 @@ impl Journey {
         );
         let absent = status.number("absent_bytes")?;
 
+        let new = trouble(new, &machine)?;
         let status = new.wait_resident(LONG)?;
         let resident = start.elapsed();
         machine.check()?;
@@ -247,4 +260,55 @@ fn vm_moves_away_from_nbdkit() -> Result<()> {
         Ok(OldSite::Peer(Server::nbdkit(&a, image, address)?))
     })?;
     journey.arrive(journey.go_on(here, "b", &b, &link)?)
+}
+
+#[test]
+fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()> {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let journey = Journey::new()?;
+    let (a, b) = (Namespace::new("a")?, Namespace::new("b")?);
+    // Slow enough for the copy to be under way all through the trouble.
+    let link = Link::new(&a, &b, LinkSpec::wan(50, 120))?;
+    let here = journey.boot(&a, link.address_a, |image, address| {
+        Ok(OldSite::Hikkoshi(Hikkoshi::serve(
+            &a,
+            image,
+            address,
+            None,
+            &[],
+        )?))
+    })?;
+    let from = here.server.uri();
+    let trouble = |mut server: Hikkoshi, machine: &Machine| -> Result<Hikkoshi> {
+        for round in 0..3 {
+            let before = server.status()?;
+            ensure!(
+                before.state()? == "arriving",
+                "the copy is over before the trouble: {before:?}"
+            );
+            let address = server.address();
+            server.kill()?;
+            if round == 1 {
+                // The source can not be reached while the destination comes back.
+                link.cut();
+            }
+            server = Hikkoshi::serve(&b, &journey.image("b"), address, Some(&from), &[])?;
+            if round == 1 {
+                std::thread::sleep(Duration::from_secs(2));
+                link.restore();
+            }
+            let after = server.status()?;
+            ensure!(
+                after.number("owned_bytes")? >= before.number("owned_bytes")?,
+                "owned blocks are gone: {before:?} became {after:?}"
+            );
+            println!(
+                "killed: {} absent, then {}",
+                before.0["absent_bytes"], after.0["absent_bytes"]
+            );
+            machine.console.wait_for_rounds(3, LONG)?;
+        }
+        Ok(server)
+    };
+    journey.arrive(journey.go_on_with(here, "b", &b, &link, trouble)?)
 }
