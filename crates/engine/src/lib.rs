@@ -4,3 +4,4 @@
 //! and the time, and carry out the actions that come back.
 
 pub mod geometry;
+pub mod mover;
