@@ -362,21 +362,27 @@ class Handshake(ProtocolCase):
         self.assert_serves(handle)
 
     def test_metadata_contexts(self):
-        handle, names = self.negotiating(), []
-        handle.opt_list_meta_context(names.append)
-        self.assertIn("base:allocation", names)
-        names.clear()
-        handle.opt_list_meta_context_queries(["base:"], names.append)
-        self.assertEqual(names, ["base:allocation"])
-        names.clear()
-        handle.opt_list_meta_context_queries(["unheard:of", "x-nobody:", "bare"], names.append)
-        self.assertEqual(names, [])
-        handle.opt_set_meta_context_queries(["base:"], names.append)
-        self.assertEqual(names, [], "a namespace alone lists, it never sets")
-        handle.opt_set_meta_context_queries(["base:allocation", "unheard:of"], names.append)
-        self.assertEqual(names, ["base:allocation"])
+        handle = self.negotiating()
+
+        def listed(*queries):
+            handle.clear_meta_contexts()
+            for query in queries:
+                handle.add_meta_context(query)
+            names = []
+            handle.opt_list_meta_context(names.append)
+            return names
+
+        self.assertIn("base:allocation", listed())
+        self.assertIn("base:allocation", listed("base:"))
+        self.assertEqual(listed("base:allocation"), ["base:allocation"])
+        self.assertEqual(listed("unheard:of", "x-nobody:", "base:nothing"), [])
+        handle.clear_meta_contexts()
+        for query in ["base:", "unheard:of", "base:allocation"]:
+            handle.add_meta_context(query)
         handle.opt_go()
         self.assertTrue(handle.can_meta_context("base:allocation"))
+        self.assertFalse(handle.can_meta_context("base:"), "a namespace alone sets nothing")
+        self.assertFalse(handle.can_meta_context("unheard:of"))
 
     @only_ours
     def test_both_contexts_in_one_reply(self):
