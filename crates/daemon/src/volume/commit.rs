@@ -196,6 +196,7 @@ impl Volume {
         self.set_life(crate::status::LifeState::Local);
         let old = self.relocation.write().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         drop(journal);
+        self.last_traffic.take_over(&relocation.traffic);
         relocation.retire();
         drop(old);
         tracing::info!(export = %self.name, "every block is here; the source is no longer needed");

@@ -29,7 +29,8 @@ use hikkoshi_store::Store;
 use crate::config::HandoffPolicy;
 use crate::status::LifeState;
 use commit::{Committer, Journal};
-use relocation::Relocation;
+use relocation::{Relocation, Traffic};
+use report::RateMeter;
 
 /// Tells how long the volume has been open. A seam, so that tests own the time.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -72,6 +73,13 @@ pub struct Volume {
     journal: Mutex<Journal>,
     committer: Committer,
     clock: Clock,
+    /// Whether the background copy was asked for.
+    background: bool,
+    /// It came from elsewhere, now or once.
+    had_source: bool,
+    rate: RateMeter,
+    /// What the relocation had counted when it ended.
+    last_traffic: Traffic,
     /// What is counted; front ends add to it.
     pub tally: Tally,
 }

@@ -60,6 +60,20 @@ pub struct Traffic {
     pub longest_wait_us: AtomicU64,
 }
 
+impl Traffic {
+    /// Keeps what another has counted.
+    pub(super) fn take_over(&self, other: &Self) {
+        for (to, from) in [
+            (&self.wire_bytes, &other.wire_bytes),
+            (&self.blocks_installed, &other.blocks_installed),
+            (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.longest_wait_us, &other.longest_wait_us),
+        ] {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+}
+
 /// A volume's move, while it lasts.
 pub struct Relocation {
     pub(super) geometry: Geometry,

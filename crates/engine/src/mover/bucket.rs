@@ -15,7 +15,11 @@ pub(super) struct TokenBucket {
 
 impl TokenBucket {
     pub fn new(rate: Option<u64>) -> Self {
-        Self { rate, level: 0, filled_at: Duration::ZERO }
+        Self {
+            rate,
+            level: 0,
+            filled_at: Duration::ZERO,
+        }
     }
 
     pub fn rate(&self) -> Option<u64> {
@@ -32,7 +36,8 @@ impl TokenBucket {
     pub fn has_room(&mut self, now: Duration) -> bool {
         let Some(rate) = self.rate else { return true };
         let elapsed = now.saturating_sub(self.filled_at).as_nanos();
-        let earned = i128::try_from(u128::from(rate) * elapsed / 1_000_000_000).unwrap_or(i128::MAX);
+        let earned =
+            i128::try_from(u128::from(rate) * elapsed / 1_000_000_000).unwrap_or(i128::MAX);
         if earned > 0 {
             let most = i128::from(rate) * i128::try_from(BURST.as_millis()).unwrap_or(0) / 1000;
             self.level = (self.level + earned).min(most.max(1));

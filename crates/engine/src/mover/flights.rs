@@ -37,7 +37,13 @@ pub(super) struct Flight {
 
 impl Flight {
     pub fn new(range: BlockRange, purpose: Purpose, now: Duration, sent: bool) -> Self {
-        Self { range, purpose, waiters: Vec::new(), sent_at: now, sent }
+        Self {
+            range,
+            purpose,
+            waiters: Vec::new(),
+            sent_at: now,
+            sent,
+        }
     }
 }
 
@@ -82,7 +88,9 @@ impl Flights {
     /// The first kept flight that shares a block with `start..end`.
     pub fn covering(&self, start: u64, end: u64) -> Option<(FlightId, BlockRange)> {
         let before = self.by_start.range(..=start).next_back();
-        let candidates = before.into_iter().chain(self.by_start.range(start + 1..end.max(start + 1)));
+        let candidates = before
+            .into_iter()
+            .chain(self.by_start.range(start + 1..end.max(start + 1)));
         for (_, id) in candidates {
             let range = self.all.get(id)?.range;
             if range.overlaps(BlockRange::new(start, end)) {
@@ -94,7 +102,9 @@ impl Flights {
 
     /// Adds a reader; false if it was there already.
     pub fn attach(&mut self, id: FlightId, waiter: u64) -> bool {
-        let Some(flight) = self.all.get_mut(&id) else { return false };
+        let Some(flight) = self.all.get_mut(&id) else {
+            return false;
+        };
         if flight.waiters.last() == Some(&waiter) {
             return false;
         }
@@ -112,7 +122,11 @@ impl Flights {
     /// Kept flights that were not handed to the source yet.
     pub fn unsent(&self) -> Vec<FlightId> {
         let kept = |f: &Flight| !f.sent && f.purpose != Purpose::PassThrough;
-        self.all.iter().filter(|(_, f)| kept(f)).map(|(id, _)| *id).collect()
+        self.all
+            .iter()
+            .filter(|(_, f)| kept(f))
+            .map(|(id, _)| *id)
+            .collect()
     }
 
     pub fn range(&self, id: FlightId) -> Option<BlockRange> {

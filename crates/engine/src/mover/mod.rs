@@ -232,7 +232,15 @@ impl<W> Mover<W> {
     ) {
         let id = self.next_waiter;
         self.next_waiter += 1;
-        self.waiters.insert(id, Waiter { who, range, outstanding: 0, since: now });
+        self.waiters.insert(
+            id,
+            Waiter {
+                who,
+                range,
+                outstanding: 0,
+                since: now,
+            },
+        );
         if self.phase == Phase::Standby {
             self.launch_for(now, id, range, Purpose::PassThrough, out);
         } else {
@@ -316,7 +324,10 @@ impl<W> Mover<W> {
     /// Lands what waits for the source in vain: a guest's writes have completed the blocks.
     fn land_resident(&mut self, residency: &Residency, out: &mut Vec<Action<W>>) {
         for id in self.flights.unsent() {
-            let done = self.flights.range(id).is_some_and(|r| residency.all_resident(r));
+            let done = self
+                .flights
+                .range(id)
+                .is_some_and(|r| residency.all_resident(r));
             if done && let Some(flight) = self.flights.remove(id) {
                 for waiter in flight.waiters {
                     self.one_landed(waiter, out);
@@ -333,11 +344,14 @@ impl<W> Mover<W> {
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
-        let Some(done) = self.flights.remove(flight) else { return };
+        let Some(done) = self.flights.remove(flight) else {
+            return;
+        };
         if done.purpose != Purpose::Zero {
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
-            self.pacer.landed(now, rtt, bytes, done.purpose == Purpose::Bulk);
+            self.pacer
+                .landed(now, rtt, bytes, done.purpose == Purpose::Bulk);
         }
         for id in done.waiters {
             self.one_landed(id, out);
@@ -347,8 +361,14 @@ impl<W> Mover<W> {
 
     /// A fetch that may not be kept is done: its readers, to be answered from its data.
     pub fn landed_unkept(&mut self, flight: FlightId) -> Vec<W> {
-        let Some(done) = self.flights.remove(flight) else { return Vec::new() };
-        done.waiters.into_iter().filter_map(|id| self.waiters.remove(&id)).map(|w| w.who).collect()
+        let Some(done) = self.flights.remove(flight) else {
+            return Vec::new();
+        };
+        done.waiters
+            .into_iter()
+            .filter_map(|id| self.waiters.remove(&id))
+            .map(|w| w.who)
+            .collect()
     }
 
     /// A fetch came to nothing.
@@ -360,7 +380,9 @@ impl<W> Mover<W> {
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
-        let Some(mut lost) = self.flights.remove(flight) else { return };
+        let Some(mut lost) = self.flights.remove(flight) else {
+            return;
+        };
         if lost.purpose == Purpose::Bulk {
             self.pacer.lost(self.geometry.bytes(lost.range).len());
         }
@@ -399,7 +421,9 @@ impl<W> Mover<W> {
             Purpose::PassThrough => Purpose::PassThrough,
             _ => Purpose::Demand,
         };
-        let flight = self.flights.insert(Flight::new(lost.range, purpose, now, false));
+        let flight = self
+            .flights
+            .insert(Flight::new(lost.range, purpose, now, false));
         for id in lost.waiters {
             self.flights.attach(flight, id);
         }
@@ -590,7 +614,9 @@ impl<W> Mover<W> {
 
     fn pump_rests(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         while self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
-            let Some(block) = self.rests.pop_first() else { return };
+            let Some(block) = self.rests.pop_first() else {
+                return;
+            };
             let range = BlockRange::one(block);
             let wanted = residency.partial_mask(block).is_some();
             if wanted && self.flights.covering(range.start, range.end).is_none() {
@@ -610,7 +636,9 @@ impl<W> Mover<W> {
         } else if !self.scanning && self.scanned_to < blocks {
             let end = blocks.min(self.scanned_to + self.blocks_in(EXTENTS_BYTES));
             self.scanning = true;
-            out.push(Action::QueryExtents { range: BlockRange::new(self.scanned_to, end) });
+            out.push(Action::QueryExtents {
+                range: BlockRange::new(self.scanned_to, end),
+            });
         }
     }
 
@@ -620,7 +648,9 @@ impl<W> Mover<W> {
             if !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
-            let Some(range) = self.next_bulk(chunk, residency) else { return };
+            let Some(range) = self.next_bulk(chunk, residency) else {
+                return;
+            };
             let bytes = self.geometry.bytes(range).len();
             self.pacer.sent(bytes);
             self.bucket.take(bytes);
@@ -698,11 +728,24 @@ impl<W> Mover<W> {
 fn action_for<W>(flight: FlightId, range: BlockRange, purpose: Purpose) -> Action<W> {
     match purpose {
         Purpose::Zero => Action::InstallZero { flight, range },
-        Purpose::Bulk => Action::Fetch { flight, range, lane: Lane::Bulk, keep: true },
-        Purpose::Demand | Purpose::Rest => {
-            Action::Fetch { flight, range, lane: Lane::Demand, keep: true }
-        }
-        Purpose::PassThrough => Action::Fetch { flight, range, lane: Lane::Demand, keep: false },
+        Purpose::Bulk => Action::Fetch {
+            flight,
+            range,
+            lane: Lane::Bulk,
+            keep: true,
+        },
+        Purpose::Demand | Purpose::Rest => Action::Fetch {
+            flight,
+            range,
+            lane: Lane::Demand,
+            keep: true,
+        },
+        Purpose::PassThrough => Action::Fetch {
+            flight,
+            range,
+            lane: Lane::Demand,
+            keep: false,
+        },
     }
 }
 

@@ -64,7 +64,10 @@ impl Pacer {
     /// Forgets the path: the source was away and may be reached differently.
     pub fn restart(&mut self) {
         let in_flight_bytes = self.in_flight_bytes;
-        *self = Self { in_flight_bytes, ..Self::new() };
+        *self = Self {
+            in_flight_bytes,
+            ..Self::new()
+        };
     }
 
     pub fn chunk_bytes(&self) -> u64 {
@@ -122,7 +125,10 @@ impl Pacer {
         let on_wire = Duration::from_secs_f64(
             self.chunk_bytes() as f64 / (self.rate_bytes_per_s.max(1)) as f64,
         );
-        let queue = self.round_best.unwrap_or(base).saturating_sub(base + on_wire);
+        let queue = self
+            .round_best
+            .unwrap_or(base)
+            .saturating_sub(base + on_wire);
         let tolerated = QUEUE_FLOOR.max(base / QUEUE_SHARE);
         if queue > tolerated {
             self.slow_start = false;
