@@ -297,6 +297,7 @@ class ServerCase(unittest.TestCase):
     """A test with one server, started anew for each test and looked after to its end."""
 
     setup = SETUPS[0]
+    export = ""
     read_only = False
     extra = ()
     # Tests with a large payload bring a disk of their own.
@@ -316,7 +317,7 @@ class ServerCase(unittest.TestCase):
         else:
             self.content = self.disk.write(self.image)
         self.server = server_class()(self.image, self.directory, self.setup.transport,
-                                     self.source, read_only=self.read_only, extra=self.extra)
+                                     self.source, self.export, self.read_only, self.extra)
         self.addCleanup(self.end_server)
         self.uri = self.server.uri
 
