@@ -86,21 +86,36 @@ impl Unit {
 
 impl Row {
     fn rates(&self, column: usize) -> Vec<f64> {
-        self.samples[column].iter().map(|sample| self.unit.rate(sample)).collect()
+        self.samples[column]
+            .iter()
+            .map(|sample| self.unit.rate(sample))
+            .collect()
     }
 
     fn costs(&self, column: usize) -> Vec<f64> {
-        self.samples[column].iter().map(|sample| self.unit.cost(sample)).collect()
+        self.samples[column]
+            .iter()
+            .map(|sample| self.unit.cost(sample))
+            .collect()
     }
 
     /// Whether the client, not the server, set the pace of `column`.
     fn client_bound(&self, column: usize) -> bool {
-        median(self.samples[column].iter().map(|s| s.client_cpu_s / s.seconds)) >= CLIENT_LIMIT
+        median(
+            self.samples[column]
+                .iter()
+                .map(|s| s.client_cpu_s / s.seconds),
+        ) >= CLIENT_LIMIT
     }
 
     /// Subject against reference, round by round.
     fn ratio(subject: &[f64], reference: &[f64]) -> f64 {
-        median(subject.iter().zip(reference).map(|(subject, reference)| subject / reference))
+        median(
+            subject
+                .iter()
+                .zip(reference)
+                .map(|(subject, reference)| subject / reference),
+        )
     }
 }
 
@@ -109,7 +124,9 @@ impl Table {
     pub fn markdown(&self) -> String {
         let with_role = |role| {
             let columns = self.columns.iter().enumerate();
-            columns.filter(move |(_, (_, r))| *r == role).map(|(index, _)| index)
+            columns
+                .filter(move |(_, (_, r))| *r == role)
+                .map(|(index, _)| index)
         };
         let subjects: Vec<usize> = with_role(Role::Subject).collect();
         let references: Vec<usize> = with_role(Role::Reference).collect();
@@ -117,11 +134,19 @@ impl Table {
         let mut head = vec!["workload".to_owned(), "unit".to_owned()];
         head.extend(self.columns.iter().map(|(name, _)| name.clone()));
         if compare {
-            head.extend(subjects.iter().map(|&s| format!("{} ratio", self.columns[s].0)));
+            head.extend(
+                subjects
+                    .iter()
+                    .map(|&s| format!("{} ratio", self.columns[s].0)),
+            );
         }
         head.extend(self.columns.iter().map(|(name, _)| format!("{name} CPU")));
         if compare {
-            head.extend(subjects.iter().map(|&s| format!("{} CPU ratio", self.columns[s].0)));
+            head.extend(
+                subjects
+                    .iter()
+                    .map(|&s| format!("{} CPU ratio", self.columns[s].0)),
+            );
         }
         head.push("busy s/c %".to_owned());
         let mut lines = vec![head];
@@ -133,21 +158,30 @@ impl Table {
                 format!("{}{mark}", spread(&row.rates(column)))
             }));
             if compare {
-                let best = references.iter().copied().max_by(|&a, &b| {
-                    median(row.rates(a)).total_cmp(&median(row.rates(b)))
-                });
+                let best = references
+                    .iter()
+                    .copied()
+                    .max_by(|&a, &b| median(row.rates(a)).total_cmp(&median(row.rates(b))));
                 line.extend(subjects.iter().map(|&subject| {
                     let mark = if row.client_bound(subject) { "†" } else { "" };
                     best.map_or_else(String::new, |best| {
-                        format!("{:.2}x{mark}", Row::ratio(&row.rates(subject), &row.rates(best)))
+                        format!(
+                            "{:.2}x{mark}",
+                            Row::ratio(&row.rates(subject), &row.rates(best))
+                        )
                     })
                 }));
             }
-            line.extend(columns.clone().map(|column| short(median(row.costs(column)))));
+            line.extend(
+                columns
+                    .clone()
+                    .map(|column| short(median(row.costs(column)))),
+            );
             if compare {
-                let best = references.iter().copied().min_by(|&a, &b| {
-                    median(row.costs(a)).total_cmp(&median(row.costs(b)))
-                });
+                let best = references
+                    .iter()
+                    .copied()
+                    .min_by(|&a, &b| median(row.costs(a)).total_cmp(&median(row.costs(b))));
                 line.extend(subjects.iter().map(|&subject| {
                     best.map_or_else(String::new, |best| {
                         format!("{:.2}x", Row::ratio(&row.costs(subject), &row.costs(best)))
@@ -156,21 +190,36 @@ impl Table {
             }
             let busy = columns.map(|column| {
                 let part = |cpu: fn(&Sample) -> f64| {
-                    median(row.samples[column].iter().map(|s| 100.0 * cpu(s) / s.seconds))
+                    median(
+                        row.samples[column]
+                            .iter()
+                            .map(|s| 100.0 * cpu(s) / s.seconds),
+                    )
                 };
-                format!("{:.0}/{:.0}", part(|s| s.server_cpu_s), part(|s| s.client_cpu_s))
+                format!(
+                    "{:.0}/{:.0}",
+                    part(|s| s.server_cpu_s),
+                    part(|s| s.client_cpu_s)
+                )
             });
             line.push(busy.collect::<Vec<_>>().join(" "));
             lines.push(line);
         }
-        let others = self.rows.iter().flat_map(|row| row.samples.iter().flatten());
-        let others = 100.0 * median(others.map(|sample| sample.others));
-        format!(
-            "\n### {}\n\n{}\nOther processes used {others:.0}% of the machine (median).\n\n{}",
-            self.title,
-            self.note,
-            align(&lines)
-        )
+        let samples = self
+            .rows
+            .iter()
+            .flat_map(|row| row.samples.iter().flatten());
+        let others: Vec<f64> = samples.filter_map(|sample| sample.others).collect();
+        let others = if others.is_empty() {
+            String::new()
+        } else {
+            format!(
+                " Others used {:.0}% of the machine (median).",
+                100.0 * median(others)
+            )
+        };
+        let Self { title, note, .. } = self;
+        format!("\n### {title}\n\n{note}{others}\n\n{}", align(&lines))
     }
 }
 
@@ -179,20 +228,32 @@ pub fn align(lines: &[Vec<String>]) -> String {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = lines.iter().filter_map(|line| line.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0).max(3)
+        cells
+            .map(|cell| cell.chars().count())
+            .max()
+            .unwrap_or(0)
+            .max(3)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut out = String::new();
     for (index, line) in lines.iter().enumerate() {
         for (column, (cell, &width)) in line.iter().zip(&widths).enumerate() {
-            let cell = if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") };
+            let cell = if column == 0 {
+                format!("{cell:<width$}")
+            } else {
+                format!("{cell:>width$}")
+            };
             out.push_str(&format!("| {cell} "));
         }
         out.push_str("|\n");
         if index == 0 {
             for (column, &width) in widths.iter().enumerate() {
                 let dashes = "-".repeat(width);
-                out.push_str(&if column == 0 { format!("| {dashes} ") } else { format!("| {}: ", &dashes[1..]) });
+                out.push_str(&if column == 0 {
+                    format!("| {dashes} ")
+                } else {
+                    format!("| {}: ", &dashes[1..])
+                });
             }
             out.push_str("|\n");
         }
@@ -216,7 +277,12 @@ pub fn median(figures: impl IntoIterator<Item = f64>) -> f64 {
 pub fn spread(figures: &[f64]) -> String {
     let least = figures.iter().copied().fold(f64::INFINITY, f64::min);
     let greatest = figures.iter().copied().fold(0.0, f64::max);
-    format!("{} ({}–{})", short(median(figures.iter().copied())), short(least), short(greatest))
+    format!(
+        "{} ({}–{})",
+        short(median(figures.iter().copied())),
+        short(least),
+        short(greatest)
+    )
 }
 
 /// Three or four digits.
@@ -236,7 +302,14 @@ mod tests {
 
     fn sample(operations: u64, server_cpu_s: f64, client_cpu_s: f64) -> Sample {
         let bytes = operations * 4096;
-        Sample { operations, bytes, seconds: 1.0, server_cpu_s, client_cpu_s, others: 0.0 }
+        Sample {
+            operations,
+            bytes,
+            seconds: 1.0,
+            server_cpu_s,
+            client_cpu_s,
+            others: None,
+        }
     }
 
     #[test]

@@ -63,11 +63,16 @@ impl Server {
         log: &Path,
     ) -> Result<Self> {
         let output = File::create(log).context("create a server's log")?;
-        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output);
         // A process inherits the affinity of the thread that starts it.
         cpu::pin(&cores.servers)?;
         let started = Instant::now();
-        let child = command.spawn().with_context(|| format!("start {command:?}"));
+        let child = command
+            .spawn()
+            .with_context(|| format!("start {command:?}"));
         cpu::pin(&cores.client)?;
         let mut server = Self {
             name: name.to_owned(),
@@ -141,7 +146,11 @@ impl Programs {
                 Kind::Nbdkit => "Debian package nbdkit".to_owned(),
                 Kind::QemuNbd => "Debian package qemu-utils".to_owned(),
             })?;
-        ensure!(status.success(), "{} --version failed", program.to_string_lossy());
+        ensure!(
+            status.success(),
+            "{} --version failed",
+            program.to_string_lossy()
+        );
         Ok(())
     }
 
@@ -156,7 +165,9 @@ impl Programs {
             }
             Kind::QemuNbd => {
                 let mut command = qemu_nbd(endpoint);
-                command.args(["--cache=writeback", qemu_aio(), "-f", "raw"]).arg(image);
+                command
+                    .args(["--cache=writeback", qemu_aio(), "-f", "raw"])
+                    .arg(image);
                 command
             }
         }
@@ -165,7 +176,10 @@ impl Programs {
     /// `hikkoshi serve IMAGE` at `endpoint`, to be completed.
     pub fn hikkoshi(&self, image: &Path, endpoint: &Endpoint) -> Command {
         let mut command = Command::new(&self.hikkoshi);
-        command.arg("serve").arg(image).args(["--listen", &endpoint.listen()]);
+        command
+            .arg("serve")
+            .arg(image)
+            .args(["--listen", &endpoint.listen()]);
         let control = format!("unix:{}.control", image.display());
         command.args(["--control", &control]);
         command
@@ -180,7 +194,11 @@ impl Programs {
             .output()
             .context("run hikkoshi")?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "hikkoshi {} failed: {said}", words.join(" "));
+        ensure!(
+            output.status.success(),
+            "hikkoshi {} failed: {said}",
+            words.join(" ")
+        );
         Ok(())
     }
 }
@@ -210,10 +228,17 @@ pub fn qemu_nbd(endpoint: &Endpoint) -> Command {
 /// io_uring where the kernel allows it, threads elsewhere.
 pub fn qemu_aio() -> &'static str {
     let disabled = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-    if disabled.trim() == "0" { "--aio=io_uring" } else { "--aio=threads" }
+    if disabled.trim() == "0" {
+        "--aio=io_uring"
+    } else {
+        "--aio=threads"
+    }
 }
 
 /// A port on 127.0.0.1 that nobody uses now.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind(("127.0.0.1", 0)).context("find a free port")?.local_addr()?.port())
+    Ok(TcpListener::bind(("127.0.0.1", 0))
+        .context("find a free port")?
+        .local_addr()?
+        .port())
 }

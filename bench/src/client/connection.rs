@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -54,14 +54,6 @@ impl Endpoint {
             Self::Tcp(port) => format!("tcp://127.0.0.1:{port}"),
         }
     }
-
-    /// The path of a Unix socket.
-    pub fn path(&self) -> Option<&Path> {
-        match self {
-            Self::Unix(path) => Some(path),
-            Self::Tcp(_) => None,
-        }
-    }
 }
 
 /// A request in flight.
@@ -82,7 +74,11 @@ pub struct Slot {
 /// Where in a reply the next byte received belongs.
 enum Position {
     Header,
-    Data { slot: usize, left: usize, done: bool },
+    Data {
+        slot: usize,
+        left: usize,
+        done: bool,
+    },
 }
 
 /// A connection in transmission.
@@ -90,8 +86,6 @@ pub struct Connection {
     socket: OwnedFd,
     /// Size of the export in bytes.
     pub size_bytes: u64,
-    /// Transmission flags of the export.
-    pub flags: u16,
     /// Requests in flight, by the low 16 bits of their cookie.
     pub slots: Vec<Slot>,
     receive: Vec<u8>,
@@ -121,11 +115,13 @@ impl Connection {
                 (size, flags, OwnedFd::from(stream))
             }
         };
-        ensure!(flags & export::HAS_FLAGS != 0, "the server sent no transmission flags");
+        ensure!(
+            flags & export::HAS_FLAGS != 0,
+            "the server sent no transmission flags"
+        );
         Ok(Self {
             socket,
             size_bytes,
-            flags,
             slots: vec![Slot::default(); depth],
             receive: vec![0; RECEIVE_BYTES],
             filled: 0,
@@ -156,14 +152,19 @@ impl Connection {
         state.cookie = cookie;
         state.command = command;
         state.offset = offset;
-        state.expected = if command == self::command::READ { length } else { 0 };
+        state.expected = if command == self::command::READ {
+            length
+        } else {
+            0
+        };
         state.sample = sampled.then(|| Vec::with_capacity(usize::try_from(length).unwrap_or(0)));
     }
 
     /// Appends the pattern of one block as payload to the write just requested.
     pub fn payload(&mut self, offset: u64, number: u64) {
         self.send.extend_from_slice(&Content::stamp(offset, number));
-        self.tails.push((self.send.len(), Content::tail(offset, number)));
+        self.tails
+            .push((self.send.len(), Content::tail(offset, number)));
     }
 
     /// Sends the requests gathered so far, in one call where that is possible.
@@ -202,17 +203,27 @@ impl Connection {
         loop {
             match self.position {
                 Position::Header => {
-                    let Some(used) = self.header(at, end, done)? else { break };
+                    let Some(used) = self.header(at, end, done)? else {
+                        break;
+                    };
                     at += used;
                 }
-                Position::Data { slot, left, done: last } => {
+                Position::Data {
+                    slot,
+                    left,
+                    done: last,
+                } => {
                     let here = left.min(end - at);
                     if let Some(sample) = &mut self.slots[slot].sample {
                         sample.extend_from_slice(&self.receive[at..at + here]);
                     }
                     at += here;
                     if here < left {
-                        self.position = Position::Data { slot, left: left - here, done: last };
+                        self.position = Position::Data {
+                            slot,
+                            left: left - here,
+                            done: last,
+                        };
                         break;
                     }
                     self.position = Position::Header;
@@ -248,7 +259,9 @@ impl Connection {
                 Ok(Some(SIMPLE_REPLY_BYTES))
             }
             STRUCTURED_REPLY_MAGIC => {
-                let Some(head) = bytes.first_chunk::<CHUNK_BYTES>() else { return Ok(None) };
+                let Some(head) = bytes.first_chunk::<CHUNK_BYTES>() else {
+                    return Ok(None);
+                };
                 let last = u16::from_be_bytes([head[4], head[5]]) & chunk::FLAG_DONE != 0;
                 let kind = u16::from_be_bytes([head[6], head[7]]);
                 let cookie = u64::from_be_bytes(head[8..16].try_into().expect("eight bytes"));
@@ -267,14 +280,19 @@ impl Connection {
                             return Ok(None);
                         }
                         let (covers, left) = if hole {
-                            (u32::from_be_bytes(body[8..12].try_into().expect("four bytes")), 0)
+                            (
+                                u32::from_be_bytes(body[8..12].try_into().expect("four bytes")),
+                                0,
+                            )
                         } else {
                             let data = length.checked_sub(8).context("short data chunk")?;
                             (data, usize::try_from(data)?)
                         };
                         let state = &mut self.slots[slot];
-                        state.expected =
-                            state.expected.checked_sub(covers).context("too much data")?;
+                        state.expected = state
+                            .expected
+                            .checked_sub(covers)
+                            .context("too much data")?;
                         if let (true, Some(sample)) = (hole, &mut state.sample) {
                             sample.resize(sample.len() + usize::try_from(covers)?, 0);
                         }
@@ -296,7 +314,11 @@ impl Connection {
         done: &mut Vec<usize>,
     ) -> Result<()> {
         if left > 0 {
-            self.position = Position::Data { slot, left, done: last };
+            self.position = Position::Data {
+                slot,
+                left,
+                done: last,
+            };
         } else if last {
             self.finish(slot, done)?;
         }
@@ -304,7 +326,10 @@ impl Connection {
     }
 
     fn finish(&mut self, slot: usize, done: &mut Vec<usize>) -> Result<()> {
-        ensure!(self.slots[slot].expected == 0, "a reply ended before all its data");
+        ensure!(
+            self.slots[slot].expected == 0,
+            "a reply ended before all its data"
+        );
         self.slots[slot].cookie = 0;
         done.push(slot);
         Ok(())
@@ -313,7 +338,10 @@ impl Connection {
     fn slot_of(&self, cookie: u64) -> Result<usize> {
         let slot = usize::try_from(cookie & 0xffff)?;
         let known = cookie != 0 && self.slots.get(slot).is_some_and(|s| s.cookie == cookie);
-        ensure!(known, "a reply to a request that was never sent (cookie {cookie:#x})");
+        ensure!(
+            known,
+            "a reply to a request that was never sent (cookie {cookie:#x})"
+        );
         Ok(slot)
     }
 
@@ -337,9 +365,17 @@ fn send_all(socket: BorrowedFd<'_>, slices: &mut [IoSlice<'_>]) -> Result<()> {
 /// Fixed newstyle up to transmission; returns the export's size and flags.
 fn shake_hands(stream: &mut (impl Read + Write), structured: bool) -> Result<(u64, u16)> {
     let mut greeting = [0; 18];
-    stream.read_exact(&mut greeting).context("read the greeting")?;
-    ensure!(greeting[..8] == INIT_MAGIC.to_be_bytes(), "not an NBD server");
-    ensure!(greeting[8..16] == OPTION_MAGIC.to_be_bytes(), "an oldstyle NBD server");
+    stream
+        .read_exact(&mut greeting)
+        .context("read the greeting")?;
+    ensure!(
+        greeting[..8] == INIT_MAGIC.to_be_bytes(),
+        "not an NBD server"
+    );
+    ensure!(
+        greeting[8..16] == OPTION_MAGIC.to_be_bytes(),
+        "an oldstyle NBD server"
+    );
     let flags = handshake::C_FIXED_NEWSTYLE | handshake::C_NO_ZEROES;
     stream.write_all(&flags.to_be_bytes())?;
     if structured {
@@ -366,19 +402,38 @@ fn shake_hands(stream: &mut (impl Read + Write), structured: bool) -> Result<(u6
 
 fn send_option(stream: &mut impl Write, option: u32, data: &[u8]) -> Result<()> {
     let length = u32::try_from(data.len())?;
-    let head = [&OPTION_MAGIC.to_be_bytes()[..], &option.to_be_bytes(), &length.to_be_bytes()];
-    stream.write_all(&[head.concat().as_slice(), data].concat()).context("send an option")
+    let head = [
+        &OPTION_MAGIC.to_be_bytes()[..],
+        &option.to_be_bytes(),
+        &length.to_be_bytes(),
+    ];
+    stream
+        .write_all(&[head.concat().as_slice(), data].concat())
+        .context("send an option")
 }
 
 fn option_reply(stream: &mut impl Read, option: u32) -> Result<(u32, Vec<u8>)> {
     let mut head = [0; 20];
-    stream.read_exact(&mut head).context("read the reply to an option")?;
-    ensure!(head[..8] == OPTION_REPLY_MAGIC.to_be_bytes(), "not a reply to an option");
-    ensure!(head[8..12] == option.to_be_bytes(), "a reply to another option");
+    stream
+        .read_exact(&mut head)
+        .context("read the reply to an option")?;
+    ensure!(
+        head[..8] == OPTION_REPLY_MAGIC.to_be_bytes(),
+        "not a reply to an option"
+    );
+    ensure!(
+        head[8..12] == option.to_be_bytes(),
+        "a reply to another option"
+    );
     let kind = u32::from_be_bytes(head[12..16].try_into().expect("four bytes"));
     let length = u32::from_be_bytes(head[16..].try_into().expect("four bytes"));
-    ensure!(length <= MAX_OPTION_REPLY_BYTES, "a reply to an option of {length} bytes");
+    ensure!(
+        length <= MAX_OPTION_REPLY_BYTES,
+        "a reply to an option of {length} bytes"
+    );
     let mut data = vec![0; usize::try_from(length)?];
-    stream.read_exact(&mut data).context("read the reply to an option")?;
+    stream
+        .read_exact(&mut data)
+        .context("read the reply to an option")?;
     Ok((kind, data))
 }

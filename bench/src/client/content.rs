@@ -29,7 +29,9 @@ impl Content {
     pub fn new() -> Self {
         let mut random = Random::new(0x0068_696b_6b6f_7368);
         let words = POOL_BLOCKS * 512;
-        let pool = (0..words).flat_map(|_| random.next().to_le_bytes()).collect();
+        let pool = (0..words)
+            .flat_map(|_| random.next().to_le_bytes())
+            .collect();
         Self { pool }
     }
 
@@ -59,11 +61,20 @@ impl Content {
         let mut first = None;
         for (index, block) in (0_u64..).zip(data.chunks(BLOCK_BYTES)) {
             let here = offset + index * 4096;
-            ensure!(block.len() == BLOCK_BYTES, "a read at {offset} ends inside a block");
+            ensure!(
+                block.len() == BLOCK_BYTES,
+                "a read at {offset} ends inside a block"
+            );
             let found = u64::from_le_bytes(block[..8].try_into().expect("eight bytes"));
             let number = u64::from_le_bytes(block[8..16].try_into().expect("eight bytes"));
-            ensure!(found == here, "wrong data at {here}: it says it belongs at {found}");
-            ensure!(block[STAMP_BYTES..] == *self.bytes(Self::tail(here, number)), "corrupt data at {here}");
+            ensure!(
+                found == here,
+                "wrong data at {here}: it says it belongs at {found}"
+            );
+            ensure!(
+                block[STAMP_BYTES..] == *self.bytes(Self::tail(here, number)),
+                "corrupt data at {here}"
+            );
             first.get_or_insert(number);
         }
         first.context("an empty read has nothing to check")
@@ -119,7 +130,11 @@ mod tests {
     use super::*;
 
     fn block(content: &Content, offset: u64, number: u64) -> Vec<u8> {
-        [&Content::stamp(offset, number)[..], content.bytes(Content::tail(offset, number))].concat()
+        [
+            &Content::stamp(offset, number)[..],
+            content.bytes(Content::tail(offset, number)),
+        ]
+        .concat()
     }
 
     #[test]
@@ -134,7 +149,9 @@ mod tests {
         let content = Content::new();
         assert!(content.check(4096, &block(&content, 0, 7)).is_err());
         let mut torn = block(&content, 4096, 1);
-        let other = (2..).map(|n| block(&content, 4096, n)).find(|b| b[16..] != torn[16..]);
+        let other = (2..)
+            .map(|n| block(&content, 4096, n))
+            .find(|b| b[16..] != torn[16..]);
         torn[512..].copy_from_slice(&other.unwrap()[512..]);
         assert!(content.check(4096, &torn).is_err());
         let mut damaged = block(&content, 4096, 1);

@@ -47,11 +47,8 @@ pub enum Pattern {
     Random,
     /// One after the other, from the start again at the end.
     Sequential,
-    /// Anywhere, but no place twice: `start` counts the places used before this run.
-    Fresh {
-        /// Requests of earlier runs.
-        start: u64,
-    },
+    /// Anywhere, but no place twice in a run.
+    Fresh,
 }
 
 /// A workload.
@@ -82,8 +79,9 @@ pub struct Sample {
     pub server_cpu_s: f64,
     /// CPU time of the client's thread meanwhile.
     pub client_cpu_s: f64,
-    /// Part of all cores that neither the server nor the client used but somebody did.
-    pub others: f64,
+    /// Part of all cores that neither the server nor the client used but somebody did; `None`
+    /// where more programs than these two belong to the measurement.
+    pub others: Option<f64>,
 }
 
 /// How a run is done, whatever the load.
@@ -112,7 +110,11 @@ pub fn run(server: &Server, load: &Load, terms: &Terms<'_>) -> Result<Sample> {
     let after = Reading::take(server)?;
     let operations = driver.operations - counted;
     driver.finish()?;
-    ensure!(operations > 0, "no operation was answered in {:?}", terms.duration);
+    ensure!(
+        operations > 0,
+        "no operation was answered in {:?}",
+        terms.duration
+    );
     Ok(after.since(&before, operations, operations * u64::from(load.length)))
 }
 
@@ -144,7 +146,14 @@ impl Reading {
         let busy = (self.machine.0 - before.machine.0) as f64 / all;
         let cores = cpu::cores() as f64;
         let others = (busy - (server_cpu_s + client_cpu_s) / (seconds * cores)).max(0.0);
-        Sample { operations, bytes, seconds, server_cpu_s, client_cpu_s, others }
+        Sample {
+            operations,
+            bytes,
+            seconds,
+            server_cpu_s,
+            client_cpu_s,
+            others: Some(others),
+        }
     }
 }
 
@@ -183,8 +192,11 @@ impl<'a> Driver<'a> {
         let size = connections.iter().map(|c| c.size_bytes).min().unwrap_or(0);
         let places = size / u64::from(load.length);
         ensure!(places > 0, "the export is smaller than one request");
-        let fresh = matches!(load.pattern, Pattern::Fresh { .. });
-        ensure!(!fresh || places.is_power_of_two(), "--size must be a power of two");
+        let fresh = load.pattern == Pattern::Fresh;
+        ensure!(
+            !fresh || places.is_power_of_two(),
+            "--size must be a power of two"
+        );
         Ok(Self {
             load: *load,
             content: terms.content,
@@ -215,11 +227,13 @@ impl<'a> Driver<'a> {
         let place = match self.load.pattern {
             Pattern::Random => self.random.next() % self.places,
             Pattern::Sequential => self.issued % self.places,
-            Pattern::Fresh { start } => {
-                let index = start + self.issued;
-                ensure!(index < self.places, "no fresh place is left: use a larger --size");
+            Pattern::Fresh => {
+                ensure!(
+                    self.issued < self.places,
+                    "no fresh place is left: use a larger --size"
+                );
                 // An odd multiplier permutes a power of two; the golden ratio spreads it well.
-                let spread = index.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                let spread = self.issued.wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 spread % self.places
             }
         };
@@ -260,7 +274,9 @@ impl<'a> Driver<'a> {
     }
 
     fn step(&mut self, events: &mut Vec<epoll::Event>) -> Result<()> {
-        let Some(epoll) = &self.epoll else { return self.serve(0) };
+        let Some(epoll) = &self.epoll else {
+            return self.serve(0);
+        };
         events.clear();
         epoll::wait(epoll, rustix::buffer::spare_capacity(events), None)?;
         for event in events.iter() {
@@ -296,7 +312,11 @@ impl<'a> Driver<'a> {
     fn finish(mut self) -> Result<()> {
         self.draining = true;
         let mut events = Vec::with_capacity(16);
-        while self.connections.iter().any(|c| c.slots.iter().any(|slot| slot.cookie != 0)) {
+        while self
+            .connections
+            .iter()
+            .any(|c| c.slots.iter().any(|slot| slot.cookie != 0))
+        {
             self.step(&mut events)?;
         }
         // A block may have been written again since, but never by an earlier write, except one
@@ -320,3 +340,6 @@ impl<'a> Driver<'a> {
         self.connections.into_iter().try_for_each(Connection::close)
     }
 }
+
+#[cfg(test)]
+mod tests;

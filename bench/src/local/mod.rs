@@ -93,8 +93,13 @@ struct Bench<'a> {
 
 /// Runs the sections that were asked for and prints their tables.
 pub fn run(options: &Options) -> Result<()> {
-    ensure!(options.size.is_power_of_two(), "--size must be a power of two");
-    let programs = Programs { hikkoshi: hikkoshi_binary(options)? };
+    ensure!(
+        options.size.is_power_of_two(),
+        "--size must be a power of two"
+    );
+    let programs = Programs {
+        hikkoshi: hikkoshi_binary(options)?,
+    };
     let mut kinds = Vec::new();
     for &kind in &options.servers {
         match programs.available(kind) {
@@ -112,7 +117,14 @@ pub fn run(options: &Options) -> Result<()> {
         .prefix("hikkoshi-bench-")
         .tempdir_in(&options.dir)
         .with_context(|| format!("make a directory in {}", options.dir.display()))?;
-    let bench = Bench { options, programs, kinds, content: Content::new(), cores, dir };
+    let bench = Bench {
+        options,
+        programs,
+        kinds,
+        content: Content::new(),
+        cores,
+        dir,
+    };
 
     let mut tables = Vec::new();
     let mut show = |table: Table| {
@@ -136,11 +148,17 @@ pub fn run(options: &Options) -> Result<()> {
 
 impl Bench<'_> {
     fn rounds(&self) -> usize {
-        self.options.rounds.unwrap_or(if self.options.quick { 3 } else { 7 }).max(1)
+        self.options
+            .rounds
+            .unwrap_or(if self.options.quick { 3 } else { 7 })
+            .max(1)
     }
 
     fn duration(&self) -> Duration {
-        let seconds = self.options.seconds.unwrap_or(if self.options.quick { 0.3 } else { 1.0 });
+        let seconds = self
+            .options
+            .seconds
+            .unwrap_or(if self.options.quick { 0.3 } else { 1.0 });
         Duration::from_secs_f64(seconds.max(0.05))
     }
 
@@ -154,10 +172,6 @@ impl Bench<'_> {
             .only
             .as_ref()
             .is_none_or(|only| section.contains(only.as_str()) || workload.contains(only.as_str()))
-    }
-
-    fn has_hikkoshi(&self) -> bool {
-        self.kinds.contains(&Kind::Hikkoshi)
     }
 
     /// A fresh image with the pattern on it.
@@ -176,7 +190,10 @@ impl Bench<'_> {
     }
 
     fn start(&self, name: &str, command: Command, endpoint: Endpoint) -> Result<Server> {
-        let log = self.dir.path().join(format!("{}.log", name.replace(' ', "-")));
+        let log = self
+            .dir
+            .path()
+            .join(format!("{}.log", name.replace(' ', "-")));
         Server::start(name, command, endpoint, &self.cores, &log)
     }
 
@@ -209,7 +226,11 @@ impl Bench<'_> {
 
 /// The role a server's column has where hikkoshi is compared with its peers.
 fn role(kind: Kind) -> Role {
-    if kind == Kind::Hikkoshi { Role::Subject } else { Role::Reference }
+    if kind == Kind::Hikkoshi {
+        Role::Subject
+    } else {
+        Role::Reference
+    }
 }
 
 /// Finds the binary to measure, and builds it first when cargo started this program.
