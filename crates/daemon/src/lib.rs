@@ -1,3 +1,11 @@
 //! Volumes, their NBD front end, and the control interface.
 
+pub mod config;
+pub mod control;
+pub mod daemon;
+pub mod front;
+pub mod registry;
 pub mod status;
+pub mod volume;
+
+pub use daemon::{Daemon, DaemonError};

@@ -4,3 +4,8 @@
 //! and the time, and carry out the actions that come back.
 
 pub mod geometry;
+pub mod journal;
+pub mod mover;
+pub mod range_lock;
+pub mod residency;
+pub mod sync;

@@ -15,6 +15,16 @@ pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Before every chunk of a structured reply.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 
+/// Bytes in what a server sends first: [`INIT_MAGIC`], [`OPTION_MAGIC`], its handshake flags.
+pub const GREETING_BYTES: usize = 18;
+/// Bytes in the client's handshake flags.
+pub const CLIENT_FLAGS_BYTES: usize = 4;
+/// Bytes before the data of an option.
+pub const OPTION_BYTES: usize = 16;
+/// Bytes before the data of a reply to an option.
+pub const OPTION_REPLY_BYTES: usize = 20;
+/// Zero bytes after the answer to EXPORT_NAME, unless both sides agreed to leave them out.
+pub const EXPORT_NAME_ZEROES: usize = 124;
 /// Bytes in a request header.
 pub const REQUEST_BYTES: usize = 28;
 /// Bytes in a simple reply header.

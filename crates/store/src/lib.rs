@@ -3,6 +3,34 @@
 //! [`Store`] is the seam: bytes at offsets, with holes and a way to make them durable. It knows
 //! nothing of sources or residency.
 
+mod blockdev;
+mod extent_cache;
+mod faulty;
+mod file;
+mod identity;
+mod image;
+pub mod live;
+mod lock;
+pub mod medium;
+mod memory;
+mod open;
+mod pool;
+mod range;
+pub mod state;
+mod sync_gate;
+mod uring;
+mod zero;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod conformance;
+
+pub use faulty::{Fault, FaultyStore, StoreOp, When};
+pub use file::FileStore;
+pub use identity::{ImageIdentity, VOLUME_TAG_MAX_BYTES};
+pub use memory::{Chooser, MemoryStore};
+pub use open::{EngineChoice, OpenOptions, StoreError};
+
 use std::io;
 
 /// What an extent of a store holds.

@@ -1,0 +1,109 @@
+//! What a daemon is told to do. Filled by the command line or a configuration file; checked here,
+//! so that both give the same errors.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where clients are listened for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A host and a port; port 0 lets the system choose.
+    Tcp(String, u16),
+    /// A Unix socket at this path. A stale socket is replaced, a live one is an error.
+    Unix(PathBuf),
+    /// An already listening socket that a supervisor passed on (socket activation), by number.
+    Inherited(i32),
+}
+
+/// When the VM counts as running here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HandoffPolicy {
+    /// The first write, trim or write-zeroes, or the explicit command.
+    #[default]
+    FirstWrite,
+    /// Only the explicit command; a write before it is refused.
+    Command,
+    /// At the start: nobody uses the disk at the source any more.
+    Now,
+}
+
+/// What a read that needs an unreachable source does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SourceLoss {
+    /// Waits until the source is back.
+    #[default]
+    Wait,
+    /// Waits this long, then fails with EIO.
+    Error(Duration),
+}
+
+/// Which engine reads what is not in the page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// A pool of threads.
+    Threads,
+    /// io_uring; an error where it is forbidden.
+    IoUring,
+}
+
+/// The disk elsewhere that a volume moves from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceConfig {
+    /// The address as given (`nbd://…`, `nbd+unix://…`, or a path to a Unix socket).
+    pub uri: String,
+    /// When the VM counts as running here.
+    pub handoff: HandoffPolicy,
+    /// Connections to the source, at least 1.
+    pub connections: usize,
+    /// Whether the background copy runs at all.
+    pub background: bool,
+    /// The cap on the background copy, bytes per second.
+    pub max_rate: Option<u64>,
+    /// What happens while the source is unreachable.
+    pub on_loss: SourceLoss,
+    /// Data that is already in the image may be overwritten by the source's.
+    pub overwrite: bool,
+    /// The recorded source may be reached at another address from now on.
+    pub moved: bool,
+}
+
+/// One export: a disk image, maybe with a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportConfig {
+    /// The export's name; empty for the default export.
+    pub name: String,
+    /// The image file or block device.
+    pub image: PathBuf,
+    /// Where the durable state lives; `IMAGE.hikkoshi` when not given.
+    pub state_dir: Option<PathBuf>,
+    /// The block size of residency in bytes.
+    pub block_bytes: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Which engine reads what is not in the page cache.
+    pub engine: Engine,
+    /// Where the disk moves from.
+    pub source: Option<SourceConfig>,
+}
+
+/// A whole daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DaemonConfig {
+    /// Where clients are listened for, at least one.
+    pub listen: Vec<Listen>,
+    /// The control socket; `None` for none.
+    pub control: Option<PathBuf>,
+    /// The exports, at least one, of distinct names.
+    pub exports: Vec<ExportConfig>,
+    /// Most client connections at once.
+    pub max_clients: usize,
+}
+
+/// Connections to a source when nothing else is asked for: one for demand, three for bulk.
+pub const DEFAULT_CONNECTIONS: usize = 4;
+
+/// Most client connections when nothing else is asked for.
+pub const DEFAULT_MAX_CLIENTS: usize = 1024;

@@ -1,0 +1,266 @@
+//! A small blocking HTTP/1.1 client for the control interface, over a Unix socket.
+//!
+//! One request a connection. Everything that comes back is bounded in size and time, so that a
+//! hung or foreign process behind the socket cannot hang a command. Used by the command line.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::status::ExportStatus;
+
+/// Bytes the head of an answer may have.
+const MAX_HEAD_BYTES: usize = 16 << 10;
+
+/// Bytes the body of an answer may have: some ten thousand exports.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
+
+/// How long a question may take; the daemon answers these at once.
+const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a command may take; a handoff waits for the disk.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Why a daemon could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens there.
+    #[error(
+        "no daemon answers at {path}: {source}; is `hikkoshi serve` running, and is this its \
+         --control?"
+    )]
+    Unreachable {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The daemon answered with an error; the text is its own.
+    #[error("{message}")]
+    Refused {
+        /// The HTTP status.
+        status: u16,
+        /// What the daemon said.
+        message: String,
+    },
+    /// The connection broke, or the answer took too long.
+    #[error("the daemon at {path} did not answer: {source}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What came back is no answer of a hikkoshi daemon.
+    #[error("what listens at {path} does not answer like a hikkoshi daemon: {what}")]
+    Garbled {
+        /// The socket.
+        path: PathBuf,
+        /// What was wrong.
+        what: String,
+    },
+}
+
+/// What a daemon can be told to do with an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Stop the background copy.
+    Pause,
+    /// Let it go on.
+    Resume,
+    /// From here on the VM runs here.
+    Handoff,
+    /// Cap the background copy, in bytes per second; `None` lifts the cap.
+    Limit(Option<u64>),
+}
+
+/// A daemon, by its control socket. Holds no connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlClient {
+    path: PathBuf,
+}
+
+impl ControlClient {
+    /// The daemon at `path`. Connects only when asked something.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// The socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All exports, in the order of the configuration.
+    ///
+    /// # Errors
+    /// The daemon cannot be reached, or answers strangely.
+    pub fn status(&self) -> Result<Vec<ExportStatus>, ClientError> {
+        let body = self.request("GET", "/v1/status", ASK_TIMEOUT)?;
+        self.parse(&body)
+    }
+
+    /// One export. The empty name also finds the only one there is.
+    ///
+    /// # Errors
+    /// As [`Self::status`], and when there is no such export.
+    pub fn export(&self, name: &str) -> Result<ExportStatus, ClientError> {
+        let target = format!("/v1/export?name={}", encode(name));
+        let body = self.request("GET", &target, ASK_TIMEOUT)?;
+        self.parse(&body)
+    }
+
+    /// Commands an export and tells how it stands then.
+    ///
+    /// # Errors
+    /// As [`Self::export`], and when the daemon refuses the command.
+    pub fn command(&self, name: &str, command: Command) -> Result<ExportStatus, ClientError> {
+        let (route, more) = match command {
+            Command::Pause => ("pause", String::new()),
+            Command::Resume => ("resume", String::new()),
+            Command::Handoff => ("handoff", String::new()),
+            Command::Limit(None) => ("limit", "&bytes_per_s=none".into()),
+            Command::Limit(Some(rate)) => ("limit", format!("&bytes_per_s={rate}")),
+        };
+        let target = format!("/v1/{route}?name={}{more}", encode(name));
+        let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
+        self.parse(&body)
+    }
+
+    fn parse<T: serde::de::DeserializeOwned>(&self, body: &[u8]) -> Result<T, ClientError> {
+        serde_json::from_slice(body).map_err(|error| self.garbled(error.to_string()))
+    }
+
+    fn garbled(&self, what: impl Into<String>) -> ClientError {
+        ClientError::Garbled {
+            path: self.path.clone(),
+            what: what.into(),
+        }
+    }
+
+    /// Sends a request without a body and returns the body of a successful answer.
+    fn request(
+        &self,
+        method: &str,
+        target: &str,
+        timeout: Duration,
+    ) -> Result<Vec<u8>, ClientError> {
+        let stream =
+            UnixStream::connect(&self.path).map_err(|source| ClientError::Unreachable {
+                path: self.path.clone(),
+                source,
+            })?;
+        let raw = exchange(stream, method, target, Instant::now() + timeout).map_err(|source| {
+            ClientError::Io {
+                path: self.path.clone(),
+                source,
+            }
+        })?;
+        let (status, body) = split_answer(&raw).map_err(|what| self.garbled(what))?;
+        if (200..300).contains(&status) {
+            return Ok(body.to_vec());
+        }
+        #[derive(serde::Deserialize)]
+        struct Said {
+            error: String,
+        }
+        let message = match serde_json::from_slice::<Said>(body) {
+            Ok(said) => said.error,
+            Err(_) => format!("the daemon answered with HTTP status {status}"),
+        };
+        Err(ClientError::Refused { status, message })
+    }
+}
+
+/// One request and all bytes of its answer, before `deadline`.
+fn exchange(
+    mut stream: UnixStream,
+    method: &str,
+    target: &str,
+    deadline: Instant,
+) -> io::Result<Vec<u8>> {
+    let request = format!(
+        "{method} {target} HTTP/1.1\r\nHost: hikkoshi\r\nConnection: close\r\n\
+         Content-Length: 0\r\n\r\n"
+    );
+    stream.set_write_timeout(Some(remaining(deadline)?))?;
+    stream.write_all(request.as_bytes())?;
+    let mut raw = Vec::new();
+    let mut chunk = [0; 16 << 10];
+    loop {
+        stream.set_read_timeout(Some(remaining(deadline)?))?;
+        let n = match stream.read(&mut chunk) {
+            Ok(n) => n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // A timeout of a Unix socket says "would block", which tells a person nothing.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            Err(error) => return Err(error),
+        };
+        if n == 0 {
+            return Ok(raw);
+        }
+        raw.extend_from_slice(&chunk[..n]);
+        if raw.len() > MAX_HEAD_BYTES + MAX_ANSWER_BYTES {
+            return Err(io::Error::other("the answer is too long"));
+        }
+    }
+}
+
+fn remaining(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(left)
+}
+
+/// Takes an answer apart into its status and its body. The connection was closed after it, and
+/// the daemon always says how long the body is, so a cut-off answer is noticed.
+fn split_answer(raw: &[u8]) -> Result<(u16, &[u8]), String> {
+    let head_len = raw
+        .windows(4)
+        .take(MAX_HEAD_BYTES)
+        .position(|four| four == b"\r\n\r\n")
+        .ok_or("there is no HTTP head")?;
+    let head = std::str::from_utf8(&raw[..head_len]).map_err(|_| "the HTTP head is not text")?;
+    let body = &raw[head_len + 4..];
+    let mut lines = head.split("\r\n");
+    let status = lines
+        .next()
+        .and_then(|line| line.strip_prefix("HTTP/1."))
+        .and_then(|line| line.get(2..5))
+        .and_then(|digits| digits.parse::<u16>().ok())
+        .ok_or("there is no HTTP status")?;
+    let mut length = None;
+    for line in lines {
+        let Some((name, value)) = line.split_once(':') else {
+            continue;
+        };
+        if name.eq_ignore_ascii_case("content-length") {
+            length = value.trim().parse::<usize>().ok();
+        }
+    }
+    match length {
+        Some(length) if length == body.len() => Ok((status, body)),
+        // A request that could not be parsed is answered with an empty body.
+        None if body.is_empty() => Ok((status, body)),
+        _ => Err("the answer is cut off".into()),
+    }
+}
+
+/// Percent-encodes a query value: everything but unreserved characters (RFC 3986, section 2.3).
+fn encode(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::with_capacity(text.len());
+    for &byte in text.as_bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            write!(out, "%{byte:02X}").expect("writing to a String does not fail");
+        }
+    }
+    out
+}

@@ -1,0 +1,216 @@
+//! How a running daemon is asked and commanded: HTTP/1.1 with JSON over a Unix socket.
+//!
+//! Owns the socket's life ([`serve`]), the routes, the small blocking client that the command line
+//! uses ([`client`]), and where sockets are looked for ([`place`]). It reaches volumes only through
+//! [`Exports`], and never touches the data path: a slow or hostile control client costs a thread
+//! of the control interface, no more. Called by the daemon at its start and by the command line.
+//!
+//! The socket is created with mode 0600: whoever may connect may do everything, and that is the
+//! user who started the daemon (and root).
+
+pub mod client;
+pub mod place;
+mod routes;
+mod socket;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::sync::{Semaphore, oneshot};
+use tracing::{debug, warn};
+
+use crate::registry::Exports;
+use socket::BoundSocket;
+
+/// Most control connections that are served at once; the next ones wait to be accepted.
+pub const MAX_CONNECTIONS: usize = 64;
+
+/// Bytes that the head of a request (line and headers) may have. Hyper's own lower bound is 8 KiB.
+pub const MAX_HEAD_BYTES: usize = 16 << 10;
+
+/// Headers that a request may have.
+pub const MAX_HEADERS: usize = 32;
+
+/// Bytes that the body of a request may have. No route needs one.
+pub const MAX_BODY_BYTES: usize = 4096;
+
+/// How long a client may take to send the head of a request, also between two requests.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long answers that are being made may take once the control interface is told to end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Threads for commands that may take a while (a handoff waits for a sync).
+const COMMAND_THREADS: usize = 4;
+
+/// Why the control interface could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Another daemon answers at this path.
+    #[error(
+        "control socket {0} is in use by a running daemon; stop that one, or choose another \
+         place with --control unix:PATH"
+    )]
+    InUse(PathBuf),
+    /// Something that is no socket is in the way.
+    #[error("control socket {0} cannot be created: there is a file of that name that is no socket")]
+    NotASocket(PathBuf),
+    /// The path is longer than the system allows for sockets.
+    #[error("control socket {0} cannot be created: a socket's path may have at most {1} bytes")]
+    PathTooLong(PathBuf, usize),
+    /// The system refused.
+    #[error("control socket {path} cannot be created: {source}")]
+    Io {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A control interface that is being served. Ends, and removes its socket, when dropped.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Ends it: no new connections, a moment for answers under way, the socket is removed.
+    pub fn shutdown(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            // The receiver is gone only when the thread has ended already.
+            let _ = stop.send(());
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the control interface's thread panicked");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Serves `exports` on a Unix socket at `path` (mode 0600), on a thread of its own. A socket that
+/// nobody listens on any more is replaced.
+///
+/// # Errors
+/// A live daemon has the socket, something else is in the way, or the system refuses.
+pub fn serve(path: &Path, exports: Arc<dyn Exports>) -> Result<Server, ControlError> {
+    let failed = |source| ControlError::Io {
+        path: path.to_path_buf(),
+        source,
+    };
+    let bound = BoundSocket::bind(path)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .max_blocking_threads(COMMAND_THREADS)
+        .thread_name("hikkoshi-command")
+        .build()
+        .map_err(failed)?;
+    let (stop, stopped) = oneshot::channel();
+    let thread = std::thread::Builder::new()
+        .name("hikkoshi-control".into())
+        .spawn(move || {
+            runtime.block_on(accept_until(&bound, exports, stopped));
+            // A command that hangs must not keep the daemon from ending.
+            runtime.shutdown_timeout(DRAIN_TIMEOUT);
+            drop(bound);
+        })
+        .map_err(failed)?;
+    Ok(Server {
+        path: path.to_path_buf(),
+        stop: Some(stop),
+        thread: Some(thread),
+    })
+}
+
+/// Accepts connections until told to stop, then waits a moment for those that are open.
+async fn accept_until(
+    bound: &BoundSocket,
+    exports: Arc<dyn Exports>,
+    mut stopped: oneshot::Receiver<()>,
+) {
+    let listener = match bound.listener() {
+        Ok(listener) => listener,
+        Err(error) => {
+            warn!(%error, "the control interface cannot listen; the daemon goes on without it");
+            return;
+        }
+    };
+    let router = routes::router(exports);
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let closing = Arc::new(tokio::sync::Notify::new());
+    loop {
+        let permit = tokio::select! {
+            _ = &mut stopped => break,
+            permit = Arc::clone(&slots).acquire_owned() => {
+                permit.expect("the semaphore is never closed")
+            }
+        };
+        let accepted = tokio::select! {
+            _ = &mut stopped => break,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, say: others may be freed, so go on, but not in a tight loop.
+                warn!(%error, "a control connection could not be accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(router.clone());
+        let closing = Arc::clone(&closing);
+        tokio::spawn(async move {
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_TIMEOUT)
+                .max_buf_size(MAX_HEAD_BYTES)
+                .max_headers(MAX_HEADERS)
+                .serve_connection(TokioIo::new(stream), service);
+            tokio::pin!(connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = closing.notified() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
+                debug!(%error, "a control connection ended badly");
+            }
+            drop(permit);
+        });
+    }
+    closing.notify_waiters();
+    let all = u32::try_from(MAX_CONNECTIONS).expect("a small constant");
+    // Whoever has not finished by then is cut off.
+    let _ = tokio::time::timeout(DRAIN_TIMEOUT, slots.acquire_many(all)).await;
+}

@@ -1,0 +1,194 @@
+//! The routes of the control interface. `docs/control-api.md` describes them for users.
+
+use std::sync::Arc;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::MAX_BODY_BYTES;
+use crate::registry::{CommandError, Controlled, Exports};
+use crate::status::ExportStatus;
+
+/// What `GET /` answers.
+const INDEX: &str = "\
+hikkoshi control interface
+
+GET  /v1/status                          all exports, a JSON array
+GET  /v1/export?name=NAME                one export
+POST /v1/pause?name=NAME                 stop the background copy
+POST /v1/resume?name=NAME                let it go on
+POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts the cap
+POST /v1/handoff?name=NAME               from here on the VM runs here
+
+Without name: the default export, or the only one. A command answers with the export's status;
+an error is {\"error\": \"...\"} with status 400, 404, 405, 409 or 500.
+";
+
+type Shared = Arc<dyn Exports>;
+
+/// The routes over `exports`.
+pub(super) fn router(exports: Shared) -> Router {
+    Router::new()
+        .route("/", get(async || INDEX))
+        .route("/v1/status", get(status))
+        .route("/v1/export", get(export))
+        .route("/v1/pause", post(pause))
+        .route("/v1/resume", post(resume))
+        .route("/v1/handoff", post(handoff))
+        .route("/v1/limit", post(limit))
+        .fallback(async || {
+            Refusal::new(
+                StatusCode::NOT_FOUND,
+                "no such route; GET / lists those there are",
+            )
+        })
+        .method_not_allowed_fallback(async || {
+            Refusal::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "this route is asked with another method; GET / lists the routes",
+            )
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(exports)
+}
+
+/// An error answer.
+struct Refusal {
+    status: StatusCode,
+    message: String,
+}
+
+impl Refusal {
+    fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            message: message.into(),
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.status, Json(json!({ "error": self.message }))).into_response()
+    }
+}
+
+impl From<CommandError> for Refusal {
+    fn from(error: CommandError) -> Self {
+        let status = match error {
+            CommandError::NoSuchExport(_) => StatusCode::NOT_FOUND,
+            CommandError::Conflict(_) => StatusCode::CONFLICT,
+            CommandError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+impl From<QueryRejection> for Refusal {
+    fn from(error: QueryRejection) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, error.body_text())
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Name {
+    #[serde(default)]
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limit {
+    #[serde(default)]
+    name: String,
+    bytes_per_s: String,
+}
+
+type NameQuery = Result<Query<Name>, QueryRejection>;
+
+async fn status(State(exports): State<Shared>) -> Json<Vec<ExportStatus>> {
+    Json(exports.all().iter().map(|one| one.status()).collect())
+}
+
+async fn export(
+    State(exports): State<Shared>,
+    query: NameQuery,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    Ok(Json(exports.find(&query.name)?.status()))
+}
+
+async fn pause(
+    State(exports): State<Shared>,
+    query: NameQuery,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    command(exports, query.name, |export| export.pause()).await
+}
+
+async fn resume(
+    State(exports): State<Shared>,
+    query: NameQuery,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    command(exports, query.name, |export| export.resume()).await
+}
+
+async fn handoff(
+    State(exports): State<Shared>,
+    query: NameQuery,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    command(exports, query.name, |export| export.handoff()).await
+}
+
+async fn limit(
+    State(exports): State<Shared>,
+    query: Result<Query<Limit>, QueryRejection>,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    let rate = match query.bytes_per_s.as_str() {
+        "none" => None,
+        text => match text.parse::<u64>() {
+            Ok(rate) if rate > 0 => Some(rate),
+            _ => {
+                return Err(Refusal::new(
+                    StatusCode::BAD_REQUEST,
+                    format!(
+                        "bytes_per_s is {text:?}; it must be a whole number above 0, or none \
+                         (to stop the background copy, POST /v1/pause)"
+                    ),
+                ));
+            }
+        },
+    };
+    command(exports, query.name, move |export| export.set_limit(rate)).await
+}
+
+/// Runs a command, which may wait for a disk, on a thread where it may, and tells how the export
+/// stands after it. Once begun, the command is carried out even if the client hangs up.
+async fn command<F>(exports: Shared, name: String, act: F) -> Result<Json<ExportStatus>, Refusal>
+where
+    F: FnOnce(&dyn Controlled) -> Result<(), CommandError> + Send + 'static,
+{
+    let done = tokio::task::spawn_blocking(move || {
+        let export = exports.find(&name)?;
+        act(export.as_ref())?;
+        Ok::<_, CommandError>(export.status())
+    });
+    match done.await {
+        Ok(Ok(status)) => Ok(Json(status)),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(Refusal::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the command ended abnormally; the daemon's log says more",
+        )),
+    }
+}

@@ -1,0 +1,168 @@
+//! A whole daemon: its volumes, its front end, its control socket, from start to end.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::{DaemonConfig, Listen};
+use crate::control;
+use crate::front::{Front, Table};
+use crate::registry::{CommandError, Controlled, Exports};
+use crate::volume::open::{OpenError, Running};
+
+/// How long clients may take to receive what is in flight when the daemon ends.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a daemon could not start, or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// The configuration makes no sense.
+    #[error("{0}")]
+    Config(String),
+    /// An export could not be opened.
+    #[error("cannot serve {image}: {source}")]
+    Export {
+        /// Its image.
+        image: String,
+        /// Why.
+        source: Box<OpenError>,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The control socket cannot be served.
+    #[error("cannot serve the control socket: {0}")]
+    Control(String),
+    /// What was in flight at the end could not be made durable.
+    #[error("export {export:?} could not be closed cleanly: {source}")]
+    Close {
+        /// The export.
+        export: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A daemon that serves.
+pub struct Daemon {
+    front: Front,
+    control: Option<control::Server>,
+    running: Vec<Running>,
+    table: Arc<Table>,
+}
+
+impl fmt::Debug for Daemon {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Daemon").field("listening", &self.listening()).finish_non_exhaustive()
+    }
+}
+
+impl Daemon {
+    /// Opens the exports, listens, and serves in threads of its own.
+    ///
+    /// # Errors
+    /// Anything of that fails; nothing is served then.
+    pub fn start(config: DaemonConfig) -> Result<Self, DaemonError> {
+        check(&config)?;
+        let mut running = Vec::new();
+        for export in &config.exports {
+            running.push(Running::open(export).map_err(|e| DaemonError::Export {
+                image: export.image.display().to_string(),
+                source: Box::new(e),
+            })?);
+        }
+        let volumes = running.iter().map(|r| Arc::clone(r.volume())).collect();
+        let table = Arc::new(Table { volumes });
+        let mut front =
+            Front::start(Arc::clone(&table), &config.listen, config.max_clients).map_err(
+                |(address, source)| DaemonError::Listen { address: address.to_string(), source },
+            )?;
+        let control = match &config.control {
+            None => None,
+            Some(path) => match control::serve(path, Arc::clone(&table) as Arc<dyn Exports>) {
+                Ok(server) => Some(server),
+                Err(e) => {
+                    front.stop(Duration::ZERO);
+                    return Err(DaemonError::Control(e.to_string()));
+                }
+            },
+        };
+        Ok(Self { front, control, running, table })
+    }
+
+    /// Where clients are listened for, with the real ports.
+    pub fn listening(&self) -> Vec<Listen> {
+        self.front.listening().to_vec()
+    }
+
+    /// The exports.
+    pub fn exports(&self) -> Arc<dyn Exports> {
+        Arc::clone(&self.table) as Arc<dyn Exports>
+    }
+
+    /// Ends: accepts no more, answers what is in flight, makes everything durable.
+    ///
+    /// # Errors
+    /// Something could not be made durable. What was flushed before is.
+    pub fn shutdown(mut self) -> Result<(), DaemonError> {
+        drop(self.control.take());
+        self.front.stop(STOP_PATIENCE);
+        let mut outcome = Ok(());
+        for running in self.running.drain(..) {
+            let export = running.volume().name().to_owned();
+            if let Err(source) = running.close() {
+                outcome = Err(DaemonError::Close { export, source });
+            }
+        }
+        outcome
+    }
+}
+
+fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
+    let refuse = |why: &str| Err(DaemonError::Config(why.to_owned()));
+    if config.exports.is_empty() {
+        return refuse("there is no export to serve");
+    }
+    if config.listen.is_empty() {
+        return refuse("there is no address to listen on");
+    }
+    for (n, export) in config.exports.iter().enumerate() {
+        for other in &config.exports[..n] {
+            if other.name == export.name {
+                return Err(DaemonError::Config(format!(
+                    "two exports are named {:?}; give them different names",
+                    export.name
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Exports for Table {
+    fn all(&self) -> Vec<Arc<dyn Controlled>> {
+        self.volumes.iter().map(|v| Arc::clone(v) as Arc<dyn Controlled>).collect()
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<dyn Controlled>, CommandError> {
+        Table::find(self, name)
+            .map(|v| Arc::clone(v) as Arc<dyn Controlled>)
+            .ok_or_else(|| CommandError::NoSuchExport(name.to_owned()))
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(host, port) if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
+            Self::Tcp(host, port) => write!(f, "tcp://{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Inherited(number) => write!(f, "inherited socket {number}"),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! The exports of a daemon by name, as the control interface and the front end see them.
+
+use crate::status::ExportStatus;
+
+/// Why a command to an export was refused. The text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// There is no such export.
+    #[error("no export is named {0:?}; `hikkoshi status` lists those that are served")]
+    NoSuchExport(String),
+    /// The command makes no sense in the state the export is in.
+    #[error("{0}")]
+    Conflict(String),
+    /// It was tried and failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What the control interface can ask of an export.
+pub trait Controlled: Send + Sync {
+    /// How it stands. Never waits.
+    fn status(&self) -> ExportStatus;
+    /// Stops the background copy; demand goes on. No error when it is stopped already.
+    ///
+    /// # Errors
+    /// The export has no source.
+    fn pause(&self) -> Result<(), CommandError>;
+    /// Lets the background copy go on.
+    ///
+    /// # Errors
+    /// The export has no source.
+    fn resume(&self) -> Result<(), CommandError>;
+    /// Caps the background copy, in bytes per second; `None` lifts the cap.
+    ///
+    /// # Errors
+    /// The export has no source.
+    fn set_limit(&self, bytes_per_s: Option<u64>) -> Result<(), CommandError>;
+    /// From here on the VM runs here. Returns once that is durable. No error when it is so already.
+    ///
+    /// # Errors
+    /// The export has no source, or the record could not be made durable.
+    fn handoff(&self) -> Result<(), CommandError>;
+}
+
+/// The exports of a daemon.
+pub trait Exports: Send + Sync + 'static {
+    /// All of them, in the order of the configuration.
+    fn all(&self) -> Vec<std::sync::Arc<dyn Controlled>>;
+
+    /// The one of this name. The empty name also finds the only export there is.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    fn find(&self, name: &str) -> Result<std::sync::Arc<dyn Controlled>, CommandError>;
+}

@@ -1,0 +1,335 @@
+//! What guests ask of a volume: reads, writes, zeroes, trims.
+//!
+//! The order of a write, which makes a kill lose nothing and lets a fetch never overwrite it:
+//! - into blocks that are all here: (1) mark them owned, (2) leave the record, (3) write. Marking
+//!   first is safe, since a mark too many only costs a block sent on the way back, and no lock is
+//!   needed, since nobody installs into what is here.
+//! - into blocks of which some are missing: under the lock of the range, (1) write, (2) mark the
+//!   whole blocks owned and the sectors of partly written ones valid, (3) leave the records. The
+//!   marks are in memory that outlives the process before the write is answered.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex};
+
+use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, SECTOR_BYTES};
+use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::mover::ReadFailure;
+use hikkoshi_engine::residency::BlockState;
+use hikkoshi_store::{Store, ZeroMode};
+
+use super::relocation::{ReadEnd, Relocation};
+use super::{Volume, lock};
+use crate::config::HandoffPolicy;
+use crate::status::LifeState;
+
+/// How a read stands after the first look.
+#[derive(Debug)]
+pub enum ReadNow {
+    /// The buffer is filled.
+    Done,
+    /// All is here, but the medium would have to be waited for.
+    WouldBlock,
+    /// Some of it must come from the source.
+    Missing,
+}
+
+/// What a mutation does to bytes that are to be written.
+enum Change<'a> {
+    Data { offset: u64, data: &'a [u8] },
+    Zeroes(ZeroMode),
+}
+
+impl Change<'_> {
+    /// Applies it to `bytes` of the image, which lie within what was asked for.
+    fn apply(&self, store: &dyn Store, bytes: ByteRange) -> io::Result<()> {
+        match self {
+            Self::Data { offset, data } => {
+                let start = usize::try_from(bytes.start - offset).map_err(io::Error::other)?;
+                let len = usize::try_from(bytes.len()).map_err(io::Error::other)?;
+                store.write(bytes.start, &data[start..start + len])
+            }
+            Self::Zeroes(mode) => store.write_zeroes(bytes.start, bytes.len(), *mode),
+        }
+    }
+}
+
+impl Volume {
+    /// Reads without waiting, if that can be. `relocation` is the caller's copy of
+    /// [`Volume::relocation`].
+    ///
+    /// # Errors
+    /// The error of the medium.
+    pub fn read_now(
+        &self,
+        relocation: Option<&Arc<Relocation>>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> io::Result<ReadNow> {
+        if let Some(relocation) = relocation {
+            let bytes = ByteRange::at(offset, buf.len() as u64);
+            if !relocation.residency.all_resident(relocation.geometry.covering(bytes)) {
+                return Ok(ReadNow::Missing);
+            }
+        }
+        Ok(if self.store.try_read(offset, buf)? { ReadNow::Done } else { ReadNow::WouldBlock })
+    }
+
+    /// Writes. Waits for nobody but the local medium, with one exception: a write that does not
+    /// begin and end on a sector waits for the block from the source.
+    ///
+    /// # Errors
+    /// The error of the medium; permission denied before the handoff if that is to be commanded.
+    pub fn write(
+        &self,
+        relocation: Option<&Arc<Relocation>>,
+        offset: u64,
+        data: &[u8],
+    ) -> io::Result<()> {
+        self.check_poison()?;
+        match relocation {
+            None => self.store.write(offset, data),
+            Some(relocation) => {
+                let bytes = ByteRange::at(offset, data.len() as u64);
+                self.mutate(relocation, bytes, &Change::Data { offset, data })
+            }
+        }
+    }
+
+    /// Makes bytes zero.
+    ///
+    /// # Errors
+    /// As [`Volume::write`]; unsupported only with [`ZeroMode::FastOnly`].
+    pub fn zero(
+        &self,
+        relocation: Option<&Arc<Relocation>>,
+        offset: u64,
+        len: u64,
+        mode: ZeroMode,
+    ) -> io::Result<()> {
+        self.check_poison()?;
+        match relocation {
+            None => self.store.write_zeroes(offset, len, mode),
+            Some(relocation) => {
+                self.mutate(relocation, ByteRange::at(offset, len), &Change::Zeroes(mode))
+            }
+        }
+    }
+
+    /// Gives bytes up. They read as zeroes afterwards, except for parts of a block that is not
+    /// here: those are left as they are, which TRIM allows.
+    ///
+    /// # Errors
+    /// As [`Volume::write`].
+    pub fn trim(
+        &self,
+        relocation: Option<&Arc<Relocation>>,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        let mut bytes = ByteRange::at(offset, len);
+        if let Some(relocation) = relocation {
+            bytes = relocation.geometry.bytes(relocation.geometry.within(bytes));
+            if bytes.is_empty() {
+                return self.check_poison();
+            }
+        }
+        self.zero(relocation, bytes.start, bytes.len(), ZeroMode::MayPunch)
+    }
+
+    /// From here on the VM runs here: recorded before it is believed.
+    ///
+    /// # Errors
+    /// It could not be made durable; the volume still stands by.
+    pub fn hand_off(&self) -> io::Result<()> {
+        let mut journal = lock(&self.journal);
+        if self.life() != LifeState::Standby {
+            return Ok(());
+        }
+        let Some(relocation) = self.relocation() else { return Ok(()) };
+        if let Some(state) = journal.state.as_mut() {
+            state.record_arriving().map_err(|e| {
+                self.poison("recording the handoff", &e);
+                io::Error::other(e)
+            })?;
+        }
+        self.set_life(LifeState::Arriving);
+        drop(journal);
+        tracing::info!(export = %self.name, "handoff: the disk lives here from now on");
+        relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
+        Ok(())
+    }
+
+    fn mutate(
+        &self,
+        relocation: &Arc<Relocation>,
+        bytes: ByteRange,
+        change: &Change<'_>,
+    ) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if self.life() == LifeState::Standby {
+            self.admit_first_write()?;
+        }
+        let blocks = relocation.geometry.covering(bytes);
+        loop {
+            if relocation.residency.all_resident(blocks) {
+                if relocation.residency.own_resident(blocks) {
+                    relocation.leave(Record::Owned(blocks));
+                }
+                return change.apply(&*self.store, bytes);
+            }
+            if relocation.change_missing(bytes, change)? {
+                return Ok(());
+            }
+            // The edges need the source's bytes: fetch those blocks, then look again.
+            for edge in relocation.edges(bytes) {
+                relocation.fetch_and_wait(edge)?;
+            }
+        }
+    }
+
+    fn admit_first_write(&self) -> io::Result<()> {
+        if self.handoff_policy == HandoffPolicy::Command {
+            return Err(io::Error::from_raw_os_error(1));
+        }
+        self.hand_off()
+    }
+}
+
+impl Relocation {
+    /// A mutation of blocks of which some are missing. `false` if it cannot be made before the
+    /// blocks at its edges are here; nothing was changed then.
+    fn change_missing(
+        self: &Arc<Self>,
+        bytes: ByteRange,
+        change: &Change<'_>,
+    ) -> io::Result<bool> {
+        let blocks = self.geometry.covering(bytes);
+        let mut partials = Vec::new();
+        {
+            let _guard = self.locks.lock(blocks);
+            let edges = match self.plan_edges(bytes) {
+                Some(edges) => edges,
+                None => return Ok(false),
+            };
+            // 1. the data
+            change.apply(&*self.store, bytes)?;
+            // 2. the marks, 3. the records
+            let whole = self.geometry.within(bytes);
+            if !whole.is_empty() {
+                self.now_owned(whole);
+            }
+            for (block, sectors) in edges {
+                if let Some(sectors) = sectors {
+                    match self.now_partial(block, sectors) {
+                        Some(true) => {}
+                        Some(false) => partials.push(block),
+                        // No room to remember the sectors: with the whole block here, none is
+                        // needed, and writing the same once more does no harm.
+                        None => return Ok(false),
+                    }
+                } else {
+                    self.now_owned(BlockRange::one(block));
+                }
+            }
+        }
+        self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));
+        Ok(true)
+    }
+
+    /// The blocks that `bytes` covers only in part.
+    fn edges(&self, bytes: ByteRange) -> Vec<BlockRange> {
+        let blocks = self.geometry.covering(bytes);
+        let whole = self.geometry.within(bytes);
+        let mut edges = Vec::new();
+        for block in [blocks.start, blocks.end - 1] {
+            let edge = BlockRange::one(BlockIndex(block));
+            if !whole.overlaps(edge) && !edges.contains(&edge) {
+                edges.push(edge);
+            }
+        }
+        edges
+    }
+
+    /// What becomes of each edge block: `None` for one that is here, else the sectors that are
+    /// written. `None` for all if an edge cannot be kept as sectors.
+    #[expect(clippy::type_complexity, reason = "a short list that lives for a few lines")]
+    fn plan_edges(&self, bytes: ByteRange) -> Option<Vec<(BlockIndex, Option<Range<u32>>)>> {
+        let mut plan = Vec::new();
+        for edge in self.edges(bytes) {
+            let block = BlockIndex(edge.start);
+            let state = self.residency.state(block);
+            if matches!(state, BlockState::Clean | BlockState::Owned) {
+                plan.push((block, None));
+                continue;
+            }
+            let of_block = self.geometry.bytes(edge);
+            let start = bytes.start.max(of_block.start) - of_block.start;
+            let end = bytes.end.min(of_block.end) - of_block.start;
+            if start % SECTOR_BYTES != 0 || end % SECTOR_BYTES != 0 {
+                return None;
+            }
+            let sector = |at: u64| u32::try_from(at / SECTOR_BYTES).ok();
+            plan.push((block, Some(sector(start)?..sector(end)?)));
+        }
+        Some(plan)
+    }
+
+    /// The sectors are in the image: say so. Tells whether the block is whole by that; `None` if
+    /// there is no room to remember it.
+    fn now_partial(&self, block: BlockIndex, sectors: Range<u32>) -> Option<bool> {
+        let mask = self.residency.mark_partial(block, sectors).ok()?;
+        let whole = self.residency.state(block) == BlockState::Owned;
+        self.leave(if whole {
+            Record::Owned(BlockRange::one(block))
+        } else {
+            Record::Partial { block, mask }
+        });
+        Some(whole)
+    }
+
+    /// Waits until blocks are here.
+    ///
+    /// # Errors
+    /// The source refused them, or is lost for longer than the policy allows.
+    fn fetch_and_wait(self: &Arc<Self>, blocks: BlockRange) -> io::Result<()> {
+        let outcome = Arc::new((Mutex::new(None), Condvar::new()));
+        let told = Arc::clone(&outcome);
+        let done = move |end: ReadEnd<'_>| {
+            let result = match end {
+                ReadEnd::Failed(why) => Err(read_error(why)),
+                ReadEnd::Resident | ReadEnd::Bytes(_) => Ok(()),
+            };
+            *lock(&told.0) = Some(result);
+            told.1.notify_one();
+        };
+        self.read(self.geometry.bytes(blocks), Box::new(done));
+        let mut result = lock(&outcome.0);
+        loop {
+            if let Some(result) = result.take() {
+                return result;
+            }
+            result = outcome.1.wait(result).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+}
+
+/// The error of a read that the source could not serve.
+pub fn read_error(why: ReadFailure) -> io::Error {
+    io::Error::other(match why {
+        ReadFailure::SourceRefused => "the source cannot read these blocks",
+        ReadFailure::SourceLost => "the source is unreachable",
+        ReadFailure::StoreFailed => "the local image cannot take these blocks",
+    })
+}
+
+impl Volume {
+    /// Counts a read.
+    pub fn count_read(&self, remote: bool) {
+        let counter = if remote { &self.tally.reads_remote } else { &self.tally.reads_local };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,170 @@
+//! A volume: a disk that is served, wherever its blocks are.
+//!
+//! `Volume = geometry + store + maybe a relocation`. A plain image has no relocation; a
+//! destination has one until every block is here, and is a plain image from then on. Front ends
+//! call it from their own threads: what needs no waiting is answered in the call, the rest through
+//! a callback that is called exactly once.
+//!
+//! The durability order is that of [`commit`]; the races between fetched blocks and guests' writes
+//! are settled in [`relocation`] and [`guest`].
+
+pub mod commit;
+mod extents;
+pub mod guest;
+pub mod open;
+pub mod relocation;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::time::{Duration, Instant};
+
+use hikkoshi_engine::geometry::Geometry;
+use hikkoshi_store::Store;
+
+use crate::config::HandoffPolicy;
+use crate::status::LifeState;
+use commit::{Committer, Journal};
+use relocation::{Relocation, Traffic};
+use report::RateMeter;
+
+/// Tells how long the volume has been open. A seam, so that tests own the time.
+pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
+
+/// The clock of the machine.
+pub fn system_clock() -> Clock {
+    let start = Instant::now();
+    Arc::new(move || start.elapsed())
+}
+
+/// Counters that grow from the start of the daemon.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Reads answered from the image alone.
+    pub reads_local: AtomicU64,
+    /// Reads that waited for the source.
+    pub reads_remote: AtomicU64,
+    /// Writes.
+    pub writes: AtomicU64,
+    /// Flushes and writes with FUA.
+    pub flushes: AtomicU64,
+    /// Trims and zeroings.
+    pub zeroes: AtomicU64,
+    /// Clients connected now.
+    pub clients: AtomicU64,
+}
+
+/// A disk that is served.
+pub struct Volume {
+    name: String,
+    image: PathBuf,
+    geometry: Geometry,
+    read_only: bool,
+    handoff_policy: HandoffPolicy,
+    store: Arc<dyn Store>,
+    life: AtomicU8,
+    /// Set by a failed sync: from then on nothing is known of what is durable.
+    poisoned: AtomicBool,
+    relocation: RwLock<Option<Arc<Relocation>>>,
+    journal: Mutex<Journal>,
+    committer: Committer,
+    clock: Clock,
+    /// Whether the background copy was asked for.
+    background: bool,
+    /// It came from elsewhere, now or once.
+    had_source: bool,
+    rate: RateMeter,
+    /// What the relocation had counted when it ended.
+    last_traffic: Traffic,
+    /// What is counted; front ends add to it.
+    pub tally: Tally,
+}
+
+const LIFE_LOCAL: u8 = 0;
+const LIFE_STANDBY: u8 = 1;
+const LIFE_ARRIVING: u8 = 2;
+
+/// Locks, and goes on after a panic elsewhere: every structure behind these locks is kept whole
+/// between statements that can panic.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Volume {
+    /// The export's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The shape of the disk.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Whether writes are refused as such.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Where it stands in its life.
+    pub fn life(&self) -> LifeState {
+        match self.life.load(Ordering::Acquire) {
+            LIFE_STANDBY => LifeState::Standby,
+            LIFE_ARRIVING => LifeState::Arriving,
+            _ => LifeState::Local,
+        }
+    }
+
+    /// Whether the disk needs nobody else.
+    pub fn is_local(&self) -> bool {
+        self.life.load(Ordering::Acquire) == LIFE_LOCAL
+    }
+
+    fn set_life(&self, life: LifeState) {
+        let value = match life {
+            LifeState::Local => LIFE_LOCAL,
+            LifeState::Standby => LIFE_STANDBY,
+            LifeState::Arriving => LIFE_ARRIVING,
+        };
+        self.life.store(value, Ordering::Release);
+    }
+
+    /// The relocation, while there is one. Front ends keep it and let go of it when
+    /// [`Volume::is_local`] says so.
+    pub fn relocation(&self) -> Option<Arc<Relocation>> {
+        self.relocation.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// The local image.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    fn now(&self) -> Duration {
+        (self.clock)()
+    }
+
+    /// The error of everything that would have to be durable after a sync has failed.
+    fn check_poison(&self) -> io::Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(io::Error::other(
+                "an earlier sync failed, so nothing is known of what is durable; check the medium \
+                 and restart the daemon",
+            ));
+        }
+        Ok(())
+    }
+
+    fn poison(&self, what: &str, error: &dyn std::error::Error) {
+        if !self.poisoned.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                export = %self.name,
+                "{what} failed: {error}; writes and flushes are refused from now on"
+            );
+        }
+    }
+}

@@ -1,0 +1,574 @@
+//! Opening a volume from its configuration, and closing it.
+//!
+//! Most of this is refusing: an image whose state is gone, a state whose image is gone, a source
+//! that is another one, data that would be overwritten. Nothing is guessed, and nothing is changed
+//! before all of it is known to fit.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
+use hikkoshi_engine::mover::{Mover, Phase, Policy};
+use hikkoshi_nbd::uri::{self, NbdUri};
+use hikkoshi_store::live::{self, LiveFile, OpenedMap};
+use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
+use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
+use hikkoshi_wan::nbd_source::{Address, NbdSource, NbdSourceConfig};
+use hikkoshi_wan::{Source, SourceError, SourceErrorKind};
+
+use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
+use super::relocation::{Relocation, Traffic};
+use super::report::RateMeter;
+use super::{Clock, Tally, Volume, lock, system_clock};
+use crate::config::{
+    DEFAULT_CONNECTIONS, Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss,
+};
+use crate::status::LifeState;
+
+/// Why an export cannot be opened. Each text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The image.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The durable state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The disk at the source has a shape that is not supported.
+    #[error("the source's disk cannot be taken over: {0}")]
+    Geometry(#[from] GeometryError),
+    /// The source cannot be reached for the first time.
+    #[error("cannot reach the source {uri}: {source}")]
+    Source {
+        /// Its address.
+        uri: String,
+        /// Why.
+        source: SourceError,
+    },
+    /// An operation on the image failed.
+    #[error("{what} the image failed: {source}")]
+    Image {
+        /// What was tried.
+        what: &'static str,
+        /// What happened.
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("a thread could not be started: {0}")]
+    Thread(io::Error),
+    /// What is there does not fit together, or with what was asked for.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
+    Err(OpenError::Refused(why.into()))
+}
+
+/// A volume with the threads that keep it going.
+pub struct Running {
+    volume: Arc<Volume>,
+    live: Option<LiveFile>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Opens an export, new or known.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(config: &ExportConfig) -> Result<Self, OpenError> {
+        let state_path = state_path(config)?;
+        if StateDir::exists(&state_path) {
+            return open_known(config, &state_path);
+        }
+        match &config.source {
+            None => open_plain(config, None, false),
+            Some(source) => open_new(config, source, &state_path),
+        }
+    }
+
+    /// The volume.
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    fn start(volume: Arc<Volume>, live: Option<LiveFile>) -> Result<Self, OpenError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        let committing = Arc::clone(&volume);
+        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name.into()).spawn(run).map_err(OpenError::Thread)
+        };
+        threads.push(spawn("commit", Box::new(move || committing.run_committer()))?);
+        if let Some(relocation) = volume.relocation() {
+            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
+            relocation.start();
+        }
+        Ok(Self { volume, live, stop, threads })
+    }
+
+    /// Makes everything durable and lets go of it.
+    ///
+    /// # Errors
+    /// It could not be made durable. What a guest flushed before is.
+    pub fn close(mut self) -> io::Result<()> {
+        self.stop.store(true, Ordering::Release);
+        let relocation = self.volume.relocation();
+        if let Some(relocation) = &relocation {
+            relocation.retire();
+        }
+        self.volume.committer.stop();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        self.volume.commit()?;
+        if let Some(relocation) = relocation {
+            let mut journal = lock(&self.volume.journal);
+            if let Some(state) = journal.state.as_mut().filter(|_| !self.volume.is_local()) {
+                let mut sync = || self.volume.store.sync();
+                state.checkpoint(&relocation.residency, &mut sync).map_err(io::Error::other)?;
+            }
+        }
+        // Only now: while it is there, it is what a restart believes.
+        if let Some(live) = &self.live {
+            live.remove();
+        }
+        Ok(())
+    }
+}
+
+/// The thread that tells the mover the time, and makes a commit now and then.
+fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
+    let mut committed = Duration::ZERO;
+    while !stop.load(Ordering::Acquire) {
+        let Some(relocation) = volume.relocation() else { return };
+        relocation.tick();
+        let now = volume.now();
+        let resident = volume.geometry.size_bytes() - relocation.residency.missing_bytes();
+        volume.rate.sample(now, resident);
+        if now.saturating_sub(committed) >= LAZY_COMMIT_AFTER {
+            committed = now;
+            if volume.has_pending() {
+                volume.commit_soon();
+            }
+        }
+        drop(relocation);
+        std::thread::sleep(Mover::<()>::TICK);
+    }
+}
+
+fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
+    if let Some(path) = &config.state_dir {
+        return Ok(path.clone());
+    }
+    let Some(name) = config.image.file_name() else {
+        return refuse(format!("{} is no file; name an image", config.image.display()));
+    };
+    let mut name = name.to_owned();
+    name.push(".hikkoshi");
+    Ok(config.image.with_file_name(name))
+}
+
+fn engine(config: &ExportConfig) -> EngineChoice {
+    match config.engine {
+        Engine::Auto => EngineChoice::Auto,
+        Engine::Threads => EngineChoice::Threads,
+        Engine::IoUring => EngineChoice::IoUring,
+    }
+}
+
+// The three ways to open
+
+/// An image that needs nobody: it never had a source, or has everything from it.
+fn open_plain(
+    config: &ExportConfig,
+    state: Option<StateDir>,
+    had_source: bool,
+) -> Result<Running, OpenError> {
+    let options = OpenOptions {
+        read_only: config.read_only,
+        create_with_size: None,
+        engine: engine(config),
+    };
+    let store = FileStore::open(&config.image, options)?;
+    if !had_source && tag_of(&store)?.is_some() {
+        return refuse(format!(
+            "{} is only partly here: a move into it has begun, and its state directory is gone; \
+             bring that back (or name it with --state), or discard the image",
+            config.image.display()
+        ));
+    }
+    let geometry = Geometry::new(store.size_bytes(), config.block_bytes)?;
+    let parts = Parts { config, geometry, store: Arc::new(store), state, had_source };
+    Running::start(Arc::new(parts.volume(LifeState::Local, system_clock())), None)
+}
+
+/// The first start of a move.
+fn open_new(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    state_path: &Path,
+) -> Result<Running, OpenError> {
+    check_state_place(config, state_path)?;
+    let source = connect(wanted).map_err(|source| OpenError::Source {
+        uri: wanted.uri.clone(),
+        source,
+    })?;
+    let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
+    let store = open_image(config, geometry, true)?;
+    if !store.is_new() && !wanted.overwrite {
+        check_blank(config, &store)?;
+    }
+    let identity = Identity {
+        volume_id: live::random()?,
+        geometry,
+        generation: 0,
+        life: if wanted.handoff == HandoffPolicy::Now { Life::Arriving } else { Life::Standby },
+        source_uri: wanted.uri.clone(),
+        incarnation: live::random()?,
+        image_inode: inode_of(&store)?,
+    };
+    let tag = identity.volume_id;
+    let map = live::create_map(state_path, &live::default_dir(), identity)?;
+    set_tag(&store, &tag)?;
+    move_in(config, wanted, store, source, map)
+}
+
+/// An image with a state: the move goes on, or is complete.
+fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenError> {
+    if !config.image.exists() {
+        return refuse(format!(
+            "{} is gone, but its state {} is there; bring the image back, or remove the state as \
+             well to begin anew",
+            config.image.display(),
+            state_path.display()
+        ));
+    }
+    let mut state = StateDir::open(state_path)?;
+    let identity = state.identity().clone();
+    if identity.life == Life::Local {
+        check_complete(config, &identity, state_path)?;
+        return open_plain(config, Some(state), true);
+    }
+    let wanted = source_of(config, &identity)?;
+    if wanted.uri != identity.source_uri {
+        state.change(|identity| identity.source_uri = wanted.uri.clone())?;
+    }
+    let asked = u64::from(config.block_bytes);
+    if asked != u64::from(DEFAULT_BLOCK_BYTES) && asked != identity.geometry.block_bytes() {
+        return refuse(format!(
+            "the move has begun with blocks of {} bytes; leave --block-size away",
+            identity.geometry.block_bytes()
+        ));
+    }
+    let store = open_image(config, identity.geometry, false)?;
+    check_belongs(config, &store, &identity, state_path)?;
+    let source = reconnect(&wanted, identity.geometry)?;
+    let mut sync = || store.sync();
+    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    set_tag(&store, &identity.volume_id)?;
+    let running = move_in(config, &wanted, store, source, map)?;
+    if wanted.handoff == HandoffPolicy::Now {
+        running.volume.hand_off().map_err(|source| OpenError::Image {
+            what: "recording the handoff beside",
+            source,
+        })?;
+    }
+    Ok(running)
+}
+
+fn move_in(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    store: FileStore,
+    source: Arc<dyn Source>,
+    map: OpenedMap,
+) -> Result<Running, OpenError> {
+    tracing::debug!("residency found: {:?}", map.recovered);
+    let OpenedMap { residency, state, live, .. } = map;
+    let life = match state.identity().life {
+        Life::Standby => LifeState::Standby,
+        Life::Arriving | Life::Local => LifeState::Arriving,
+    };
+    let geometry = residency.geometry();
+    let policy = Policy {
+        background: wanted.background,
+        max_rate: wanted.max_rate,
+        loss_timeout: match wanted.on_loss {
+            SourceLoss::Wait => None,
+            SourceLoss::Error(after) => Some(after),
+        },
+        has_extents: source.info().has_extents,
+    };
+    let phase = if life == LifeState::Standby { Phase::Standby } else { Phase::Arriving };
+    let mover = Mover::new(geometry, phase, policy);
+    let clock = system_clock();
+    let parts =
+        Parts { config, geometry, store: Arc::new(store), state: Some(state), had_source: true };
+    let volume = parts.moving(life, clock, |volume, store, clock| {
+        Relocation::new(volume, store, residency, source, mover, clock)
+    });
+    Running::start(volume, Some(live))
+}
+
+/// What a volume is made of.
+pub(super) struct Parts<'a> {
+    pub config: &'a ExportConfig,
+    pub geometry: Geometry,
+    pub store: Arc<dyn Store>,
+    pub state: Option<StateDir>,
+    pub had_source: bool,
+}
+
+impl Parts<'_> {
+    fn volume(self, life: LifeState, clock: Clock) -> Volume {
+        let source = self.config.source.as_ref();
+        let volume = Volume {
+            name: self.config.name.clone(),
+            image: self.config.image.clone(),
+            geometry: self.geometry,
+            read_only: self.config.read_only,
+            handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
+            store: self.store,
+            life: AtomicU8::new(0),
+            poisoned: AtomicBool::new(false),
+            relocation: RwLock::new(None),
+            journal: Mutex::new(Journal { state: self.state }),
+            committer: Committer::default(),
+            clock,
+            background: source.is_none_or(|s| s.background),
+            had_source: self.had_source,
+            rate: RateMeter::default(),
+            last_traffic: Traffic::default(),
+            tally: Tally::default(),
+        };
+        volume.set_life(life);
+        volume
+    }
+
+    /// A volume with a relocation, each of which knows the other.
+    pub(super) fn moving(
+        self,
+        life: LifeState,
+        clock: Clock,
+        make: impl FnOnce(std::sync::Weak<Volume>, Arc<dyn Store>, Clock) -> Relocation,
+    ) -> Arc<Volume> {
+        Arc::new_cyclic(|weak| {
+            let store = Arc::clone(&self.store);
+            let relocation = make(weak.clone(), store, Arc::clone(&clock));
+            let mut volume = self.volume(life, clock);
+            volume.relocation = RwLock::new(Some(Arc::new(relocation)));
+            volume
+        })
+    }
+}
+
+// The image
+
+fn open_image(
+    config: &ExportConfig,
+    geometry: Geometry,
+    create: bool,
+) -> Result<FileStore, OpenError> {
+    let size = geometry.size_bytes();
+    let options = OpenOptions {
+        read_only: false,
+        create_with_size: create.then_some(size),
+        engine: engine(config),
+    };
+    let store = FileStore::open(&config.image, options)?;
+    let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
+    if !fits {
+        return refuse(format!(
+            "{} has {} bytes, and the disk has {size}; they must be the same",
+            config.image.display(),
+            store.size_bytes()
+        ));
+    }
+    Ok(store)
+}
+
+fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
+    if tag_of(store)?.is_some() {
+        return refuse(format!(
+            "{} is only partly here: a move into it has begun, and its state directory is gone; \
+             bring that back (or name it with --state); to throw away what was written here and \
+             begin anew, give --overwrite",
+            config.image.display()
+        ));
+    }
+    let blank = store
+        .looks_blank()
+        .map_err(|source| OpenError::Image { what: "looking for data in", source })?;
+    if !blank {
+        return refuse(format!(
+            "{} holds data already, and the source's would take its place; name another image, or \
+             give --overwrite",
+            config.image.display()
+        ));
+    }
+    Ok(())
+}
+
+/// The state must outlive a power cut, which nothing below /dev does.
+fn check_state_place(config: &ExportConfig, state_path: &Path) -> Result<(), OpenError> {
+    if config.state_dir.is_none() && state_path.starts_with("/dev") && !state_path.starts_with("/dev/shm") {
+        return refuse(format!(
+            "{} is a device, and a state beside it would be gone after a restart; say with --state \
+             where the state is to be kept",
+            config.image.display()
+        ));
+    }
+    Ok(())
+}
+
+fn check_belongs(
+    config: &ExportConfig,
+    store: &FileStore,
+    identity: &Identity,
+    state_path: &Path,
+) -> Result<(), OpenError> {
+    let foreign = || {
+        refuse(format!(
+            "{} is not the image that the state {} belongs to; bring the right one back, or \
+             discard the state together with what was written here",
+            config.image.display(),
+            state_path.display()
+        ))
+    };
+    match tag_of(store)? {
+        Some(tag) if tag == identity.volume_id => Ok(()),
+        Some(_) => foreign(),
+        // No mark: a file system without them, or another file.
+        None if identity.image_inode.is_some() && inode_of(store)? != identity.image_inode => {
+            foreign()
+        }
+        None => Ok(()),
+    }
+}
+
+fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
+    if store.is_block_device() {
+        return Ok(None);
+    }
+    let identity = store
+        .identity()
+        .map_err(|source| OpenError::Image { what: "looking at", source })?;
+    Ok(Some(identity.inode))
+}
+
+/// The mark of an image that is not complete.
+fn tag_of(store: &FileStore) -> Result<Option<Vec<u8>>, OpenError> {
+    match store.volume_tag() {
+        Ok(tag) => Ok(tag.filter(|t| !t.is_empty())),
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(None),
+        Err(source) => Err(OpenError::Image { what: "reading the mark of", source }),
+    }
+}
+
+fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
+    match store.set_volume_tag(tag) {
+        Err(e) if e.kind() != io::ErrorKind::Unsupported => {
+            Err(OpenError::Image { what: "marking", source: e })
+        }
+        _ => Ok(()),
+    }
+}
+
+// The source
+
+fn check_complete(
+    config: &ExportConfig,
+    identity: &Identity,
+    state_path: &Path,
+) -> Result<(), OpenError> {
+    match &config.source {
+        Some(source) if source.uri != identity.source_uri => refuse(format!(
+            "{} is complete already: it came from {}; to let a disk from {} take its place, remove \
+             {} and give --overwrite",
+            config.image.display(),
+            identity.source_uri,
+            source.uri,
+            state_path.display()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The source to go on with: the recorded one, unless it is said to have moved.
+fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig, OpenError> {
+    let Some(source) = &config.source else {
+        return Ok(SourceConfig {
+            uri: identity.source_uri.clone(),
+            handoff: HandoffPolicy::FirstWrite,
+            connections: DEFAULT_CONNECTIONS,
+            background: true,
+            max_rate: None,
+            on_loss: SourceLoss::Wait,
+            overwrite: false,
+            moved: false,
+        });
+    };
+    if source.uri != identity.source_uri && !source.moved {
+        return refuse(format!(
+            "the move has begun from {}, and cannot go on from {}; if that is the same disk at a \
+             new address, give --source-moved",
+            identity.source_uri, source.uri
+        ));
+    }
+    Ok(source.clone())
+}
+
+fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> {
+    let bad = |why: String| SourceError::new(SourceErrorKind::Untrusted, why);
+    let parsed: NbdUri = match wanted.uri.parse() {
+        Ok(parsed) => parsed,
+        Err(_) if !wanted.uri.contains("://") => NbdUri::unix(Path::new(&wanted.uri), ""),
+        Err(e) => return Err(bad(e.to_string())),
+    };
+    if parsed.tls {
+        return Err(bad("TLS is not supported yet; use nbd:// over a tunnel".into()));
+    }
+    let address = match parsed.address {
+        uri::Address::Tcp { host, port } => Address::Tcp { host, port },
+        uri::Address::Unix(path) => Address::Unix(path),
+    };
+    let mut config = NbdSourceConfig::new(address, parsed.export);
+    config.uri.clone_from(&wanted.uri);
+    config.connections = wanted.connections.max(1);
+    // After the handoff nobody writes at the source, so connections cannot disagree; before it,
+    // nothing that is read is kept.
+    config.several_without_promise = true;
+    Ok(config)
+}
+
+fn connect(wanted: &SourceConfig) -> Result<Arc<dyn Source>, SourceError> {
+    Ok(NbdSource::connect(source_config(wanted)?)?)
+}
+
+/// A source that may be away right now.
+fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source>, OpenError> {
+    let failed = |source| OpenError::Source { uri: wanted.uri.clone(), source };
+    let config = source_config(wanted).map_err(failed)?;
+    match NbdSource::connect(config.clone()) {
+        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok(source),
+        Ok(source) => refuse(format!(
+            "the disk at {} has {} bytes now, and had {} when the move began; it is another one",
+            wanted.uri,
+            source.info().size_bytes,
+            geometry.size_bytes()
+        )),
+        Err(e) if e.kind == SourceErrorKind::Disconnected => {
+            tracing::warn!("the source cannot be reached yet: {e}; what is here is served");
+            Ok(NbdSource::connect_lazily(config, geometry.size_bytes()))
+        }
+        Err(e) => Err(failed(e)),
+    }
+}

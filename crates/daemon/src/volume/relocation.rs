@@ -1,0 +1,548 @@
+//! What a volume has while its blocks are still coming: the residency, the source, and the mover
+//! that decides what to ask for.
+//!
+//! Carries out the mover's actions, outside its lock. The one place where fetched blocks are
+//! installed is here ([`Relocation::install`]); its rule is invariant no. 1: only what is still
+//! absent is installed, under the lock of the range, so that a guest's write in between wins.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
+use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, Phase, ReadFailure};
+use hikkoshi_engine::range_lock::RangeLocks;
+use hikkoshi_engine::residency::{BlockState, Residency};
+use hikkoshi_store::{Store, ZeroMode};
+use hikkoshi_wan::{
+    ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceWatcher,
+};
+
+use super::commit::Pending;
+use super::{Clock, Volume, lock};
+
+/// Zeroes inside fetched data are looked for at this grain: the usual block of a file system.
+const ZERO_GRAIN_BYTES: usize = 4096;
+
+/// How a waiting read ended.
+pub enum ReadEnd<'a> {
+    /// All of it is in the image now.
+    Resident,
+    /// Before the handoff: the source's bytes of the range that was asked for.
+    Bytes(&'a [u8]),
+    /// It cannot be served.
+    Failed(ReadFailure),
+}
+
+/// A read that waits for the source.
+pub struct Reader {
+    /// The bytes that are wanted.
+    pub bytes: ByteRange,
+    /// When it began to wait.
+    pub since: Duration,
+    /// Called once.
+    pub done: Box<dyn FnOnce(ReadEnd<'_>) + Send>,
+}
+
+/// What is counted of a relocation.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// Bytes that crossed the link.
+    pub wire_bytes: AtomicU64,
+    /// Blocks that were installed.
+    pub blocks_installed: AtomicU64,
+    /// Bytes that were zero at the source and so were not sent.
+    pub zero_bytes_skipped: AtomicU64,
+    /// The longest that a read has waited, in microseconds.
+    pub longest_wait_us: AtomicU64,
+}
+
+impl Traffic {
+    /// Keeps what another has counted.
+    pub(super) fn take_over(&self, other: &Self) {
+        for (to, from) in [
+            (&self.wire_bytes, &other.wire_bytes),
+            (&self.blocks_installed, &other.blocks_installed),
+            (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.longest_wait_us, &other.longest_wait_us),
+        ] {
+            to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+}
+
+/// A volume's move, while it lasts.
+pub struct Relocation {
+    pub(super) geometry: Geometry,
+    pub(super) store: Arc<dyn Store>,
+    /// What is here.
+    pub residency: Arc<Residency>,
+    pub(super) locks: RangeLocks,
+    pub(super) source: Arc<dyn Source>,
+    mover: Mutex<Mover<Reader>>,
+    pub(super) pending: Pending,
+    clock: Clock,
+    /// The volume, to ask it for commits. Weak: the volume owns the relocation.
+    volume: Weak<Volume>,
+    /// What is counted.
+    pub traffic: Traffic,
+    /// Why the source is away, as it said last.
+    pub(super) trouble: Mutex<Option<SourceError>>,
+    retired: AtomicBool,
+}
+
+impl Relocation {
+    /// A relocation that is not wired to its source yet: see [`Relocation::start`].
+    pub fn new(
+        volume: Weak<Volume>,
+        store: Arc<dyn Store>,
+        residency: Arc<Residency>,
+        source: Arc<dyn Source>,
+        mover: Mover<Reader>,
+        clock: Clock,
+    ) -> Self {
+        Self {
+            geometry: residency.geometry(),
+            store,
+            residency,
+            locks: RangeLocks::new(),
+            source,
+            mover: Mutex::new(mover),
+            pending: Pending::default(),
+            clock,
+            volume,
+            traffic: Traffic::default(),
+            trouble: Mutex::new(None),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    /// Listens to the source, and takes up the partial blocks of an earlier run.
+    pub fn start(self: &Arc<Self>) {
+        let blocks: Vec<BlockIndex> =
+            self.residency.partials().into_iter().map(|(block, _)| block).collect();
+        self.drive(|m, now, out| m.partial(now, blocks, &self.residency, out));
+        self.source.watch(Arc::new(Watch(Arc::downgrade(self))));
+        if self.source.is_connected() {
+            self.drive(|m, now, out| m.source_up(now, &self.residency, out));
+        }
+    }
+
+    /// Lets go of the source. Whatever still waits fails.
+    pub(super) fn retire(self: &Arc<Self>) {
+        self.retired.store(true, Ordering::Release);
+        self.drive(|m, _, out| m.abandon(out));
+        self.source.close();
+    }
+
+    /// The disk's source.
+    pub fn source(&self) -> &Arc<dyn Source> {
+        &self.source
+    }
+
+    /// Looks at the mover, for the status.
+    pub(super) fn with_mover<R>(&self, look: impl FnOnce(&Mover<Reader>) -> R) -> R {
+        look(&lock(&self.mover))
+    }
+
+    /// Tells the mover something and carries out what it answers.
+    pub(super) fn drive(
+        self: &Arc<Self>,
+        event: impl FnOnce(&mut Mover<Reader>, Duration, &mut Vec<Action<Reader>>),
+    ) {
+        let mut actions = Vec::new();
+        event(&mut lock(&self.mover), (self.clock)(), &mut actions);
+        self.carry_out(actions);
+    }
+
+    /// A read of what is not all here.
+    pub fn read(self: &Arc<Self>, bytes: ByteRange, done: Box<dyn FnOnce(ReadEnd<'_>) + Send>) {
+        let range = self.geometry.covering(bytes);
+        let reader = Reader { bytes, since: (self.clock)(), done };
+        self.drive(|m, now, out| m.read(now, reader, range, &self.residency, out));
+    }
+
+    /// Time has passed.
+    pub fn tick(self: &Arc<Self>) {
+        self.drive(|m, now, out| m.tick(now, &self.residency, out));
+    }
+
+    /// Worked off in a queue and not by recursion: installing zeroes lands at once and brings
+    /// further actions.
+    fn carry_out(self: &Arc<Self>, actions: Vec<Action<Reader>>) {
+        let mut queue = VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            match action {
+                Action::Fetch { flight, range, lane, keep } => {
+                    self.fetch(flight, range, lane, keep);
+                }
+                Action::InstallZero { flight, range } => {
+                    queue.extend(self.install_zero(flight, range));
+                }
+                Action::QueryExtents { range } => self.query_extents(range),
+                Action::Wake(reader) => {
+                    self.note_wait(reader.since);
+                    (reader.done)(ReadEnd::Resident);
+                }
+                Action::Fail(reader, why) => (reader.done)(ReadEnd::Failed(why)),
+                Action::Complete => {
+                    if let Some(volume) = self.volume.upgrade() {
+                        volume.complete_soon();
+                    }
+                }
+            }
+        }
+    }
+
+    fn note_wait(&self, since: Duration) {
+        let waited = (self.clock)().saturating_sub(since).as_micros();
+        let waited = u64::try_from(waited).unwrap_or(u64::MAX);
+        self.traffic.longest_wait_us.fetch_max(waited, Ordering::Relaxed);
+    }
+
+    fn fetch(self: &Arc<Self>, flight: FlightId, range: BlockRange, lane: mover::Lane, keep: bool) {
+        let bytes = self.geometry.bytes(range);
+        let lane = match lane {
+            mover::Lane::Demand => Lane::Demand,
+            mover::Lane::Bulk => Lane::Bulk,
+        };
+        let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
+        let this = Arc::clone(self);
+        let done = move |outcome| this.fetched(flight, range, keep, outcome);
+        self.source.read(lane, bytes.start, len, Box::new(done));
+    }
+
+    /// On a thread of the source.
+    fn fetched(
+        self: &Arc<Self>,
+        flight: FlightId,
+        range: BlockRange,
+        keep: bool,
+        outcome: Result<Fetched, SourceError>,
+    ) {
+        match outcome {
+            Ok(fetched) => {
+                self.traffic.wire_bytes.fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+                if keep {
+                    let installed = self.install(range, &fetched);
+                    self.tell_landed(flight, range, installed);
+                } else {
+                    self.pass_through(flight, &fetched);
+                }
+            }
+            Err(error) => {
+                let why = self.note_failure(&error);
+                self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
+            }
+        }
+    }
+
+    fn note_failure(&self, error: &SourceError) -> FetchFailure {
+        match error.kind {
+            SourceErrorKind::Refused => {
+                tracing::warn!("the source refused a read: {error}");
+                *lock(&self.trouble) = Some(error.clone());
+                FetchFailure::Refused
+            }
+            SourceErrorKind::Disconnected => FetchFailure::Disconnected,
+            SourceErrorKind::Untrusted => {
+                *lock(&self.trouble) = Some(error.clone());
+                FetchFailure::Disconnected
+            }
+        }
+    }
+
+    fn tell_landed(
+        self: &Arc<Self>,
+        flight: FlightId,
+        range: BlockRange,
+        installed: io::Result<()>,
+    ) {
+        match installed {
+            Ok(()) => self.drive(|m, now, out| m.landed(now, flight, &self.residency, out)),
+            Err(error) => {
+                let at = self.geometry.bytes(range).start;
+                tracing::warn!("keeping fetched blocks at offset {at} failed: {error}");
+                let message = format!("the local image refuses what the source sends: {error}");
+                *lock(&self.trouble) = Some(SourceError::new(SourceErrorKind::Refused, message));
+                let why = FetchFailure::StoreFailed;
+                self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
+            }
+        }
+    }
+
+    /// Before the handoff: the bytes go to those who asked, and nowhere else.
+    fn pass_through(self: &Arc<Self>, flight: FlightId, fetched: &Fetched) {
+        let readers = lock(&self.mover).landed_unkept(flight);
+        for reader in readers {
+            self.note_wait(reader.since);
+            let start = usize::try_from(reader.bytes.start - fetched.offset);
+            let len = usize::try_from(reader.bytes.len());
+            let bytes = match (start, len) {
+                (Ok(start), Ok(len)) => fetched.data.get(start..start.saturating_add(len)),
+                _ => None,
+            };
+            (reader.done)(match bytes {
+                Some(bytes) => ReadEnd::Bytes(bytes),
+                None => ReadEnd::Failed(ReadFailure::SourceRefused),
+            });
+        }
+    }
+
+    /// Installs what was fetched where it is still missing. The one place where blocks become
+    /// clean.
+    ///
+    /// # Errors
+    /// The local image refused a write. Blocks installed before it stay.
+    fn install(&self, range: BlockRange, fetched: &Fetched) -> io::Result<()> {
+        let guard = self.locks.lock(range);
+        let runs: Vec<_> = self.residency.runs(range).collect();
+        for (run, state) in runs {
+            match state {
+                BlockState::Absent => self.install_absent(run, fetched)?,
+                BlockState::Partial => {
+                    for block in run.start..run.end {
+                        self.merge_partial(BlockIndex(block), |at, len| slice_of(fetched, at, len))?;
+                    }
+                }
+                // Written here in the meantime, or installed by another fetch: the source's
+                // bytes are the older ones.
+                BlockState::Clean | BlockState::Owned => {}
+            }
+        }
+        drop(guard);
+        Ok(())
+    }
+
+    fn install_absent(&self, run: BlockRange, fetched: &Fetched) -> io::Result<()> {
+        let bytes = self.geometry.bytes(run);
+        let data = slice_of(fetched, bytes.start, bytes.len())?;
+        for (offset, piece, zero) in zero_runs(bytes.start, data) {
+            if zero {
+                let len = piece.len() as u64;
+                self.store.write_zeroes(offset, len, ZeroMode::MayPunch)?;
+                self.traffic.zero_bytes_skipped.fetch_add(
+                    hole_bytes_within(fetched, offset, len),
+                    Ordering::Relaxed,
+                );
+            } else {
+                self.store.write(offset, piece)?;
+            }
+        }
+        self.now_clean(run);
+        Ok(())
+    }
+
+    /// The data is in the image: say so.
+    fn now_clean(&self, run: BlockRange) {
+        self.residency.mark_clean(run);
+        self.traffic.blocks_installed.fetch_add(run.len(), Ordering::Relaxed);
+        self.leave(Record::Clean(run));
+    }
+
+    /// Fills the sectors of a partially written block that the guest has not written, and leaves
+    /// those that it has alone.
+    fn merge_partial<'a>(
+        &self,
+        block: BlockIndex,
+        data: impl Fn(u64, u64) -> io::Result<&'a [u8]>,
+    ) -> io::Result<()> {
+        let Some(mask) = self.residency.partial_mask(block) else { return Ok(()) };
+        let base = self.geometry.bytes(BlockRange::one(block)).start;
+        for sectors in mask.missing(self.geometry.sectors_in(block)) {
+            let at = base + u64::from(sectors.start) * SECTOR_BYTES;
+            let len = u64::from(sectors.end - sectors.start) * SECTOR_BYTES;
+            self.store.write(at, data(at, len)?)?;
+        }
+        self.now_owned(BlockRange::one(block));
+        Ok(())
+    }
+
+    /// The blocks are all here and differ from the source: say so.
+    pub(super) fn now_owned(&self, run: BlockRange) {
+        self.residency.mark_owned(run);
+        self.leave(Record::Owned(run));
+    }
+
+    pub(super) fn leave(&self, record: Record) {
+        if self.pending.leave(record)
+            && let Some(volume) = self.volume.upgrade()
+        {
+            volume.commit_soon();
+        }
+    }
+
+    fn install_zero(
+        self: &Arc<Self>,
+        flight: FlightId,
+        range: BlockRange,
+    ) -> Vec<Action<Reader>> {
+        let outcome = self.zero_missing(range);
+        let mut out = Vec::new();
+        let mut mover = lock(&self.mover);
+        let now = (self.clock)();
+        match outcome {
+            Ok(()) => mover.landed(now, flight, &self.residency, &mut out),
+            Err(error) => {
+                tracing::warn!("zeroing blocks that are zero at the source failed: {error}");
+                let why = FetchFailure::StoreFailed;
+                mover.failed(now, flight, why, &self.residency, &mut out);
+            }
+        }
+        out
+    }
+
+    fn zero_missing(&self, range: BlockRange) -> io::Result<()> {
+        let guard = self.locks.lock(range);
+        let runs: Vec<_> = self.residency.runs(range).collect();
+        let zeroes = [0_u8; ZERO_GRAIN_BYTES];
+        for (run, state) in runs {
+            let bytes = self.geometry.bytes(run);
+            match state {
+                BlockState::Absent => {
+                    self.store.write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch)?;
+                    self.traffic.zero_bytes_skipped.fetch_add(bytes.len(), Ordering::Relaxed);
+                    self.now_clean(run);
+                }
+                BlockState::Partial => {
+                    for block in run.start..run.end {
+                        self.zero_rest(BlockIndex(block), &zeroes)?;
+                    }
+                }
+                BlockState::Clean | BlockState::Owned => {}
+            }
+        }
+        drop(guard);
+        Ok(())
+    }
+
+    fn zero_rest(&self, block: BlockIndex, zeroes: &[u8]) -> io::Result<()> {
+        let Some(mask) = self.residency.partial_mask(block) else { return Ok(()) };
+        let base = self.geometry.bytes(BlockRange::one(block)).start;
+        for sector in mask.missing(self.geometry.sectors_in(block)).flatten() {
+            let sector_zeroes = &zeroes[..512];
+            self.store.write(base + u64::from(sector) * SECTOR_BYTES, sector_zeroes)?;
+        }
+        self.now_owned(BlockRange::one(block));
+        Ok(())
+    }
+
+    fn query_extents(self: &Arc<Self>, range: BlockRange) {
+        let bytes = self.geometry.bytes(range);
+        let this = Arc::clone(self);
+        let done = move |answer: Result<ExtentsAnswer, SourceError>| match answer {
+            Ok(answer) => this.learn_extents(range, &answer),
+            Err(error) => {
+                let why = this.note_failure(&error);
+                this.drive(|m, now, out| {
+                    m.extents_failed(now, why, range, &this.residency, out);
+                });
+            }
+        };
+        self.source.extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
+    }
+
+    fn learn_extents(self: &Arc<Self>, asked: BlockRange, answer: &ExtentsAnswer) {
+        self.traffic.wire_bytes.fetch_add(answer.wire_bytes, Ordering::Relaxed);
+        let end = answer.extents.last().map_or(0, |e| e.offset.saturating_add(e.len));
+        let told = ByteRange { start: self.geometry.bytes(asked).start, end };
+        let mut answered = self.geometry.within(told).intersection(asked);
+        if answered.is_empty() {
+            // Less than a block was answered: the first block counts as data, so that the scan
+            // gets on.
+            answered = BlockRange::new(asked.start, (asked.start + 1).min(asked.end));
+        }
+        let zeroes: Vec<BlockRange> = merged_zeroes(answer)
+            .map(|bytes| self.geometry.within(bytes).intersection(answered))
+            .filter(|blocks| !blocks.is_empty())
+            .collect();
+        self.drive(|m, now, out| m.extents(now, answered, &zeroes, &self.residency, out));
+    }
+
+    /// Whether the handoff is behind us.
+    pub fn is_arriving(&self) -> bool {
+        lock(&self.mover).phase() != Phase::Standby
+    }
+}
+
+/// Neighbouring zero extents joined: a block may span two of them.
+fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
+    let mut runs: Vec<ByteRange> = Vec::new();
+    for extent in answer.extents.iter().filter(|e| e.zero) {
+        let next = ByteRange::at(extent.offset, extent.len);
+        match runs.last_mut() {
+            Some(last) if last.end == next.start => last.end = next.end,
+            _ => runs.push(next),
+        }
+    }
+    runs.into_iter()
+}
+
+fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
+    let start = offset.checked_sub(fetched.offset).and_then(|o| usize::try_from(o).ok());
+    let len = usize::try_from(len).ok();
+    start
+        .zip(len)
+        .and_then(|(start, len)| fetched.data.get(start..start.checked_add(len)?))
+        .ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "the source sent too little"))
+}
+
+/// Cuts data into runs that are all zero and runs that are not, at the grain of a page.
+fn zero_runs(offset: u64, data: &[u8]) -> Vec<(u64, &[u8], bool)> {
+    let mut runs = Vec::new();
+    let (mut start, mut at, mut current) = (0, 0, None);
+    for grain in data.chunks(ZERO_GRAIN_BYTES) {
+        let zero = is_zero(grain);
+        if let Some(previous) = current.filter(|c| *c != zero) {
+            runs.push((offset + start as u64, &data[start..at], previous));
+            start = at;
+        }
+        current = Some(zero);
+        at += grain.len();
+    }
+    if let Some(zero) = current {
+        runs.push((offset + start as u64, &data[start..], zero));
+    }
+    runs
+}
+
+fn is_zero(data: &[u8]) -> bool {
+    // Most data shows in its first word; the rest is compared in wide steps.
+    data.first().is_none_or(|b| *b == 0) && data.iter().fold(0, |acc, b| acc | b) == 0
+}
+
+/// How many of these bytes the source did not send because they are a hole.
+fn hole_bytes_within(fetched: &Fetched, offset: u64, len: u64) -> u64 {
+    let end = offset + len;
+    fetched
+        .holes
+        .iter()
+        .map(|(at, hole)| at.saturating_add(*hole).min(end).saturating_sub(offset.max(*at)))
+        .sum()
+}
+
+/// Tells the mover of the source's comings and goings.
+struct Watch(Weak<Relocation>);
+
+impl SourceWatcher for Watch {
+    fn source_up(&self) {
+        if let Some(relocation) = self.0.upgrade() {
+            *lock(&relocation.trouble) = None;
+            tracing::info!("the source is reachable");
+            relocation.drive(|m, now, out| m.source_up(now, &relocation.residency, out));
+        }
+    }
+
+    fn source_down(&self, error: &SourceError) {
+        if let Some(relocation) = self.0.upgrade()
+            && !relocation.retired.load(Ordering::Acquire)
+        {
+            tracing::warn!("the source is gone: {error}; trying to reach it again");
+            *lock(&relocation.trouble) = Some(error.clone());
+            lock(&relocation.mover).source_down((relocation.clock)());
+        }
+    }
+}

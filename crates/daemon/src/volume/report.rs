@@ -1,0 +1,175 @@
+//! What a volume tells about itself, and the commands that steer it.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::relocation::Relocation;
+use super::{Volume, lock};
+use crate::config::HandoffPolicy;
+use crate::registry::{CommandError, Controlled};
+use crate::status::{BackgroundState, Counters, ExportStatus, LifeState};
+
+/// The span over which the rate is measured.
+const RATE_SPAN: Duration = Duration::from_secs(5);
+
+/// How fast blocks become resident: samples of the last seconds.
+#[derive(Debug, Default)]
+pub struct RateMeter {
+    samples: Mutex<Vec<(Duration, u64)>>,
+}
+
+impl RateMeter {
+    /// Adds what is resident at a time; samples closer than a fifth of a second are passed over.
+    pub fn sample(&self, now: Duration, resident_bytes: u64) {
+        let mut samples = lock(&self.samples);
+        let too_soon =
+            samples.last().is_some_and(|(at, _)| now.saturating_sub(*at) < RATE_SPAN / 25);
+        if !too_soon {
+            samples.push((now, resident_bytes));
+            let keep_from = now.saturating_sub(RATE_SPAN);
+            let old = samples.iter().take_while(|(at, _)| *at < keep_from).count();
+            samples.drain(..old.saturating_sub(1));
+        }
+    }
+
+    /// Bytes per second over the last seconds.
+    pub fn rate(&self) -> u64 {
+        let samples = lock(&self.samples);
+        let (Some(first), Some(last)) = (samples.first(), samples.last()) else { return 0 };
+        let micros = (last.0 - first.0).as_micros();
+        if micros == 0 {
+            return 0;
+        }
+        let bytes = u128::from(last.1.saturating_sub(first.1));
+        u64::try_from(bytes * 1_000_000 / micros).unwrap_or(u64::MAX)
+    }
+}
+
+impl Volume {
+    fn notes(&self, relocation: Option<&Arc<Relocation>>) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.poisoned.load(Ordering::Acquire) {
+            notes.push(
+                "a sync failed: writes and flushes are refused; check the medium and restart"
+                    .to_owned(),
+            );
+        }
+        let Some(relocation) = relocation else { return notes };
+        if self.life() == LifeState::Standby {
+            notes.push(match self.handoff_policy {
+                HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
+                     `hikkoshi handoff`; until then nothing is copied"
+                    .to_owned(),
+                HandoffPolicy::Command | HandoffPolicy::Now => {
+                    "waiting for `hikkoshi handoff`; until then nothing is copied and writes are \
+                     refused"
+                        .to_owned()
+                }
+            });
+        }
+        if !relocation.source.is_connected() {
+            notes.push("the source is unreachable; reads of what is not here wait".to_owned());
+        }
+        if let Some(trouble) = lock(&relocation.trouble).as_ref() {
+            notes.push(trouble.to_string());
+        }
+        let refused = relocation.with_mover(|m| m.refused());
+        if refused > 0 {
+            notes.push(format!("{refused} ranges could not be copied and are tried again"));
+        }
+        notes
+    }
+
+    fn background(&self, relocation: Option<&Arc<Relocation>>) -> BackgroundState {
+        match relocation {
+            None => BackgroundState::Idle,
+            Some(_) if !self.background => BackgroundState::Off,
+            Some(r) if r.with_mover(|m| m.is_paused()) => BackgroundState::Paused,
+            Some(_) if self.life() == LifeState::Standby => BackgroundState::Idle,
+            Some(_) => BackgroundState::Running,
+        }
+    }
+
+    fn need_relocation(&self, what: &str) -> Result<Arc<Relocation>, CommandError> {
+        self.relocation().ok_or_else(|| {
+            CommandError::Conflict(format!(
+                "cannot {what} export {:?}: it has no source, everything is here already",
+                self.name
+            ))
+        })
+    }
+
+    fn counters(&self, relocation: Option<&Arc<Relocation>>) -> Counters {
+        let get = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
+        let traffic = relocation.map(|r| &r.traffic).unwrap_or(&self.last_traffic);
+        Counters {
+            reads_local: get(&self.tally.reads_local),
+            reads_remote: get(&self.tally.reads_remote),
+            writes: get(&self.tally.writes),
+            flushes: get(&self.tally.flushes),
+            zeroes: get(&self.tally.zeroes),
+            blocks_installed: get(&traffic.blocks_installed),
+            zero_bytes_skipped: get(&traffic.zero_bytes_skipped),
+            longest_remote_read_us: get(&traffic.longest_wait_us),
+        }
+    }
+}
+
+impl Controlled for Volume {
+    fn status(&self) -> ExportStatus {
+        let relocation = self.relocation();
+        let r = relocation.as_ref();
+        let size_bytes = self.geometry.size_bytes();
+        let absent_bytes = r.map_or(0, |r| r.residency.missing_bytes());
+        let rate = r.map_or(0, |_| self.rate.rate());
+        let wire = r.map_or(&self.last_traffic.wire_bytes, |r| &r.traffic.wire_bytes);
+        ExportStatus {
+            export: self.name.clone(),
+            size_bytes,
+            state: self.life(),
+            resident_bytes: size_bytes - absent_bytes,
+            owned_bytes: r.map_or(size_bytes, |r| r.residency.owned_bytes()),
+            absent_bytes,
+            wire_bytes: wire.load(Ordering::Relaxed),
+            source_connected: r.map(|r| r.source.is_connected()),
+            background: self.background(r),
+            rate_bytes_per_s: rate,
+            eta_s: (rate > 0 && absent_bytes > 0).then(|| absent_bytes.div_ceil(rate)),
+            limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.limit())),
+            image: self.image.display().to_string(),
+            source: r.map(|r| r.source.info().uri),
+            notes: self.notes(r),
+            clients: self.tally.clients.load(Ordering::Relaxed),
+            counters: self.counters(r),
+        }
+    }
+
+    fn pause(&self) -> Result<(), CommandError> {
+        self.need_relocation("pause")?.drive(|m, _, _| m.pause());
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), CommandError> {
+        let relocation = self.need_relocation("resume")?;
+        relocation.drive(|m, now, out| m.resume(now, &relocation.residency, out));
+        Ok(())
+    }
+
+    fn set_limit(&self, bytes_per_s: Option<u64>) -> Result<(), CommandError> {
+        let relocation = self.need_relocation("limit")?;
+        relocation.drive(|m, now, out| m.set_limit(now, bytes_per_s, &relocation.residency, out));
+        Ok(())
+    }
+
+    fn handoff(&self) -> Result<(), CommandError> {
+        if self.life() == LifeState::Standby {
+            self.hand_off().map_err(|e| {
+                CommandError::Failed(format!("the handoff could not be recorded: {e}"))
+            })?;
+        } else if self.relocation().is_none() && !self.had_source {
+            self.need_relocation("hand over")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,151 @@
+//! Fetches under way, by number and by place. Kept fetches never overlap one another, which is
+//! what merges duplicates; those that pass through are kept apart by number only.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use crate::geometry::BlockRange;
+
+/// The number of a fetch, never used twice by one mover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlightId(pub u64);
+
+/// Why a fetch was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A reader waits.
+    Demand,
+    /// The rest of a partially written block.
+    Rest,
+    /// The background copy.
+    Bulk,
+    /// No fetch at all: known zeroes are being installed.
+    Zero,
+    /// A read before the handoff: not kept.
+    PassThrough,
+}
+
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub range: BlockRange,
+    pub purpose: Purpose,
+    pub waiters: Vec<u64>,
+    /// When it was handed to the source.
+    pub sent_at: Duration,
+    sent: bool,
+}
+
+impl Flight {
+    pub fn new(range: BlockRange, purpose: Purpose, now: Duration, sent: bool) -> Self {
+        Self {
+            range,
+            purpose,
+            waiters: Vec::new(),
+            sent_at: now,
+            sent,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Flights {
+    next: u64,
+    all: HashMap<FlightId, Flight>,
+    /// Kept flights by their first block; they do not overlap.
+    by_start: BTreeMap<u64, FlightId>,
+    counts: [usize; 5],
+}
+
+impl Flights {
+    pub fn insert(&mut self, flight: Flight) -> FlightId {
+        let id = FlightId(self.next);
+        self.next += 1;
+        self.counts[flight.purpose as usize] += 1;
+        if flight.purpose != Purpose::PassThrough {
+            self.by_start.insert(flight.range.start, id);
+        }
+        self.all.insert(id, flight);
+        id
+    }
+
+    pub fn remove(&mut self, id: FlightId) -> Option<Flight> {
+        let flight = self.all.remove(&id)?;
+        self.counts[flight.purpose as usize] -= 1;
+        if flight.purpose != Purpose::PassThrough {
+            self.by_start.remove(&flight.range.start);
+        }
+        Some(flight)
+    }
+
+    pub fn count(&self, purpose: Purpose) -> usize {
+        self.counts[purpose as usize]
+    }
+
+    pub fn any_zeroing(&self) -> bool {
+        self.count(Purpose::Zero) > 0
+    }
+
+    /// The first kept flight that shares a block with `start..end`.
+    pub fn covering(&self, start: u64, end: u64) -> Option<(FlightId, BlockRange)> {
+        let before = self.by_start.range(..=start).next_back();
+        let candidates = before
+            .into_iter()
+            .chain(self.by_start.range(start + 1..end.max(start + 1)));
+        for (_, id) in candidates {
+            let range = self.all.get(id)?.range;
+            if range.overlaps(BlockRange::new(start, end)) {
+                return Some((*id, range));
+            }
+        }
+        None
+    }
+
+    /// Adds a reader; false if it was there already.
+    pub fn attach(&mut self, id: FlightId, waiter: u64) -> bool {
+        let Some(flight) = self.all.get_mut(&id) else {
+            return false;
+        };
+        if flight.waiters.last() == Some(&waiter) {
+            return false;
+        }
+        flight.waiters.push(waiter);
+        true
+    }
+
+    /// Takes a reader off all that it waits for. Nobody but readers needs what passes through.
+    pub fn detach(&mut self, waiter: u64, range: BlockRange) {
+        for flight in self.all.values_mut().filter(|f| f.range.overlaps(range)) {
+            flight.waiters.retain(|w| *w != waiter);
+        }
+    }
+
+    /// Kept flights that were not handed to the source yet.
+    pub fn unsent(&self) -> Vec<FlightId> {
+        let kept = |f: &Flight| !f.sent && f.purpose != Purpose::PassThrough;
+        self.all
+            .iter()
+            .filter(|(_, f)| kept(f))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    pub fn range(&self, id: FlightId) -> Option<BlockRange> {
+        self.all.get(&id).map(|f| f.range)
+    }
+
+    /// Marks all as sent and names those that were not.
+    pub fn send_all(&mut self, now: Duration) -> Vec<(FlightId, BlockRange, Purpose)> {
+        let mut unsent: Vec<_> = self
+            .all
+            .iter_mut()
+            .filter(|(_, f)| !f.sent)
+            .map(|(id, f)| {
+                f.sent = true;
+                f.sent_at = now;
+                (*id, f.range, f.purpose)
+            })
+            .collect();
+        unsent.sort_by_key(|(id, ..)| *id);
+        unsent
+    }
+}

@@ -1,0 +1,221 @@
+//! `hikkoshi serve`: from the command line or a configuration file to a running daemon, and its
+//! end by a signal.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use hikkoshi_daemon::config::{
+    DEFAULT_MAX_CLIENTS, DaemonConfig, ExportConfig, Listen, SourceConfig,
+};
+use hikkoshi_daemon::control::place;
+use hikkoshi_daemon::status::LifeState;
+use hikkoshi_daemon::{Daemon, DaemonError};
+
+use crate::cli::{ControlPlace, Serve};
+use crate::failure::Failure;
+use crate::signals::Signals;
+use crate::{address, choose, config_file, quantity, supervisor};
+
+/// An empty image that is to be created before it is served.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NewImage {
+    /// Where.
+    pub path: PathBuf,
+    /// How large, in bytes.
+    pub bytes: u64,
+}
+
+/// What is to be served, before what was left out is filled in.
+#[derive(Debug)]
+pub struct Plan {
+    /// Where clients are listened for; may be empty.
+    pub listen: Vec<Listen>,
+    /// Where the daemon is controlled; `None` for the default place.
+    pub control: Option<ControlPlace>,
+    /// The exports.
+    pub exports: Vec<ExportConfig>,
+    /// Images to create.
+    pub new_images: Vec<NewImage>,
+    /// Most client connections at once.
+    pub max_clients: usize,
+}
+
+/// Serves until SIGTERM or SIGINT, then drains and returns.
+///
+/// # Errors
+/// The daemon could not be started, or what was in flight at the end could not be made durable.
+pub fn run(args: Serve) -> Result<(), Failure> {
+    let signals = Signals::catch().context("signals cannot be caught")?;
+    let plan = plan(args)?;
+    for image in &plan.new_images {
+        create(image)?;
+    }
+    let config = DaemonConfig {
+        listen: plan.listen,
+        control: control_socket(plan.control),
+        exports: plan.exports,
+        max_clients: plan.max_clients,
+    };
+    let daemon = Daemon::start(config).map_err(|error| match error {
+        DaemonError::Config(what) => Failure::Usage(what),
+        DaemonError::Listen { ref source, .. }
+            if source.kind() == std::io::ErrorKind::AddrInUse =>
+        {
+            Failure::from(anyhow::Error::new(error).context(
+                "another server is there already; choose another address with --listen \
+                 tcp://HOST:PORT or --listen unix:PATH (port 0 takes a free one)",
+            ))
+        }
+        error => Failure::from(anyhow::Error::new(error)),
+    })?;
+    announce(&daemon);
+    supervisor::notify("READY=1");
+    signals.wait();
+    supervisor::notify("STOPPING=1");
+    tracing::info!("ending: answering what is in flight; a second signal ends at once");
+    signals.end_at_the_next();
+    daemon
+        .shutdown()
+        .map_err(|error| anyhow::Error::new(error).into())
+}
+
+/// What the arguments, the configuration file and the supervisor say together.
+fn plan(args: Serve) -> Result<Plan, Failure> {
+    let mut plan = match &args.config {
+        Some(path) => config_file::read(path).map_err(Failure::Usage)?,
+        None => Plan {
+            listen: Vec::new(),
+            control: None,
+            max_clients: DEFAULT_MAX_CLIENTS,
+            new_images: Vec::new(),
+            exports: Vec::new(),
+        },
+    };
+    if !args.listen.is_empty() {
+        plan.listen.clone_from(&args.listen);
+    }
+    if args.control.is_some() {
+        plan.control.clone_from(&args.control);
+    }
+    if args.config.is_none() {
+        let (export, new_image) = one_export(args)?;
+        plan.exports.push(export);
+        plan.new_images.extend(new_image);
+    }
+    let inherited = supervisor::inherited_sockets().map_err(Failure::Usage)?;
+    plan.listen.extend(inherited.map(Listen::Inherited));
+    if plan.listen.is_empty() {
+        plan.listen.push(Listen::Tcp(
+            "127.0.0.1".into(),
+            hikkoshi_nbd::wire::DEFAULT_PORT,
+        ));
+    }
+    Ok(plan)
+}
+
+fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> {
+    let image = args
+        .image
+        .ok_or_else(|| Failure::Usage("say which IMAGE to serve, or --config FILE".into()))?;
+    let source = args.from.map(|uri| SourceConfig {
+        uri,
+        handoff: args.handoff.into(),
+        connections: args.connections,
+        background: !args.no_background,
+        max_rate: args.max_rate.and_then(|rate| rate.0),
+        on_loss: args.on_source_loss,
+        overwrite: args.overwrite,
+        moved: args.source_moved,
+    });
+    let new_image = args.size.map(|bytes| NewImage {
+        path: image.clone(),
+        bytes,
+    });
+    let export = ExportConfig {
+        name: args.export,
+        image,
+        state_dir: args.state,
+        block_bytes: args.block_size,
+        read_only: args.read_only,
+        engine: args.engine.into(),
+        source,
+    };
+    Ok((export, new_image))
+}
+
+/// Creates an empty sparse image, durably, unless there is one of that size.
+fn create(image: &NewImage) -> Result<(), anyhow::Error> {
+    let NewImage { path, bytes } = image;
+    let shown = path.display();
+    match std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path)
+    {
+        Ok(file) => file
+            .set_len(*bytes)
+            .and_then(|()| file.sync_all())
+            .with_context(|| format!("creating {shown} with {bytes} bytes")),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            let there = std::fs::metadata(path)
+                .with_context(|| format!("looking at {shown}"))?
+                .len();
+            anyhow::ensure!(
+                there == *bytes,
+                "{shown} exists already and has {there} bytes, not {bytes}; leave --size out to \
+                 serve it as it is"
+            );
+            Ok(())
+        }
+        Err(error) => Err(error).with_context(|| format!("creating {shown}")),
+    }
+}
+
+/// The control socket. A daemon that was not told where goes on without one when the usual place
+/// cannot be had: serving the disk matters more.
+fn control_socket(place: Option<ControlPlace>) -> Option<PathBuf> {
+    match place {
+        Some(ControlPlace::None) => None,
+        Some(ControlPlace::Unix(path)) => Some(path),
+        None => match place::socket_for(&choose::directories(), std::process::id()) {
+            Ok(path) => Some(path),
+            Err(error) => {
+                tracing::warn!(%error, "this daemon cannot be controlled; say --control unix:PATH");
+                None
+            }
+        },
+    }
+}
+
+/// One line per export on standard output: what is served, where, and what it waits for.
+fn announce(daemon: &Daemon) {
+    let listening = daemon.listening();
+    let mut out = std::io::stdout().lock();
+    for export in daemon.exports().all() {
+        let status = export.status();
+        let uris: Vec<_> = listening
+            .iter()
+            .map(|listen| address::uri(listen, &status.export))
+            .collect();
+        let source = status.source.as_deref().unwrap_or("its source");
+        let life = match status.state {
+            LifeState::Local => String::new(),
+            LifeState::Standby => format!("; standby, the VM still runs at {source}"),
+            LifeState::Arriving => format!("; arriving from {source}"),
+        };
+        let mut lines = format!(
+            "serving {} ({}) as {:?} at {}{life}\n",
+            status.image,
+            quantity::show_size(status.size_bytes),
+            status.export,
+            uris.join(" and "),
+        );
+        for note in &status.notes {
+            lines.push_str(&format!("  {note}\n"));
+        }
+        // Nobody may be reading; the disk is served all the same.
+        let _ = out.write_all(lines.as_bytes());
+    }
+    let _ = out.flush();
+}

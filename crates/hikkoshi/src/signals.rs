@@ -1,0 +1,83 @@
+//! SIGTERM and SIGINT, turned into something a thread can wait for.
+//!
+//! A thread of its own receives them; nothing runs in a signal handler but tokio's self-pipe.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Exit status when a second signal cuts the orderly end short.
+const CUT_SHORT: i32 = 1;
+
+/// Caught signals.
+#[derive(Debug)]
+pub struct Signals {
+    received: Receiver<()>,
+    exit_at_next: Arc<AtomicBool>,
+}
+
+impl Signals {
+    /// Catches SIGTERM and SIGINT from now on. One that comes while nobody waits is kept; the one
+    /// after it ends the process at once.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn catch() -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()?;
+        // Registered before this returns: a signal right afterwards must not kill the process.
+        let (mut term, mut int) = {
+            let _inside = runtime.enter();
+            (
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::interrupt())?,
+            )
+        };
+        let (sender, received) = channel();
+        let exit_at_next = Arc::new(AtomicBool::new(false));
+        let exit = Arc::clone(&exit_at_next);
+        std::thread::Builder::new()
+            .name("hikkoshi-signals".into())
+            .spawn(move || {
+                runtime.block_on(async {
+                    loop {
+                        tokio::select! {
+                            _ = term.recv() => {}
+                            _ = int.recv() => {}
+                        }
+                        if exit.swap(true, Ordering::SeqCst) || sender.send(()).is_err() {
+                            std::process::exit(CUT_SHORT);
+                        }
+                    }
+                });
+            })?;
+        Ok(Self {
+            received,
+            exit_at_next,
+        })
+    }
+
+    /// Waits for a signal.
+    pub fn wait(&self) {
+        // The sender's thread lives as long as the process, so there is always an answer.
+        let _ = self.received.recv();
+    }
+
+    /// Waits for a signal at most this long; whether one came.
+    pub fn wait_for(&self, time: Duration) -> bool {
+        !matches!(
+            self.received.recv_timeout(time),
+            Err(RecvTimeoutError::Timeout)
+        )
+    }
+
+    /// From now on a signal ends the process at once.
+    pub fn end_at_the_next(&self) {
+        self.exit_at_next.store(true, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,207 @@
+//! `hikkoshi status`: how exports stand, for people and as JSON.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use hikkoshi_daemon::status::{BackgroundState, ExportStatus, LifeState};
+
+use crate::choose::{self, Found};
+use crate::cli;
+use crate::failure::Failure;
+use crate::quantity::{show_rate, show_seconds, show_size};
+
+/// How often `--watch` looks again.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Clears a terminal and goes to its top left.
+const CLEAR: &str = "\x1b[H\x1b[2J";
+
+/// Shows the exports, once or again and again.
+///
+/// # Errors
+/// No daemon answers, or none has the export.
+pub fn run(args: &cli::Status) -> Result<(), Failure> {
+    let clear = !args.json && std::io::stdout().is_terminal();
+    loop {
+        let found = select(args.control.control.as_deref(), args.export.as_deref())?;
+        let mut text = String::new();
+        if args.watch && clear {
+            text.push_str(CLEAR);
+        }
+        for one in &found {
+            if args.json {
+                text.push_str(&json(&one.status)?);
+            } else {
+                text.push_str(&describe(one, args.control.control.is_none()));
+            }
+        }
+        let mut out = std::io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()?;
+        drop(out);
+        if !args.watch {
+            return Ok(());
+        }
+        std::thread::sleep(WATCH_INTERVAL);
+    }
+}
+
+/// All exports, or all that bear the name.
+fn select(control: Option<&Path>, name: Option<&str>) -> Result<Vec<Found>, Failure> {
+    let found = choose::all(control)?;
+    let Some(name) = name else {
+        return Ok(found);
+    };
+    let named: Vec<Found> = found
+        .iter()
+        .filter(|one| one.status.export == name)
+        .cloned()
+        .collect();
+    match named.is_empty() {
+        false => Ok(named),
+        true => choose::pick(found, Some(name)).map(|one| vec![one]),
+    }
+}
+
+/// A status as one line of JSON.
+///
+/// # Errors
+/// Never: the status holds nothing that JSON cannot say.
+pub fn json(status: &ExportStatus) -> Result<String, serde_json::Error> {
+    serde_json::to_string(status).map(|line| line + "\n")
+}
+
+/// A state in a word.
+pub fn life(state: LifeState) -> &'static str {
+    match state {
+        LifeState::Local => "local",
+        LifeState::Standby => "standby",
+        LifeState::Arriving => "arriving",
+    }
+}
+
+/// Tenths of a percent that are here.
+fn permille(status: &ExportStatus) -> u64 {
+    if status.size_bytes == 0 {
+        return 1000;
+    }
+    let part = u128::from(status.resident_bytes) * 1000 / u128::from(status.size_bytes);
+    u64::try_from(part).unwrap_or(1000)
+}
+
+fn describe(one: &Found, with_daemon: bool) -> String {
+    let status = &one.status;
+    let mut lines = vec![format!(
+        "{:?}  {}  {}  {}",
+        status.export,
+        life(status.state),
+        show_size(status.size_bytes),
+        status.image,
+    )];
+    if status.state != LifeState::Local {
+        let here = permille(status);
+        lines.push(format!(
+            "  here     {} of {} ({}.{}%), {} of it written here",
+            show_size(status.resident_bytes),
+            show_size(status.size_bytes),
+            here / 10,
+            here % 10,
+            show_size(status.owned_bytes),
+        ));
+        lines.push(format!("  copy     {}", copying(status)));
+    }
+    if let Some(source) = &status.source {
+        let link = match status.source_connected {
+            Some(true) => "connected",
+            Some(false) => "NOT CONNECTED",
+            None => "needed no more",
+        };
+        lines.push(format!(
+            "  source   {source} {link}, {} came over the link",
+            show_size(status.wire_bytes)
+        ));
+    }
+    let counters = &status.counters;
+    lines.push(format!(
+        "  clients  {}; {} reads local, {} waited for the source; {} writes, {} flushes",
+        status.clients,
+        counters.reads_local,
+        counters.reads_remote,
+        counters.writes,
+        counters.flushes
+    ));
+    if with_daemon {
+        lines.push(format!("  control  unix:{}", one.daemon.path().display()));
+    }
+    for note in &status.notes {
+        lines.push(format!("  note     {note}"));
+    }
+    lines.join("\n") + "\n"
+}
+
+fn copying(status: &ExportStatus) -> String {
+    let mut text = match status.background {
+        BackgroundState::Idle => "idle".to_owned(),
+        BackgroundState::Running => format!("running, {}", show_rate(status.rate_bytes_per_s)),
+        BackgroundState::Paused => "paused; `hikkoshi resume` lets it go on".to_owned(),
+        BackgroundState::Off => "off; only what is read is fetched".to_owned(),
+    };
+    if let Some(eta_s) = status.eta_s {
+        text.push_str(&format!(", about {} left", show_seconds(eta_s)));
+    }
+    if let Some(limit) = status.limit_bytes_per_s {
+        text.push_str(&format!(", limited to {}", show_rate(limit)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::choose::tests::status;
+    use hikkoshi_daemon::control::client::ControlClient;
+
+    #[test]
+    fn people_see_what_matters() {
+        let mut one = Found {
+            daemon: ControlClient::new("/run/c.sock"),
+            status: status("web", LifeState::Arriving),
+        };
+        one.status.notes.push("look here".into());
+        assert_eq!(
+            describe(&one, true),
+            "\"web\"  arriving  20.0 GiB  disk.img\n\
+             \x20 here     5.0 GiB of 20.0 GiB (25.0%), 1.0 GiB of it written here\n\
+             \x20 copy     running, 41.0 MB/s, about 3 min 20 s left\n\
+             \x20 source   nbd://old/ connected, 4.0 GiB came over the link\n\
+             \x20 clients  1; 0 reads local, 0 waited for the source; 0 writes, 0 flushes\n\
+             \x20 control  unix:/run/c.sock\n\
+             \x20 note     look here\n"
+        );
+    }
+
+    #[test]
+    fn scripts_see_the_documented_fields() {
+        let line = json(&status("web", LifeState::Standby)).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(line.matches('\n').count(), 1);
+        for field in [
+            "export",
+            "size_bytes",
+            "state",
+            "resident_bytes",
+            "owned_bytes",
+            "absent_bytes",
+            "wire_bytes",
+            "source_connected",
+            "background",
+            "rate_bytes_per_s",
+            "eta_s",
+        ] {
+            assert!(value.get(field).is_some(), "{field}");
+        }
+        assert_eq!(value["state"], "standby");
+        assert_eq!(value["background"], "running");
+    }
+}

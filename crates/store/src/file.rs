@@ -1,0 +1,203 @@
+//! [`FileStore`]: a raw image in a regular file or on a block device, through the page cache.
+//! Owns the image, its lock and what is known of its extents. It never changes the image's size
+//! and never writes what it was not told to write. Called by volumes.
+
+use std::fmt;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::extent_cache::ExtentCache;
+use crate::image::{Image, Medium};
+use crate::open::{self, EngineChoice, OpenOptions, Opened, StoreError};
+use crate::pool::Pool;
+use crate::range::{self, len_u64};
+use crate::sync_gate::SyncGate;
+use crate::uring::Ring;
+use crate::zero::Zeroer;
+use crate::{Extent, ExtentKind, ReadDone, Store, ZeroMode, blockdev};
+
+/// A raw image in a regular file or on a block device, locked against other daemons for as long
+/// as this lives and reads are under way.
+pub struct FileStore {
+    image: Arc<Image>,
+    engine: Engine,
+    created: bool,
+    zeroer: Zeroer,
+    gate: SyncGate,
+    extents: ExtentCache,
+}
+
+#[derive(Clone, Copy)]
+enum Engine {
+    Threads(&'static Pool),
+    IoUring(&'static Ring),
+}
+
+impl fmt::Debug for FileStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileStore")
+            .field("image", &self.image)
+            .field("engine", &self.engine_name())
+            .finish_non_exhaustive()
+    }
+}
+
+impl FileStore {
+    /// Opens an image, or creates it when [`OpenOptions::create_with_size`] says so.
+    ///
+    /// # Errors
+    /// See [`StoreError`]. Nothing has been created or changed then.
+    pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self, StoreError> {
+        let path = path.as_ref();
+        let engine = Engine::choose(options.engine)?;
+        let Opened { image, created } = open::open(path, options)?;
+        let logical_block_bytes = if image.medium == Medium::Block {
+            blockdev::logical_block_bytes(&image.file).map_err(|source| StoreError::Io {
+                path: path.to_owned(),
+                what: "find the logical block size of",
+                source,
+            })?
+        } else {
+            1
+        };
+        let extents = ExtentCache::new(image.size);
+        let store = Self {
+            image: Arc::new(image),
+            engine,
+            created,
+            zeroer: Zeroer::new(logical_block_bytes),
+            gate: SyncGate::default(),
+            extents,
+        };
+        tracing::debug!(image = %path.display(), engine = store.engine_name(), created, "image open");
+        Ok(store)
+    }
+
+    /// Whether this call of [`FileStore::open`] made the image what it is: it holds no data.
+    pub fn is_new(&self) -> bool {
+        self.created
+    }
+
+    /// Whether the image is a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.image.medium == Medium::Block
+    }
+
+    /// What serves reads that would wait: `threads` or `io_uring`.
+    pub fn engine_name(&self) -> &'static str {
+        match self.engine {
+            Engine::Threads(_) => "threads",
+            Engine::IoUring(_) => "io_uring",
+        }
+    }
+
+    pub(crate) fn image(&self) -> &Image {
+        &self.image
+    }
+
+    pub(crate) fn sync_gate(&self) -> &SyncGate {
+        &self.gate
+    }
+
+    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        range::check(self.image.size, offset, len)
+    }
+
+    fn check_writable(&self) -> io::Result<()> {
+        if self.image.read_only {
+            Err(Errno::ROFS.into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl Engine {
+    fn choose(choice: EngineChoice) -> Result<Self, StoreError> {
+        match choice {
+            EngineChoice::Threads | EngineChoice::Auto => Ok(Self::Threads(Pool::shared())),
+            EngineChoice::IoUring => match Ring::shared() {
+                Ok(ring) => Ok(Self::IoUring(ring)),
+                Err(source) => Err(StoreError::NoIoUring { source }),
+            },
+        }
+    }
+}
+
+impl Store for FileStore {
+    fn size_bytes(&self) -> u64 {
+        self.image.size
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        self.check(offset, len_u64(buf.len()))?;
+        self.image.try_read(offset, buf)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.check(offset, len_u64(buf.len()))?;
+        self.image.read_exact(offset, buf)
+    }
+
+    fn submit_read(&self, offset: u64, len: usize, done: ReadDone) {
+        if let Err(error) = self.check(offset, len_u64(len)) {
+            // Elsewhere too: the caller may hold a lock that `done` takes.
+            return Pool::shared().submit(Box::new(move || done(Err(error))));
+        }
+        let image = Arc::clone(&self.image);
+        match self.engine {
+            Engine::Threads(pool) => {
+                pool.submit(Box::new(move || done(image.read_vec(offset, len))));
+            }
+            Engine::IoUring(ring) => ring.submit(image, offset, len, done),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.check(offset, len_u64(data.len()))?;
+        self.check_writable()?;
+        let _writing = self.extents.writing(offset, len_u64(data.len()));
+        self.image.write_all(offset, data)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, mode: ZeroMode) -> io::Result<()> {
+        self.check(offset, len)?;
+        self.check_writable()?;
+        if len == 0 {
+            return Ok(());
+        }
+        let _writing = self.extents.writing(offset, len);
+        self.zeroer.zero(&self.image, offset, len, mode)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.gate.run(|| {
+            loop {
+                match rustix::fs::fdatasync(&self.image.file) {
+                    Err(Errno::INTR) => {}
+                    result => return Ok(result?),
+                }
+            }
+        })
+    }
+
+    fn extents(&self, offset: u64, len: u64, max: usize) -> io::Result<Vec<Extent>> {
+        self.check(offset, len)?;
+        if self.image.medium == Medium::Block && len > 0 && max > 0 {
+            // A block device keeps no record of what was written.
+            return Ok(vec![Extent {
+                offset,
+                len,
+                kind: ExtentKind::Data,
+            }]);
+        }
+        self.extents.extents(&self.image.file, offset, len, max)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -1,0 +1,321 @@
+//! The memory of a running volume that outlives its process, but not the boot.
+//!
+//! A killed process leaves its data in the page cache; here it leaves which blocks that data
+//! belongs to, in a file of a memory file system (`/dev/shm`). The next process believes it only
+//! if the boot, the volume, its incarnation and the state directory are the same. Whatever else
+//! happens in between (another machine, a restored copy of the state, a boot), the durable records
+//! count alone.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use hikkoshi_engine::geometry::Geometry;
+use hikkoshi_engine::residency::{PlaneMemory, Residency};
+use hikkoshi_engine::sync::AtomicU64;
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::state::{Identity, Life, StateDir, StateError, hex};
+
+const MAGIC: [u8; 8] = *b"HKKLIVE1";
+
+/// The header has a page for itself.
+const HEADER_BYTES: usize = 4096;
+
+/// Where the memory lies when nothing else is said: gone with the boot, never written to a disk.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// The directory that is used when none is given.
+pub fn default_dir() -> PathBuf {
+    Path::new(SHARED_MEMORY).join(format!("hikkoshi-{}", rustix::process::geteuid().as_raw()))
+}
+
+/// How much of a volume's past was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovered {
+    /// The volume is new.
+    New,
+    /// All that a killed process had answered.
+    AfterKill,
+    /// What is durable.
+    FromDisk,
+}
+
+/// The residency of a volume and the state behind it, ready for use.
+#[derive(Debug)]
+pub struct OpenedMap {
+    /// Which blocks are here.
+    pub residency: Arc<Residency>,
+    /// What makes that durable.
+    pub state: StateDir,
+    /// How much of the past was found.
+    pub recovered: Recovered,
+    /// The file to be removed once everything is durable and the volume closes.
+    pub live: LiveFile,
+}
+
+/// The file of the shared memory.
+#[derive(Debug)]
+pub struct LiveFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl LiveFile {
+    /// Says whose memory it is. Not before it holds all that is durable: from here on the next
+    /// process believes it.
+    fn publish(&self, state_dir: &Path, identity: &Identity) -> Result<(), StateError> {
+        let header = header(state_dir, identity)?;
+        self.file
+            .write_all_at(&header, 0)
+            .map_err(|e| trouble("writing", &self.path, e))
+    }
+
+    /// Removes it: the durable records say everything.
+    pub fn remove(&self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// The state and the memory of a new volume.
+///
+/// # Errors
+/// The medium fails, or there is not enough memory.
+pub fn create_map(
+    state_dir: &Path,
+    live_dir: &Path,
+    identity: Identity,
+) -> Result<OpenedMap, StateError> {
+    let state = StateDir::create(state_dir, identity)?;
+    let (live, memory) = make(live_dir, state.identity())?;
+    let residency = Residency::new(state.identity().geometry, Box::new(memory));
+    live.publish(state_dir, state.identity())?;
+    Ok(OpenedMap {
+        residency: Arc::new(residency),
+        state,
+        recovered: Recovered::New,
+        live,
+    })
+}
+
+/// The state and the memory of a volume that was opened before and is not complete. Everything it
+/// knows is durable when it returns; `sync_data` syncs the image for that.
+///
+/// # Errors
+/// The state is missing, damaged or in use, the medium fails, or there is not enough memory.
+pub fn open_map(
+    mut state: StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+    sync_data: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<OpenedMap, StateError> {
+    let geometry = state.identity().geometry;
+    let (residency, recovered, live) = match find(live_dir, state_dir, state.identity())? {
+        Some((live, memory)) => {
+            let residency = Residency::recover(geometry, Box::new(memory));
+            (residency, Recovered::AfterKill, live)
+        }
+        None => {
+            // The order matters: the new incarnation is durable before memory that carries it
+            // exists, and memory of the old one is never believed again.
+            let incarnation = random()?;
+            state.change(|identity| identity.incarnation = incarnation)?;
+            let (live, memory) = make(live_dir, state.identity())?;
+            let residency = Residency::new(geometry, Box::new(memory));
+            state.load(&residency)?;
+            live.publish(state_dir, state.identity())?;
+            (residency, Recovered::FromDisk, live)
+        }
+    };
+    // The memory of a killed process is ahead of its records, and a log that a power cut tore
+    // must not be continued: a new epoch settles both.
+    state.checkpoint(&residency, sync_data)?;
+    Ok(OpenedMap {
+        residency: Arc::new(residency),
+        state,
+        recovered,
+        live,
+    })
+}
+
+/// Sixteen random bytes.
+///
+/// # Errors
+/// The system has none.
+pub fn random() -> Result<[u8; 16], StateError> {
+    let mut bytes = [0; 16];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(16) => Ok(bytes),
+        _ => Err(StateError::Live(
+            "the system gives no random numbers".into(),
+        )),
+    }
+}
+
+/// Memory shared with a file.
+struct Mapping {
+    start: NonNull<AtomicU64>,
+    words: usize,
+}
+
+// SAFETY: the mapping is plain shared memory of atomics, valid until drop from any thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; all access goes through atomics.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps all of `file` behind its header.
+    fn new(file: &File, words: usize) -> io::Result<Self> {
+        // SAFETY: a fresh shared mapping of a file that is fully allocated; nothing else in this
+        // process refers to it, and other processes are kept out by the lock of the state.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                words * 8,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file,
+                HEADER_BYTES as u64,
+            )?
+        };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, words })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new` with this length, and no reference outlives `self`.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.words * 8) };
+    }
+}
+
+impl PlaneMemory for Mapping {
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping holds so many words, page-aligned, for as long as `self` lives, and
+        // they are only ever accessed as atomics.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+}
+
+fn trouble(what: &str, path: &Path, e: impl std::fmt::Display) -> StateError {
+    StateError::Live(format!("{what} {} failed: {e}", path.display()))
+}
+
+/// The directory, ours alone.
+fn prepare_dir(dir: &Path) -> Result<(), StateError> {
+    if let Err(e) = fs::create_dir(dir)
+        && e.kind() != io::ErrorKind::AlreadyExists
+    {
+        return Err(trouble("creating", dir, e));
+    }
+    let meta = fs::symlink_metadata(dir).map_err(|e| trouble("looking at", dir, e))?;
+    if !meta.is_dir() || meta.uid() != rustix::process::geteuid().as_raw() {
+        return Err(StateError::Live(format!(
+            "{} is not a directory of ours; remove it",
+            dir.display()
+        )));
+    }
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+        .map_err(|e| trouble("protecting", dir, e))
+}
+
+/// Fresh memory, all of it allocated, so that it can never run out later.
+fn make(live_dir: &Path, identity: &Identity) -> Result<(LiveFile, Mapping), StateError> {
+    prepare_dir(live_dir)?;
+    let path = live_dir.join(hex(&identity.volume_id));
+    let words = Residency::required_words(identity.geometry);
+    let _ = fs::remove_file(&path);
+    let build = || -> io::Result<(File, Mapping)> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(no_follow())
+            .open(&path)?;
+        let bytes = (HEADER_BYTES + words * 8) as u64;
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+        let mapping = Mapping::new(&file, words)?;
+        Ok((file, mapping))
+    };
+    match build() {
+        Ok((file, mapping)) => Ok((LiveFile { path, file }, mapping)),
+        Err(e) => {
+            let _ = fs::remove_file(&path);
+            let mib = (words * 8) >> 20;
+            Err(StateError::Live(format!(
+                "{mib} MiB of shared memory for which blocks are here could not be had in {}: {e}; \
+                 free some, or choose larger blocks with --block-size",
+                live_dir.display()
+            )))
+        }
+    }
+}
+
+/// The memory that a killed process of this boot and incarnation left, if it did.
+fn find(
+    live_dir: &Path,
+    state_dir: &Path,
+    identity: &Identity,
+) -> Result<Option<(LiveFile, Mapping)>, StateError> {
+    let path = live_dir.join(hex(&identity.volume_id));
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(no_follow())
+        .open(&path);
+    let Ok(file) = opened else { return Ok(None) };
+    let words = Residency::required_words(identity.geometry);
+    let wanted = header(state_dir, identity)?;
+    let mut found = vec![0; HEADER_BYTES];
+    let meta = file
+        .metadata()
+        .map_err(|e| trouble("looking at", &path, e))?;
+    let ours = meta.is_file()
+        && meta.uid() == rustix::process::geteuid().as_raw()
+        && meta.len() == (HEADER_BYTES + words * 8) as u64
+        && file.read_exact_at(&mut found, 0).is_ok()
+        && found == wanted;
+    if !ours || identity.life == Life::Local {
+        return Ok(None);
+    }
+    let mapping = Mapping::new(&file, words).map_err(|e| trouble("mapping", &path, e))?;
+    Ok(Some((LiveFile { path, file }, mapping)))
+}
+
+fn no_follow() -> i32 {
+    i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or(0)
+}
+
+/// What must be the same for the memory to be believed.
+fn header(state_dir: &Path, identity: &Identity) -> Result<Vec<u8>, StateError> {
+    let boot = fs::read("/proc/sys/kernel/random/boot_id")
+        .map_err(|e| trouble("reading", Path::new("/proc/sys/kernel/random/boot_id"), e))?;
+    let meta = fs::metadata(state_dir).map_err(|e| trouble("looking at", state_dir, e))?;
+    let mut out = MAGIC.to_vec();
+    out.extend_from_slice(&identity.volume_id);
+    out.extend_from_slice(&identity.incarnation);
+    out.extend_from_slice(&shape(identity.geometry));
+    out.extend_from_slice(&meta.dev().to_le_bytes());
+    out.extend_from_slice(&meta.ino().to_le_bytes());
+    out.extend_from_slice(boot.trim_ascii());
+    let crc = crc32c::crc32c(&out);
+    out.extend_from_slice(&crc.to_le_bytes());
+    out.resize(HEADER_BYTES, 0);
+    Ok(out)
+}
+
+fn shape(geometry: Geometry) -> [u8; 16] {
+    let mut out = [0; 16];
+    out[..8].copy_from_slice(&geometry.size_bytes().to_le_bytes());
+    out[8..].copy_from_slice(&geometry.block_bytes().to_le_bytes());
+    out
+}
+
+#[cfg(test)]
+mod tests;

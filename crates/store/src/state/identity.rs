@@ -1,0 +1,180 @@
+//! Whose state it is: the file `volume`, a few lines of text with a checksum.
+//!
+//! Text, so that an operator can read it; sealed, so that nobody edits it by accident.
+
+use std::fmt::Write as _;
+
+use hikkoshi_engine::geometry::{Geometry, GeometryError};
+use hikkoshi_engine::journal::VolumeId;
+
+const TITLE: &str = "hikkoshi-volume 1";
+
+/// Longest address of a source that is kept.
+const MAX_URI_BYTES: usize = 4096;
+
+/// Where a volume stood when the record was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Before the handoff.
+    Standby,
+    /// After it, with blocks still to come.
+    Arriving,
+    /// Complete.
+    Local,
+}
+
+impl Life {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Standby => "standby",
+            Self::Arriving => "arriving",
+            Self::Local => "local",
+        }
+    }
+}
+
+/// What a state directory belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Made at random when the volume was created.
+    pub volume_id: VolumeId,
+    /// The shape of the disk.
+    pub geometry: Geometry,
+    /// Grows with every change of where the disk lives.
+    pub generation: u64,
+    /// Where the volume stands.
+    pub life: Life,
+    /// Address of the source, as it was given.
+    pub source_uri: String,
+    /// Made anew whenever the state is opened without the memory of the process before, so that
+    /// this memory is not believed later.
+    pub incarnation: [u8; 16],
+    /// The inode of the image, where the file system keeps it over a restart.
+    pub image_inode: Option<u64>,
+}
+
+/// Why an identity cannot be read.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    /// It is of another version.
+    #[error("it is not of a format this version knows")]
+    Format,
+    /// It was changed or cut.
+    #[error("its checksum is wrong")]
+    Checksum,
+    /// A line is missing, doubled or says what cannot be.
+    #[error("the line {0:?} is missing or wrong")]
+    Line(&'static str),
+    /// The disk it speaks of cannot be.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+}
+
+impl Identity {
+    /// The content of the file.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut text = format!("{TITLE}\n");
+        let mut line = |key: &str, value: &str| {
+            writeln!(text, "{key} = {value}").expect("writing to a string cannot fail");
+        };
+        line("volume-id", &hex(&self.volume_id));
+        line("size-bytes", &self.geometry.size_bytes().to_string());
+        line("block-bytes", &self.geometry.block_bytes().to_string());
+        line("generation", &self.generation.to_string());
+        line("life", self.life.name());
+        line("source", &escape(&self.source_uri));
+        line("incarnation", &hex(&self.incarnation));
+        line(
+            "image-inode",
+            &self.image_inode.map_or("none".into(), |i| i.to_string()),
+        );
+        let crc = crc32c::crc32c(text.as_bytes());
+        text.push_str(&format!("crc32c = {crc:08x}\n"));
+        text.into_bytes()
+    }
+
+    /// Reads the content of the file.
+    ///
+    /// # Errors
+    /// Anything that [`Identity::encode`] would not have written.
+    pub fn decode(content: &[u8]) -> Result<Self, IdentityError> {
+        let text = std::str::from_utf8(content).map_err(|_| IdentityError::Checksum)?;
+        if !text.starts_with(TITLE) {
+            return Err(IdentityError::Format);
+        }
+        let crc_at = text.rfind("crc32c = ").ok_or(IdentityError::Checksum)?;
+        let sealed = format!(
+            "crc32c = {:08x}\n",
+            crc32c::crc32c(text[..crc_at].as_bytes())
+        );
+        if text[crc_at..] != sealed {
+            return Err(IdentityError::Checksum);
+        }
+        let mut lines = text[..crc_at].lines();
+        if lines.next() != Some(TITLE) {
+            return Err(IdentityError::Format);
+        }
+        let mut value = |key: &'static str| {
+            lines
+                .next()
+                .and_then(|l| l.strip_prefix(key)?.strip_prefix(" = "))
+                .ok_or(IdentityError::Line(key))
+        };
+        let number = |key, text: &str| text.parse::<u64>().map_err(|_| IdentityError::Line(key));
+        let volume_id = unhex(value("volume-id")?).ok_or(IdentityError::Line("volume-id"))?;
+        let size = number("size-bytes", value("size-bytes")?)?;
+        let block = number("block-bytes", value("block-bytes")?)?;
+        let block = u32::try_from(block).map_err(|_| IdentityError::Line("block-bytes"))?;
+        let generation = number("generation", value("generation")?)?;
+        let life = match value("life")? {
+            "standby" => Life::Standby,
+            "arriving" => Life::Arriving,
+            "local" => Life::Local,
+            _ => return Err(IdentityError::Line("life")),
+        };
+        let source_uri = unescape(value("source")?).ok_or(IdentityError::Line("source"))?;
+        let incarnation = unhex(value("incarnation")?).ok_or(IdentityError::Line("incarnation"))?;
+        let image_inode = match value("image-inode")? {
+            "none" => None,
+            text => Some(number("image-inode", text)?),
+        };
+        let geometry = Geometry::new(size, block)?;
+        if lines.next().is_some() || source_uri.len() > MAX_URI_BYTES {
+            return Err(IdentityError::Line("source"));
+        }
+        Ok(Self {
+            volume_id,
+            geometry,
+            generation,
+            life,
+            source_uri,
+            incarnation,
+            image_inode,
+        })
+    }
+}
+
+/// Sixteen bytes as 32 digits.
+pub fn hex(bytes: &[u8; 16]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<[u8; 16]> {
+    let mut bytes = [0; 16];
+    if text.len() != 32 || !text.is_ascii() {
+        return None;
+    }
+    for (n, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * n..2 * n + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// Keeps an address on one line.
+fn escape(text: &str) -> String {
+    text.replace('%', "%25").replace('\n', "%0A")
+}
+
+fn unescape(text: &str) -> Option<String> {
+    Some(text.replace("%0A", "\n").replace("%25", "%"))
+}

@@ -1,0 +1,414 @@
+//! The durable state of a volume that is not complete: identity, snapshot, log.
+//!
+//! Three files in the state directory, described in `docs/on-disk.md`: `volume` says whose state
+//! it is, `map` is the residency at the start of an epoch, `log` the commits since. Every write
+//! here is durable when it returns. A failed one makes the state unusable until it is opened
+//! again: what reached the medium is not known then, and is not guessed at.
+
+mod identity;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use hikkoshi_engine::geometry::Geometry;
+use hikkoshi_engine::journal::{
+    self, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
+};
+use hikkoshi_engine::residency::Residency;
+
+use crate::medium::{Directory, DurableFile, FsDirectory};
+pub use identity::{Identity, IdentityError, Life, hex};
+
+const VOLUME: &str = "volume";
+const MAP: &str = "map";
+const LOG: &str = "log";
+const LOCK: &str = "lock";
+
+/// Bounds of the log, in bytes. It may grow to a quarter of the map before a snapshot is written,
+/// so that snapshots cost at most a few times what the commits do.
+const MIN_LOG_BYTES: u64 = 4 << 20;
+const MAX_LOG_BYTES: u64 = 256 << 20;
+
+/// So much of the log is written with zeroes beforehand: appending there changes no metadata.
+const PREALLOCATED_BYTES: usize = 4 << 20;
+
+/// Why a state cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The medium failed.
+    #[error("{what} {path} failed: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What happened.
+        source: io::Error,
+    },
+    /// A file that must be there is not.
+    #[error(
+        "{path} is missing, so nothing is known of which blocks are here; restore the state \
+         directory from where it went, or discard it together with the image"
+    )]
+    Missing {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The identity cannot be read.
+    #[error("{path} cannot be believed: {source}; restore it, or discard it with the image")]
+    Identity {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: IdentityError,
+    },
+    /// The snapshot or the log cannot be read.
+    #[error("{path} cannot be believed: {source}; restore it, or discard it with the image")]
+    Journal {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: JournalError,
+    },
+    /// Another process uses it.
+    #[error("{path} is in use by another process; end it first")]
+    InUse {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// The memory of the running volume cannot be had.
+    #[error("{0}")]
+    Live(String),
+    /// An earlier write failed.
+    #[error("an earlier write of the durable state failed; restart the daemon")]
+    Poisoned,
+}
+
+/// The open state of a volume.
+#[derive(Debug)]
+pub struct StateDir {
+    dir: Box<dyn Directory>,
+    identity: Identity,
+    log: Box<dyn DurableFile>,
+    epoch: u64,
+    seq: u64,
+    log_bytes: u64,
+    poisoned: bool,
+    /// Held, not read: the lock ends with it.
+    _lock: Option<File>,
+}
+
+impl StateDir {
+    /// Whether there is a state at `path`, complete or not.
+    pub fn exists(path: &Path) -> bool {
+        [VOLUME, MAP, LOG]
+            .iter()
+            .any(|name| path.join(name).exists())
+    }
+
+    /// Makes the state of a new volume, of which nothing is here.
+    ///
+    /// # Errors
+    /// The medium fails, or another process uses it.
+    pub fn create(path: &Path, identity: Identity) -> Result<Self, StateError> {
+        let made = std::fs::create_dir_all(path).and_then(|()| {
+            let parent = path.canonicalize()?;
+            File::open(parent.parent().unwrap_or(Path::new("/")))?.sync_all()
+        });
+        made.map_err(|source| StateError::Io {
+            what: "creating",
+            path: path.to_owned(),
+            source,
+        })?;
+        let lock = take_lock(path)?;
+        Self::create_in(Box::new(FsDirectory::new(path)), identity, Some(lock))
+    }
+
+    /// [`StateDir::create`] in any directory.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn create_in(
+        dir: Box<dyn Directory>,
+        identity: Identity,
+        lock: Option<File>,
+    ) -> Result<Self, StateError> {
+        let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
+        put(&*dir, LOG, &vec![0; PREALLOCATED_BYTES])?;
+        put(&*dir, MAP, &map)?;
+        // Last: with it the state counts as there.
+        put(&*dir, VOLUME, &identity.encode())?;
+        Self::opened(dir, identity, 0, lock)
+    }
+
+    fn opened(
+        dir: Box<dyn Directory>,
+        identity: Identity,
+        epoch: u64,
+        lock: Option<File>,
+    ) -> Result<Self, StateError> {
+        let log = dir.open(LOG).map_err(|source| StateError::Io {
+            what: "opening",
+            path: dir.path(LOG),
+            source,
+        })?;
+        Ok(Self {
+            dir,
+            identity,
+            log,
+            epoch,
+            seq: 0,
+            log_bytes: 0,
+            poisoned: false,
+            _lock: lock,
+        })
+    }
+
+    /// Opens what [`StateDir::create`] made. What it knows is brought into memory by
+    /// [`StateDir::load`]; nothing may be appended before a [`StateDir::checkpoint`].
+    ///
+    /// # Errors
+    /// Anything is missing, damaged, or in use. Nothing is changed then.
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        let lock = take_lock(path)?;
+        Self::open_in(Box::new(FsDirectory::new(path)), Some(lock))
+    }
+
+    /// [`StateDir::open`] in any directory.
+    ///
+    /// # Errors
+    /// As [`StateDir::open`].
+    pub fn open_in(dir: Box<dyn Directory>, lock: Option<File>) -> Result<Self, StateError> {
+        let identity =
+            Identity::decode(&get(&*dir, VOLUME)?).map_err(|source| StateError::Identity {
+                path: dir.path(VOLUME),
+                source,
+            })?;
+        if identity.life == Life::Local {
+            return Ok(Self {
+                log: Box::new(NoLog),
+                dir,
+                identity,
+                epoch: 0,
+                seq: 0,
+                log_bytes: 0,
+                poisoned: false,
+                _lock: lock,
+            });
+        }
+        let map = get(&*dir, MAP)?;
+        let epoch = journal::snapshot_epoch(&map, identity.volume_id, identity.geometry).map_err(
+            |source| StateError::Journal {
+                path: dir.path(MAP),
+                source,
+            },
+        )?;
+        Self::opened(dir, identity, epoch, lock)
+    }
+
+    /// Brings the snapshot and the log into an empty residency.
+    ///
+    /// # Errors
+    /// Anything is missing or damaged; the residency is not to be used then.
+    pub fn load(&self, residency: &Residency) -> Result<(), StateError> {
+        let map = get(&*self.dir, MAP)?;
+        let bad = |name| {
+            let path = self.dir.path(name);
+            move |source| StateError::Journal { path, source }
+        };
+        journal::apply_snapshot(&map, self.volume_id(), residency).map_err(bad(MAP))?;
+        let log = get(&*self.dir, LOG)?;
+        let end = journal::read_log(&log, self.volume_id(), self.epoch, self.geometry())
+            .map_err(bad(LOG))?;
+        end.records
+            .iter()
+            .for_each(|record| record.apply(residency));
+        Ok(())
+    }
+
+    /// Whose state it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn volume_id(&self) -> VolumeId {
+        self.identity.volume_id
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.identity.geometry
+    }
+
+    /// Adds a commit. Durable when it returns. The data of the records must be durable already.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn append(&mut self, records: &[Record]) -> Result<(), StateError> {
+        self.guarded(|this| {
+            let frame = encode_frame(this.volume_id(), this.epoch, this.seq, records);
+            let written = this
+                .log
+                .write_at(this.log_bytes, &frame)
+                .and_then(|()| this.log.sync());
+            written.map_err(|source| this.failed("writing", LOG, source))?;
+            this.seq += 1;
+            this.log_bytes += frame.len() as u64;
+            Ok(())
+        })
+    }
+
+    /// Whether the log is so long that a snapshot should be made.
+    pub fn needs_checkpoint(&self) -> bool {
+        let map_bytes = self.geometry().blocks() / 4;
+        self.log_bytes >= (map_bytes / 4).clamp(MIN_LOG_BYTES, MAX_LOG_BYTES)
+    }
+
+    /// Begins a new epoch with a snapshot of `residency`, in this order:
+    /// 1. the residency is copied; it may speak of data that is not durable yet;
+    /// 2. `sync_data` makes that data durable;
+    /// 3. the snapshot takes the place of the one before;
+    /// 4. the log begins anew. What it held is in the snapshot, and of an epoch that is over.
+    ///
+    /// # Errors
+    /// The medium fails, or `sync_data`; the state is unusable then.
+    pub fn checkpoint(
+        &mut self,
+        residency: &Residency,
+        sync_data: &mut dyn FnMut() -> io::Result<()>,
+    ) -> Result<(), StateError> {
+        self.guarded(|this| {
+            let map = encode_snapshot(this.volume_id(), this.epoch + 1, residency);
+            sync_data().map_err(|source| this.failed("syncing the image of", VOLUME, source))?;
+            put(&*this.dir, MAP, &map)?;
+            this.epoch += 1;
+            this.seq = 0;
+            this.log_bytes = 0;
+            Ok(())
+        })
+    }
+
+    /// Records that the VM runs here.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn record_arriving(&mut self) -> Result<(), StateError> {
+        let generation = self.identity.generation + 1;
+        self.change(|identity| {
+            identity.life = Life::Arriving;
+            identity.generation = generation;
+        })
+    }
+
+    /// Records that everything is here, and drops what said which blocks are.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn record_local(&mut self) -> Result<(), StateError> {
+        self.change(|identity| identity.life = Life::Local)?;
+        for name in [MAP, LOG] {
+            // Left-overs do no harm: the identity says that they do not count.
+            let _ = self.dir.remove(name);
+        }
+        Ok(())
+    }
+
+    /// Changes the identity, durably.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn change(&mut self, change: impl FnOnce(&mut Identity)) -> Result<(), StateError> {
+        self.guarded(|this| {
+            let mut identity = this.identity.clone();
+            change(&mut identity);
+            put(&*this.dir, VOLUME, &identity.encode())?;
+            this.identity = identity;
+            Ok(())
+        })
+    }
+
+    fn guarded(
+        &mut self,
+        step: impl FnOnce(&mut Self) -> Result<(), StateError>,
+    ) -> Result<(), StateError> {
+        if self.poisoned {
+            return Err(StateError::Poisoned);
+        }
+        // A panic in between leaves it poisoned as well.
+        self.poisoned = true;
+        step(self)?;
+        self.poisoned = false;
+        Ok(())
+    }
+
+    fn failed(&self, what: &'static str, name: &str, source: io::Error) -> StateError {
+        StateError::Io {
+            what,
+            path: self.dir.path(name),
+            source,
+        }
+    }
+}
+
+const _: () = assert!(PREALLOCATED_BYTES.is_multiple_of(FRAME_ALIGN));
+
+/// The log of a volume that is complete: there is nothing to write.
+#[derive(Debug)]
+struct NoLog;
+
+impl DurableFile for NoLog {
+    fn write_at(&mut self, _: u64, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn take_lock(path: &Path) -> Result<File, StateError> {
+    let path = path.join(LOCK);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
+    let file = file.map_err(|source| StateError::Io {
+        what: "opening",
+        path: path.clone(),
+        source,
+    })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(StateError::InUse { path }),
+        Err(std::fs::TryLockError::Error(source)) => Err(StateError::Io {
+            what: "locking",
+            path,
+            source,
+        }),
+    }
+}
+
+fn put(dir: &dyn Directory, name: &str, content: &[u8]) -> Result<(), StateError> {
+    dir.replace(name, content).map_err(|source| StateError::Io {
+        what: "writing",
+        path: dir.path(name),
+        source,
+    })
+}
+
+fn get(dir: &dyn Directory, name: &str) -> Result<Vec<u8>, StateError> {
+    match dir.read(name) {
+        Ok(Some(content)) => Ok(content),
+        Ok(None) => Err(StateError::Missing {
+            path: dir.path(name),
+        }),
+        Err(source) => Err(StateError::Io {
+            what: "reading",
+            path: dir.path(name),
+            source,
+        }),
+    }
+}
