@@ -333,7 +333,9 @@ fn many_exports_come_from_a_configuration_file() {
         served.json(&["status", "b", "--json"])["size_bytes"],
         2 << 20
     );
-    let output = served.ask(&["wait"]);
+    // Both are here, so there is nothing to choose from; with a command there is.
+    assert!(served.ask(&["wait"]).status.success());
+    let output = served.ask(&["pause"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(
         stderr(&output).contains("say which export"),
