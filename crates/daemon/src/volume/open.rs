@@ -14,11 +14,12 @@ use std::time::Duration;
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
 use hikkoshi_nbd::uri::{self, NbdUri};
+use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{Address, NbdSource, NbdSourceConfig};
-use hikkoshi_wan::{Source, SourceError, SourceErrorKind};
+use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 
 use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
 use super::relocation::{Relocation, Traffic};
@@ -644,7 +645,17 @@ fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source
         )),
         Err(e) if e.kind == SourceErrorKind::Disconnected => {
             tracing::warn!("the source cannot be reached yet: {e}; what is here is served");
-            Ok(NbdSource::connect_lazily(config, geometry.size_bytes()))
+            let expected = SourceInfo {
+                size_bytes: geometry.size_bytes(),
+                read_only: false,
+                can_multi_conn: false,
+                // Asked anew once it is there; one that cannot say answers that all is data.
+                has_extents: true,
+                min_block_bytes: 1,
+                max_read_bytes: wire::MAX_PAYLOAD_BYTES,
+                uri: wanted.uri.clone(),
+            };
+            Ok(NbdSource::connect_lazily(config, expected).map_err(failed)?)
         }
         Err(e) => Err(failed(e)),
     }

@@ -11,7 +11,7 @@
 mod bucket;
 mod flights;
 mod pacer;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};

@@ -1,1 +1,270 @@
+use std::time::Duration;
 
+use super::*;
+use crate::residency::Residency;
+use crate::sync::AtomicU64;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn disk(mib: u64) -> (Geometry, Residency) {
+    let g = Geometry::new(mib << 20, 4096).unwrap();
+    let words = (0..Residency::required_words(g))
+        .map(|_| AtomicU64::new(0))
+        .collect::<Vec<_>>();
+    (g, Residency::new(g, Box::new(words)))
+}
+
+fn policy() -> Policy {
+    Policy {
+        background: true,
+        max_rate: None,
+        loss_timeout: None,
+        has_extents: false,
+    }
+}
+
+/// What was asked of the source, and who was woken.
+#[derive(Default)]
+struct Seen {
+    fetches: Vec<(FlightId, BlockRange, Lane)>,
+    woken: Vec<u32>,
+    failed: Vec<(u32, ReadFailure)>,
+    complete: bool,
+}
+
+fn sort(actions: Vec<Action<u32>>) -> Seen {
+    let mut seen = Seen::default();
+    for action in actions {
+        match action {
+            Action::Fetch {
+                flight,
+                range,
+                lane,
+                ..
+            } => seen.fetches.push((flight, range, lane)),
+            Action::Wake(who) => seen.woken.push(who),
+            Action::Fail(who, why) => seen.failed.push((who, why)),
+            Action::Complete => seen.complete = true,
+            Action::InstallZero { .. } | Action::QueryExtents { .. } => {}
+        }
+    }
+    seen
+}
+
+fn arriving(g: Geometry, r: &Residency, policy: Policy) -> (Mover<u32>, Seen) {
+    let mut mover = Mover::new(g, Phase::Arriving, policy);
+    let mut out = Vec::new();
+    mover.source_up(Duration::ZERO, r, &mut out);
+    (mover, sort(out))
+}
+
+#[test]
+fn two_readers_of_a_block_make_one_fetch() {
+    let (g, r) = disk(1);
+    let (mut mover, _) = arriving(
+        g,
+        &r,
+        Policy {
+            background: false,
+            ..policy()
+        },
+    );
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(4, 8), &r, &mut out);
+    mover.read(MS, 2, BlockRange::new(6, 10), &r, &mut out);
+    let seen = sort(out);
+    let ranges: Vec<_> = seen.fetches.iter().map(|f| f.1).collect();
+    assert_eq!(ranges, [BlockRange::new(4, 8), BlockRange::new(8, 10)]);
+    assert!(seen.fetches.iter().all(|f| f.2 == Lane::Demand));
+
+    let mut out = Vec::new();
+    r.mark_clean(BlockRange::new(4, 8));
+    mover.landed(MS * 2, seen.fetches[0].0, &r, &mut out);
+    assert_eq!(sort(std::mem::take(&mut out)).woken, [1]);
+    r.mark_clean(BlockRange::new(8, 10));
+    mover.landed(MS * 2, seen.fetches[1].0, &r, &mut out);
+    assert_eq!(sort(out).woken, [2]);
+}
+
+/// The background takes what nobody has asked for yet, and never the same block twice.
+#[test]
+fn the_background_covers_every_block_once() {
+    let (g, r) = disk(16);
+    let (mut mover, seen) = arriving(g, &r, policy());
+    let mut under_way = seen.fetches;
+    let mut covered = vec![0; usize::try_from(g.blocks()).unwrap()];
+    let mut complete = seen.complete;
+    let mut now = MS;
+    while let Some((flight, range, lane)) = under_way.pop() {
+        assert_eq!(lane, Lane::Bulk);
+        (range.start..range.end).for_each(|b| covered[usize::try_from(b).unwrap()] += 1);
+        r.mark_clean(range);
+        now += MS;
+        let mut out = Vec::new();
+        mover.landed(now, flight, &r, &mut out);
+        let seen = sort(out);
+        complete |= seen.complete;
+        under_way.extend(seen.fetches);
+    }
+    assert!(covered.iter().all(|n| *n == 1));
+    assert!(complete);
+    assert_eq!(mover.phase(), Phase::Complete);
+}
+
+#[test]
+fn a_lost_connection_keeps_readers_waiting_and_asks_again() {
+    let (g, r) = disk(1);
+    let (mut mover, _) = arriving(
+        g,
+        &r,
+        Policy {
+            background: false,
+            ..policy()
+        },
+    );
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(0, 1), &r, &mut out);
+    let flight = sort(std::mem::take(&mut out)).fetches[0].0;
+    mover.source_down(MS);
+    mover.failed(MS, flight, FetchFailure::Disconnected, &r, &mut out);
+    assert!(out.is_empty(), "nothing is asked of a source that is away");
+    mover.source_up(MS * 900, &r, &mut out);
+    let seen = sort(std::mem::take(&mut out));
+    assert_eq!(seen.fetches.len(), 1);
+    r.mark_clean(BlockRange::new(0, 1));
+    mover.landed(MS * 950, seen.fetches[0].0, &r, &mut out);
+    assert_eq!(sort(out).woken, [1]);
+}
+
+#[test]
+fn a_reader_gives_up_when_the_policy_says_so() {
+    let (g, r) = disk(1);
+    let loss_timeout = Some(Duration::from_secs(3));
+    let (mut mover, _) = arriving(
+        g,
+        &r,
+        Policy {
+            background: false,
+            loss_timeout,
+            ..policy()
+        },
+    );
+    mover.source_down(MS * 500);
+    let mut out = Vec::new();
+    mover.read(MS * 1000, 7, BlockRange::new(0, 1), &r, &mut out);
+    mover.tick(MS * 3999, &r, &mut out);
+    assert!(out.is_empty());
+    mover.tick(MS * 4000, &r, &mut out);
+    assert_eq!(sort(out).failed, [(7, ReadFailure::SourceLost)]);
+}
+
+/// A write that covers the block answers a reader that waits for a source which is away.
+#[test]
+fn a_reader_is_woken_by_a_write_that_completes_its_block() {
+    let (g, r) = disk(1);
+    let (mut mover, _) = arriving(
+        g,
+        &r,
+        Policy {
+            background: false,
+            ..policy()
+        },
+    );
+    mover.source_down(MS);
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(0, 1), &r, &mut out);
+    r.mark_owned(BlockRange::new(0, 1));
+    mover.tick(MS * 20, &r, &mut out);
+    assert_eq!(sort(out).woken, [1]);
+}
+
+#[test]
+fn a_pause_stops_the_background_and_not_demand() {
+    let (g, r) = disk(64);
+    let (mut mover, first) = arriving(g, &r, policy());
+    mover.pause();
+    let mut out = Vec::new();
+    for (flight, range, _) in first.fetches {
+        r.mark_clean(range);
+        mover.landed(MS * 30, flight, &r, &mut out);
+    }
+    assert!(
+        out.is_empty(),
+        "nothing more is asked for in the background"
+    );
+    mover.read(MS * 31, 1, BlockRange::new(9000, 9001), &r, &mut out);
+    assert_eq!(sort(std::mem::take(&mut out)).fetches[0].2, Lane::Demand);
+    mover.resume(MS * 40, &r, &mut out);
+    assert!(sort(out).fetches.iter().any(|f| f.2 == Lane::Bulk));
+}
+
+/// A cap of 1 MB/s lets about that through, whatever the source could do, and demand beside it.
+#[test]
+fn the_cap_holds_the_background_to_its_rate() {
+    let (g, r) = disk(64);
+    let (mut mover, first) = arriving(
+        g,
+        &r,
+        Policy {
+            max_rate: Some(1_000_000),
+            ..policy()
+        },
+    );
+    let mut under_way = first.fetches;
+    let mut bytes = 0;
+    for step in 1..500 {
+        let now = MS * 20 * step;
+        let mut out = Vec::new();
+        for (flight, range, _) in std::mem::take(&mut under_way) {
+            bytes += g.bytes(range).len();
+            r.mark_clean(range);
+            mover.landed(now, flight, &r, &mut out);
+        }
+        mover.tick(now, &r, &mut out);
+        under_way = sort(out).fetches;
+    }
+    assert!(
+        (9_000_000..11_500_000).contains(&bytes),
+        "{bytes} bytes in ten seconds"
+    );
+}
+
+#[test]
+fn zeroes_that_the_source_tells_are_never_fetched() {
+    let (g, r) = disk(64);
+    let mut mover: Mover<u32> = Mover::new(
+        g,
+        Phase::Arriving,
+        Policy {
+            has_extents: true,
+            ..policy()
+        },
+    );
+    let mut out = Vec::new();
+    mover.source_up(MS, &r, &mut out);
+    let asked = out.iter().find_map(|a| match a {
+        Action::QueryExtents { range } => Some(*range),
+        _ => None,
+    });
+    let zero = BlockRange::new(100, 16000);
+    let mut out = Vec::new();
+    mover.extents(MS, asked.unwrap(), &[zero], &r, &mut out);
+    let mut queue = out;
+    while let Some(action) = queue.pop() {
+        let (flight, range) = match action {
+            Action::Fetch { flight, range, .. } => {
+                assert!(!range.overlaps(zero), "{range:?} was fetched");
+                (flight, range)
+            }
+            Action::InstallZero { flight, range } => {
+                assert_eq!(range.intersection(zero), range);
+                (flight, range)
+            }
+            Action::Complete => break,
+            _ => continue,
+        };
+        r.mark_clean(range);
+        mover.landed(MS * 2, flight, &r, &mut queue);
+    }
+    assert_eq!(mover.phase(), Phase::Complete);
+}
