@@ -132,25 +132,27 @@ impl Console {
     /// # Errors
     /// As [`Console::wait_for`].
     pub fn wait_for_rounds(&self, rounds: u64, timeout: Duration) -> Result<Tick> {
-        let from = self.last_tick().unwrap_or_default();
         let start = Instant::now();
+        // A guest that has just arrived counts on from what it said elsewhere: that is only
+        // known when it has spoken here.
+        let mut from = self.last_tick();
         loop {
             self.check()?;
-            let now = self.last_tick().unwrap_or_default();
+            let Some(now) = self.last_tick() else {
+                ensure_time(start, timeout, &self.path)?;
+                std::thread::sleep(POLL);
+                continue;
+            };
+            let from = *from.get_or_insert(now);
             let least = [
-                now.files - from.files,
-                now.writes - from.writes,
-                now.content - from.content,
+                now.files.saturating_sub(from.files),
+                now.writes.saturating_sub(from.writes),
+                now.content.saturating_sub(from.content),
             ];
             if least.iter().all(|done| *done >= rounds) {
                 return Ok(now);
             }
-            if start.elapsed() > timeout {
-                bail!(
-                    "the workload stands at {now:?}:\n{}",
-                    process::tail(&self.path)
-                );
-            }
+            ensure_time(start, timeout, &self.path)?;
             std::thread::sleep(POLL);
         }
     }
@@ -181,6 +183,16 @@ impl Drop for Console {
             let _ = thread.join();
         }
     }
+}
+
+fn ensure_time(start: Instant, timeout: Duration, path: &Path) -> Result<()> {
+    if start.elapsed() > timeout {
+        bail!(
+            "the workload does not go on within {timeout:?}:\n{}",
+            process::tail(path)
+        );
+    }
+    Ok(())
 }
 
 fn take_lines(partial: &mut Vec<u8>, into: &Lines) {

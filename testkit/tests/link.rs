@@ -8,6 +8,7 @@
 use anyhow::{Result, ensure};
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
+use hikkoshi_testkit::pattern;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -94,7 +95,8 @@ fn a_cut_link_carries_nothing_and_a_lossy_one_loses() -> Result<()> {
     };
     let link = Link::new(&a, &b, spec)?;
     let (mut server, mut client) = connect(&a, &b, &link)?;
-    let data = vec![3; 4 << 20];
+    let mut data = vec![0; 4 << 20];
+    pattern::fill(9, &mut data);
     std::thread::scope(|scope| -> Result<()> {
         let sender = scope.spawn(|| server.write_all(&data));
         let mut got = vec![0; data.len()];

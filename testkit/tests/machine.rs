@@ -23,7 +23,7 @@ fn a_guest_moves_between_two_qemus_that_share_a_disk() -> Result<()> {
     let guest = Guest::build()?;
     let dir = cache::scratch()?;
     let (a, b) = (Namespace::new("a")?, Namespace::new("b")?);
-    let link = Link::new(&a, &b, LinkSpec::wan(4, 1000))?;
+    let link = Link::new(&a, &b, LinkSpec::wan(50, 400))?;
     let image = dir.path().join("disk.img");
     let right = dir.path().join("right.img");
     cache::copy_image(&guest.disk, &image)?;
