@@ -1,2 +1,42 @@
-//! Placeholder entry point, replaced by its owner.
-fn main() {}
+//! Benches of hikkoshi beside its peers, each in one run on one machine.
+//!
+//! Owns the command line. Prints figures and ratios, never a verdict: the machine is shared, and
+//! a threshold that fails on a busy afternoon teaches nothing. `docs/bench.md` says how to read
+//! the tables.
+
+mod client;
+mod cpu;
+mod local;
+mod report;
+mod server;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures hikkoshi beside its peers.
+#[derive(Parser)]
+#[command(name = "bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Servers side by side on this machine: hikkoshi, nbdkit, qemu-nbd.
+    Local(local::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Local(options) => local::run(&options),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

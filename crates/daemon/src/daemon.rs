@@ -58,7 +58,9 @@ pub struct Daemon {
 
 impl fmt::Debug for Daemon {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Daemon").field("listening", &self.listening()).finish_non_exhaustive()
+        f.debug_struct("Daemon")
+            .field("listening", &self.listening())
+            .finish_non_exhaustive()
     }
 }
 
@@ -78,10 +80,11 @@ impl Daemon {
         }
         let volumes = running.iter().map(|r| Arc::clone(r.volume())).collect();
         let table = Arc::new(Table { volumes });
-        let mut front =
-            Front::start(Arc::clone(&table), &config.listen, config.max_clients).map_err(
-                |(address, source)| DaemonError::Listen { address: address.to_string(), source },
-            )?;
+        let mut front = Front::start(Arc::clone(&table), &config.listen, config.max_clients)
+            .map_err(|(address, source)| DaemonError::Listen {
+                address: address.to_string(),
+                source,
+            })?;
         let control = match &config.control {
             None => None,
             Some(path) => match control::serve(path, Arc::clone(&table) as Arc<dyn Exports>) {
@@ -92,7 +95,12 @@ impl Daemon {
                 }
             },
         };
-        Ok(Self { front, control, running, table })
+        Ok(Self {
+            front,
+            control,
+            running,
+            table,
+        })
     }
 
     /// Where clients are listened for, with the real ports.
@@ -146,7 +154,10 @@ fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
 
 impl Exports for Table {
     fn all(&self) -> Vec<Arc<dyn Controlled>> {
-        self.volumes.iter().map(|v| Arc::clone(v) as Arc<dyn Controlled>).collect()
+        self.volumes
+            .iter()
+            .map(|v| Arc::clone(v) as Arc<dyn Controlled>)
+            .collect()
     }
 
     fn find(&self, name: &str) -> Result<Arc<dyn Controlled>, CommandError> {

@@ -7,3 +7,5 @@ pub mod limits;
 pub mod server;
 pub mod uri;
 pub mod wire;
+
+pub mod client;

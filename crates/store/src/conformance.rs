@@ -16,9 +16,10 @@ pub(crate) type Make<'a> = dyn Fn(u64) -> Arc<dyn Store> + 'a;
 
 const MODES: [ZeroMode; 3] = [ZeroMode::MayPunch, ZeroMode::Allocate, ZeroMode::FastOnly];
 
-/// Runs the whole suite, with so many random sequences of calls.
-pub(crate) fn run(make: &Make<'_>, cases: u32) {
-    size_and_new_content(make);
+/// Runs the whole suite, with so many random sequences of calls, on stores whose sizes are
+/// multiples of `sector_bytes`.
+pub(crate) fn run(make: &Make<'_>, sector_bytes: u64, cases: u32) {
+    size_and_new_content(make, sector_bytes);
     any_alignment(make);
     zeroes_are_exact(make);
     ranges_outside_are_refused(make);
@@ -59,8 +60,8 @@ fn submit(store: &dyn Store, offset: u64, len: usize) -> mpsc::Receiver<std::io:
     rx
 }
 
-fn size_and_new_content(make: &Make<'_>) {
-    for size in [512, 4096 * 3, (1 << 20) + 512] {
+fn size_and_new_content(make: &Make<'_>, sector_bytes: u64) {
+    for size in [sector_bytes, 4096 * 3, (1 << 20) + sector_bytes] {
         let store = make(size);
         assert_eq!(store.size_bytes(), size);
         let all = read(&*store, 0, usize::try_from(size).unwrap());

@@ -321,3 +321,7 @@ impl Collector {
         self.wants_more()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -200,4 +200,7 @@ impl Store for FileStore {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
+mod device_tests;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests;

@@ -57,6 +57,7 @@ impl FileStore {
     /// [`io::ErrorKind::Unsupported`] where images cannot be marked;
     /// [`io::ErrorKind::InvalidData`] for one longer than [`VOLUME_TAG_MAX_BYTES`].
     pub fn volume_tag(&self) -> io::Result<Option<Vec<u8>>> {
+        self.check_taggable()?;
         let mut tag = vec![0; VOLUME_TAG_MAX_BYTES];
         match rustix::fs::fgetxattr(&self.image().file, VOLUME_TAG, &mut tag[..]) {
             Ok(len) => {
@@ -65,7 +66,7 @@ impl FileStore {
             }
             Err(Errno::NODATA) => Ok(None),
             Err(Errno::RANGE) => Err(io::ErrorKind::InvalidData.into()),
-            Err(errno) => Err(self.tag_error(errno)),
+            Err(errno) => Err(tag_error(errno)),
         }
     }
 
@@ -80,21 +81,20 @@ impl FileStore {
         if tag.len() > VOLUME_TAG_MAX_BYTES {
             return Err(io::ErrorKind::InvalidInput.into());
         }
+        self.check_taggable()?;
         let file = &self.image().file;
-        rustix::fs::fsetxattr(file, VOLUME_TAG, tag, XattrFlags::empty())
-            .map_err(|errno| self.tag_error(errno))?;
+        rustix::fs::fsetxattr(file, VOLUME_TAG, tag, XattrFlags::empty()).map_err(tag_error)?;
         // Through the gate: a failed write-back of data that shows here must not be forgotten.
         self.sync_gate().run(|| file.sync_all())
     }
 
-    fn tag_error(&self, errno: Errno) -> io::Error {
-        let block = self.image().medium == Medium::Block;
-        match errno {
-            Errno::OPNOTSUPP | Errno::NOSYS => io::ErrorKind::Unsupported.into(),
-            // The kernel's answer for user attributes on anything but files and directories.
-            Errno::PERM | Errno::ACCESS if block => io::ErrorKind::Unsupported.into(),
-            errno => errno.into(),
+    /// The node of a block device has no user attributes, though some kernels let one ask for
+    /// them and find none; and it would be another node after the next boot.
+    fn check_taggable(&self) -> io::Result<()> {
+        if self.image().medium == Medium::Block {
+            return Err(io::ErrorKind::Unsupported.into());
         }
+        Ok(())
     }
 
     /// Whether the image seems to hold nothing. For a file that is certain: it has no data at all,
@@ -139,5 +139,12 @@ impl FileStore {
             .image()
             .read_vec(offset, crate::range::len_usize(len))?;
         Ok(data.iter().all(|&byte| byte == 0))
+    }
+}
+
+fn tag_error(errno: Errno) -> io::Error {
+    match errno {
+        Errno::OPNOTSUPP | Errno::NOSYS => io::ErrorKind::Unsupported.into(),
+        errno => errno.into(),
     }
 }

@@ -142,6 +142,11 @@ pub fn open_map(
     })
 }
 
+/// Removes the memory of a volume that is complete, if any was left.
+pub fn discard(live_dir: &Path, identity: &Identity) {
+    let _ = fs::remove_file(live_dir.join(hex(&identity.volume_id)));
+}
+
 /// Sixteen random bytes.
 ///
 /// # Errors

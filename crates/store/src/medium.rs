@@ -115,3 +115,6 @@ impl DurableFile for File {
         self.sync_data()
     }
 }
+
+mod memory;
+pub use memory::MemoryDirectory;

@@ -14,12 +14,16 @@ use crate::range::SECTOR_BYTES;
 /// Which means `submit_read` uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// The better one of those that work here.
+    /// The pool of threads. io_uring takes a sixth to a third less CPU for cold reads, but is no
+    /// faster (the threads lead at depth 8, by about 1.3 to 1), and all its callbacks run on one
+    /// thread, so one that blocks on a slow client would stall every export. The example
+    /// `read_engines` measures it.
     #[default]
     Auto,
     /// The pool of threads, which always works.
     Threads,
-    /// io_uring, or an error where the kernel or a container forbids it.
+    /// io_uring, or an error where the kernel or a container forbids it. For callers whose
+    /// [`ReadDone`](crate::ReadDone) never blocks.
     IoUring,
 }
 

@@ -1,10 +1,15 @@
 //! Where missing blocks come from.
 //!
 //! [`Source`] is the seam: reads and extents, asked for without waiting and answered by a callback
-//! on a thread of the source.
+//! on a thread of the source. [`NbdSource`] is any standard NBD server; [`MemorySource`] is for
+//! tests that decide themselves what is answered when.
 
+pub mod memory;
+pub mod nbd_source;
 pub mod source;
 
+pub use memory::MemorySource;
+pub use nbd_source::{Address, NbdSource, NbdSourceConfig};
 pub use source::{
     Completion, ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceExtent,
     SourceInfo, SourceWatcher,

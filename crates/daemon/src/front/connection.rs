@@ -127,7 +127,10 @@ impl Connection {
         match self.rules.check(request) {
             Verdict::Run(command) => self.run_command(cookie, command),
             Verdict::Done => self.answer(cookie, Ok(())),
-            Verdict::Refuse { errno, payload_bytes } => {
+            Verdict::Refuse {
+                errno,
+                payload_bytes,
+            } => {
                 self.inbox.skip(payload_bytes as usize)?;
                 self.answer_error(cookie, errno, "the request was refused")
             }
@@ -141,16 +144,26 @@ impl Connection {
             Command::Write { offset, len, fua } => self.write(cookie, offset, len as usize, fua),
             Command::Flush => self.make_durable(cookie),
             Command::Trim { offset, len, fua } => {
-                let done = self.volume.trim(self.relocation.as_ref(), offset, len.into());
+                let done = self
+                    .volume
+                    .trim(self.relocation.as_ref(), offset, len.into());
                 self.finish_zero(cookie, done, fua)
             }
-            Command::WriteZeroes { offset, len, fua, no_hole, fast } => {
+            Command::WriteZeroes {
+                offset,
+                len,
+                fua,
+                no_hole,
+                fast,
+            } => {
                 let mode = match (no_hole, fast) {
                     (_, true) => ZeroMode::FastOnly,
                     (true, false) => ZeroMode::Allocate,
                     (false, false) => ZeroMode::MayPunch,
                 };
-                let done = self.volume.zero(self.relocation.as_ref(), offset, len.into(), mode);
+                let done = self
+                    .volume
+                    .zero(self.relocation.as_ref(), offset, len.into(), mode);
                 self.finish_zero(cookie, done, fua)
             }
             Command::Cache { offset, len } => self.cache(cookie, offset, len.into()),
@@ -172,7 +185,8 @@ impl Connection {
         let buf = &mut self.out[at..at + wanted];
         match self.volume.read_now(self.relocation.as_ref(), offset, buf) {
             Ok(ReadNow::Done) => {
-                self.style.put_read_header(&mut self.out[self.out_len..], cookie, offset, len);
+                self.style
+                    .put_read_header(&mut self.out[self.out_len..], cookie, offset, len);
                 self.out_len = at + wanted;
                 self.reads += 1;
                 Ok(())
@@ -190,7 +204,9 @@ impl Connection {
 
     fn read_missing(&mut self, cookie: u64, offset: u64, len: usize) -> Result<(), End> {
         let ticket = self.ticket(cookie, len)?;
-        let Some(relocation) = &self.relocation else { return Ok(()) };
+        let Some(relocation) = &self.relocation else {
+            return Ok(());
+        };
         self.volume.count_read(true);
         let volume = Arc::clone(&self.volume);
         let done = move |end: ReadEnd<'_>| match end {
@@ -213,7 +229,8 @@ impl Connection {
     fn read_long(&mut self, cookie: u64, offset: u64, len: u32) -> Result<(), End> {
         let bytes = ByteRange::at(offset, len.into());
         let here = self.relocation.as_ref().is_none_or(|r| {
-            r.residency.all_resident(self.volume.geometry().covering(bytes))
+            r.residency
+                .all_resident(self.volume.geometry().covering(bytes))
         });
         if !here {
             return self.read_missing(cookie, offset, len as usize);
@@ -222,7 +239,8 @@ impl Connection {
         self.flush_out()?;
         match self.style {
             ReplyStyle::Simple => {
-                self.style.put_read_header(&mut self.out, cookie, offset, len);
+                self.style
+                    .put_read_header(&mut self.out, cookie, offset, len);
                 self.out_len = self.style.read_header_bytes();
             }
             ReplyStyle::Structured => {
@@ -276,7 +294,10 @@ impl Connection {
             return self.answer(cookie, Ok(()));
         };
         let bytes = ByteRange::at(offset, len.min(MAX_CACHE_BYTES));
-        if relocation.residency.all_resident(self.volume.geometry().covering(bytes)) {
+        if relocation
+            .residency
+            .all_resident(self.volume.geometry().covering(bytes))
+        {
             return self.answer(cookie, Ok(()));
         }
         let ticket = self.ticket(cookie, 0)?;
@@ -311,7 +332,9 @@ impl Connection {
                 }
             }
             if outcome.is_ok() {
-                outcome = self.volume.write(self.relocation.as_ref(), at, &piece[..usable]);
+                outcome = self
+                    .volume
+                    .write(self.relocation.as_ref(), at, &piece[..usable]);
             }
             self.inbox.consume(usable);
             at += usable as u64;
@@ -337,7 +360,8 @@ impl Connection {
             return self.answer(cookie, outcome);
         }
         let ticket = self.ticket(cookie, 0)?;
-        self.volume.flush(Box::new(move |outcome| ticket.outcome(outcome)));
+        self.volume
+            .flush(Box::new(move |outcome| ticket.outcome(outcome)));
         Ok(())
     }
 
@@ -350,15 +374,21 @@ impl Connection {
             let mut extents = StatusExtents::with_limit(len, if one { 1 } else { MAX_EXTENTS });
             let relocation = self.relocation.as_ref();
             let outcome = if context.name == wire::RESIDENCY {
-                self.volume.residency_extents(relocation, offset, len, &mut extents);
+                self.volume
+                    .residency_extents(relocation, offset, len, &mut extents);
                 Ok(())
             } else {
-                self.volume.allocation_extents(relocation, offset, len, &mut extents)
+                self.volume
+                    .allocation_extents(relocation, offset, len, &mut extents)
             };
             if let Err(e) = outcome {
                 return self.answer(cookie, Err(e));
             }
-            let last = if n + 1 == contexts.len() { Last::Yes } else { Last::No };
+            let last = if n + 1 == contexts.len() {
+                Last::Yes
+            } else {
+                Last::No
+            };
             reply::push_block_status(&mut reply, cookie, context.id, extents.as_slice(), last);
         }
         self.append(&reply)
@@ -409,15 +439,20 @@ impl Connection {
 
     fn flush_out(&mut self) -> Result<(), End> {
         if self.out_len > 0 {
-            self.outbox.send(&self.out[..std::mem::take(&mut self.out_len)])?;
+            self.outbox
+                .send(&self.out[..std::mem::take(&mut self.out_len)])?;
         }
         Ok(())
     }
 
     fn publish_counts(&mut self) {
         let tally = &self.volume.tally;
-        tally.reads_local.fetch_add(std::mem::take(&mut self.reads), Ordering::Relaxed);
-        tally.writes.fetch_add(std::mem::take(&mut self.writes), Ordering::Relaxed);
+        tally
+            .reads_local
+            .fetch_add(std::mem::take(&mut self.reads), Ordering::Relaxed);
+        tally
+            .writes
+            .fetch_add(std::mem::take(&mut self.writes), Ordering::Relaxed);
     }
 }
 

@@ -20,7 +20,12 @@ impl Inbox {
     pub fn new(socket: Socket, early: &[u8]) -> Self {
         let mut buf = vec![0; INBOX_BYTES.max(early.len())];
         buf[..early.len()].copy_from_slice(early);
-        Self { socket, buf, start: 0, end: early.len() }
+        Self {
+            socket,
+            buf,
+            start: 0,
+            end: early.len(),
+        }
     }
 
     /// Bytes that are here and were not consumed.

@@ -43,7 +43,11 @@ pub struct Table {
 impl Table {
     /// The volume of this name. The empty name also finds the only one there is.
     pub fn find(&self, name: &str) -> Option<&Arc<Volume>> {
-        let only = || self.volumes.first().filter(|_| name.is_empty() && self.volumes.len() == 1);
+        let only = || {
+            self.volumes
+                .first()
+                .filter(|_| name.is_empty() && self.volumes.len() == 1)
+        };
         self.volumes.iter().find(|v| v.name() == name).or_else(only)
     }
 }
@@ -54,7 +58,10 @@ impl Exports for Table {
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        self.volumes.iter().map(|v| (v.name().to_owned(), String::new())).collect()
+        self.volumes
+            .iter()
+            .map(|v| (v.name().to_owned(), String::new()))
+            .collect()
     }
 }
 
@@ -123,8 +130,12 @@ impl Front {
             next_client: AtomicU64::new(0),
             clients: Mutex::default(),
         });
-        let mut front =
-            Self { shared, listeners: Vec::new(), listening: Vec::new(), paths: Vec::new() };
+        let mut front = Self {
+            shared,
+            listeners: Vec::new(),
+            listening: Vec::new(),
+            paths: Vec::new(),
+        };
         for address in listen {
             if let Err(e) = front.listen(address) {
                 front.stop(Duration::ZERO);
@@ -219,7 +230,10 @@ fn bind_tcp(host: &str, port: u16) -> io::Result<Vec<Socket>> {
         }
     }
     if sockets.is_empty() {
-        return Err(io::Error::new(io::ErrorKind::NotFound, "the host has no address"));
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the host has no address",
+        ));
     }
     Ok(sockets)
 }
@@ -233,7 +247,10 @@ fn bind_unix(path: &Path) -> io::Result<Socket> {
         }
         let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
         if probe.connect(&address).is_ok() {
-            return Err(io::Error::new(e.kind(), "another server answers at this socket"));
+            return Err(io::Error::new(
+                e.kind(),
+                "another server answers at this socket",
+            ));
         }
         // Left over by a process that is gone.
         std::fs::remove_file(path)?;
@@ -262,19 +279,32 @@ fn admit(shared: &Arc<Shared>, socket: Socket) {
     {
         let mut clients = lock(&shared.clients);
         if clients.len() >= shared.max_clients {
-            tracing::warn!("{} clients are connected, the most allowed; one more was turned away", clients.len());
+            tracing::warn!(
+                "{} clients are connected, the most allowed; one more was turned away",
+                clients.len()
+            );
             return;
         }
-        let Ok(for_hanging_up) = socket.try_clone() else { return };
-        clients.insert(id, Client { socket: for_hanging_up, outbox: None });
+        let Ok(for_hanging_up) = socket.try_clone() else {
+            return;
+        };
+        clients.insert(
+            id,
+            Client {
+                socket: for_hanging_up,
+                outbox: None,
+            },
+        );
     }
     let for_thread = Arc::clone(shared);
-    let spawned = std::thread::Builder::new().name("nbd-client".into()).spawn(move || {
-        if let Err(e) = serve(&for_thread, id, socket) {
-            tracing::debug!("a client left: {e}");
-        }
-        lock(&for_thread.clients).remove(&id);
-    });
+    let spawned = std::thread::Builder::new()
+        .name("nbd-client".into())
+        .spawn(move || {
+            if let Err(e) = serve(&for_thread, id, socket) {
+                tracing::debug!("a client left: {e}");
+            }
+            lock(&for_thread.clients).remove(&id);
+        });
     if let Err(e) = spawned {
         tracing::warn!("no thread for a client could be started: {e}");
         lock(&shared.clients).remove(&id);
@@ -286,10 +316,14 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
         socket.set_keepalive(true)?;
     }
-    let Some((session, early)) = shake_hands(&shared.table, &socket)? else { return Ok(()) };
+    let Some((session, early)) = shake_hands(&shared.table, &socket)? else {
+        return Ok(());
+    };
     socket.set_read_timeout(None)?;
     socket.set_write_timeout(None)?;
-    let Some(volume) = shared.table.find(&session.export_name) else { return Ok(()) };
+    let Some(volume) = shared.table.find(&session.export_name) else {
+        return Ok(());
+    };
     let outbox = Outbox::new(socket.try_clone()?, ReplyStyle::from(&session));
     if let Some(client) = lock(&shared.clients).get_mut(&id) {
         client.outbox = Some(Arc::clone(&outbox));

@@ -52,7 +52,12 @@ struct State {
 
 impl Outbox {
     pub fn new(socket: Socket, style: ReplyStyle) -> Arc<Self> {
-        Arc::new(Self { socket, style, state: Mutex::default(), changed: Condvar::new() })
+        Arc::new(Self {
+            socket,
+            style,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        })
     }
 
     pub fn style(&self) -> ReplyStyle {
@@ -76,7 +81,11 @@ impl Outbox {
         }
         state.waiting_requests += 1;
         state.waiting_bytes += reply_bytes;
-        Ticket { outbox: Some(Arc::clone(self)), cookie, reply_bytes }
+        Ticket {
+            outbox: Some(Arc::clone(self)),
+            cookie,
+            reply_bytes,
+        }
     }
 
     /// Sends from the connection's own thread, waiting for the client as long as it takes.
@@ -124,7 +133,9 @@ impl Outbox {
         state.waiting_requests -= 1;
         state.waiting_bytes -= reply_bytes;
         if !state.broken {
-            state.queue.extend(parts.into_iter().filter(|p| !p.is_empty()));
+            state
+                .queue
+                .extend(parts.into_iter().filter(|p| !p.is_empty()));
         }
         if state.sending || state.broken {
             self.changed.notify_all();
@@ -134,7 +145,9 @@ impl Outbox {
         while let Some(next) = state.queue.pop_front() {
             let from = state.sent;
             drop(state);
-            let outcome = self.socket.send_with_flags(&next[from..], NO_SIGNAL | DONT_WAIT);
+            let outcome = self
+                .socket
+                .send_with_flags(&next[from..], NO_SIGNAL | DONT_WAIT);
             state = lock(&self.state);
             match outcome {
                 Ok(n) if from + n == next.len() => state.sent = 0,
@@ -163,8 +176,9 @@ impl Outbox {
         if !state.has_writer {
             state.has_writer = true;
             let this = Arc::clone(self);
-            let spawned =
-                std::thread::Builder::new().name("nbd-writer".into()).spawn(move || this.write_on());
+            let spawned = std::thread::Builder::new()
+                .name("nbd-writer".into())
+                .spawn(move || this.write_on());
             if let Err(e) = spawned {
                 tracing::warn!("no thread for a slow client could be started: {e}");
                 state.broken = true;
@@ -220,8 +234,13 @@ impl Outbox {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    fn wait<'a>(&self, state: std::sync::MutexGuard<'a, State>) -> std::sync::MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn wait<'a>(
+        &self,
+        state: std::sync::MutexGuard<'a, State>,
+    ) -> std::sync::MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
@@ -251,7 +270,9 @@ impl Ticket {
         if let Some(outbox) = self.outbox.take() {
             let mut header = Vec::new();
             let len = u32::try_from(data.len()).expect("a read is at most 32 MiB");
-            outbox.style.push_read_header(&mut header, self.cookie, offset, len);
+            outbox
+                .style
+                .push_read_header(&mut header, self.cookie, offset, len);
             outbox.deliver([header, data], self.reply_bytes);
         }
     }
@@ -281,7 +302,9 @@ impl Ticket {
     fn answer_error(&mut self, errno: Errno, message: &str) {
         if let Some(outbox) = self.outbox.take() {
             let mut reply = Vec::new();
-            outbox.style.push_error(&mut reply, self.cookie, errno, message);
+            outbox
+                .style
+                .push_error(&mut reply, self.cookie, errno, message);
             outbox.deliver([reply, Vec::new()], self.reply_bytes);
         }
     }

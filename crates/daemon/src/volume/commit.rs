@@ -75,16 +75,16 @@ impl Pending {
 /// Who waits for a commit, and the thread that makes it.
 #[derive(Default)]
 pub struct Committer {
-    queue: Mutex<Queue>,
+    pub(super) queue: Mutex<Queue>,
     wake: Condvar,
     last_sync_us: AtomicU64,
 }
 
 #[derive(Default)]
-struct Queue {
+pub(super) struct Queue {
     waiting: Vec<FlushDone>,
     lazy: bool,
-    complete: bool,
+    pub(super) complete: bool,
     stop: bool,
 }
 
@@ -141,7 +141,10 @@ impl Volume {
         let relocation = self.relocation();
         let started = Instant::now();
         // 1. the records first: whatever is left after this waits for the next commit
-        let records = relocation.as_ref().map(|r| r.pending.take()).unwrap_or_default();
+        let records = relocation
+            .as_ref()
+            .map(|r| r.pending.take())
+            .unwrap_or_default();
         // 2. their data
         self.sync_image()?;
         // 3. the records
@@ -157,12 +160,16 @@ impl Volume {
         let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         let mean = self.committer.last_sync_us.load(Ordering::Relaxed);
         // Rises at once and falls slowly: one slow sync is enough to stop trying inline.
-        self.committer.last_sync_us.store(us.max(mean / 8 * 7), Ordering::Relaxed);
+        self.committer
+            .last_sync_us
+            .store(us.max(mean / 8 * 7), Ordering::Relaxed);
         Ok(())
     }
 
     fn sync_image(&self) -> io::Result<()> {
-        self.store.sync().inspect_err(|e| self.poison("syncing the image", e))
+        self.store
+            .sync()
+            .inspect_err(|e| self.poison("syncing the image", e))
     }
 
     /// Writes a snapshot when the log has grown enough. Those who flush meanwhile wait for it.
@@ -185,7 +192,9 @@ impl Volume {
     /// The error of the medium; the relocation goes on existing, and the volume is poisoned.
     pub fn complete(&self) -> io::Result<()> {
         let mut journal = lock(&self.journal);
-        let Some(relocation) = self.relocation() else { return Ok(()) };
+        let Some(relocation) = self.relocation() else {
+            return Ok(());
+        };
         self.commit_locked(&mut journal)?;
         if let Some(state) = journal.state.as_mut() {
             state.record_local().map_err(|e| {
@@ -194,11 +203,18 @@ impl Volume {
             })?;
         }
         self.set_life(crate::status::LifeState::Local);
-        let old = self.relocation.write().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let old = self
+            .relocation
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take();
         drop(journal);
         self.last_traffic.take_over(&relocation.traffic);
         relocation.retire();
         drop(old);
+        if let Some(finish) = lock(&self.at_completion).take() {
+            finish();
+        }
         tracing::info!(export = %self.name, "every block is here; the source is no longer needed");
         Ok(())
     }
@@ -227,7 +243,12 @@ impl Volume {
             if !idle {
                 let complete = std::mem::take(&mut queue.complete);
                 let lazy = std::mem::take(&mut queue.lazy);
-                return (std::mem::take(&mut queue.waiting), lazy, complete, queue.stop);
+                return (
+                    std::mem::take(&mut queue.waiting),
+                    lazy,
+                    complete,
+                    queue.stop,
+                );
             }
             queue = self
                 .committer

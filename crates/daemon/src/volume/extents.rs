@@ -29,7 +29,10 @@ impl Volume {
             return;
         };
         let bytes = ByteRange::at(offset, len.into());
-        for (run, state) in relocation.residency.runs(relocation.geometry.covering(bytes)) {
+        for (run, state) in relocation
+            .residency
+            .runs(relocation.geometry.covering(bytes))
+        {
             let flags = match state {
                 BlockState::Absent | BlockState::Partial => residency::ABSENT,
                 BlockState::Clean => residency::CLEAN,
@@ -53,8 +56,13 @@ impl Volume {
         out: &mut StatusExtents,
     ) -> io::Result<()> {
         let bytes = ByteRange::at(offset, len.into());
-        let Some(relocation) = relocation else { return self.store_extents(bytes, out) };
-        for (run, state) in relocation.residency.runs(relocation.geometry.covering(bytes)) {
+        let Some(relocation) = relocation else {
+            return self.store_extents(bytes, out);
+        };
+        for (run, state) in relocation
+            .residency
+            .runs(relocation.geometry.covering(bytes))
+        {
             let part = self.part(run, bytes);
             match state {
                 BlockState::Absent | BlockState::Partial => {
@@ -72,7 +80,10 @@ impl Volume {
     /// The bytes of `run` that lie within `bytes`.
     fn part(&self, run: BlockRange, bytes: ByteRange) -> ByteRange {
         let run = self.geometry.bytes(run);
-        ByteRange { start: run.start.max(bytes.start), end: run.end.min(bytes.end) }
+        ByteRange {
+            start: run.start.max(bytes.start),
+            end: run.end.min(bytes.end),
+        }
     }
 
     fn store_extents(&self, bytes: ByteRange, out: &mut StatusExtents) -> io::Result<()> {

@@ -69,11 +69,18 @@ impl Volume {
     ) -> io::Result<ReadNow> {
         if let Some(relocation) = relocation {
             let bytes = ByteRange::at(offset, buf.len() as u64);
-            if !relocation.residency.all_resident(relocation.geometry.covering(bytes)) {
+            if !relocation
+                .residency
+                .all_resident(relocation.geometry.covering(bytes))
+            {
                 return Ok(ReadNow::Missing);
             }
         }
-        Ok(if self.store.try_read(offset, buf)? { ReadNow::Done } else { ReadNow::WouldBlock })
+        Ok(if self.store.try_read(offset, buf)? {
+            ReadNow::Done
+        } else {
+            ReadNow::WouldBlock
+        })
     }
 
     /// Writes. Waits for nobody but the local medium, with one exception: a write that does not
@@ -111,9 +118,11 @@ impl Volume {
         self.check_poison()?;
         match relocation {
             None => self.store.write_zeroes(offset, len, mode),
-            Some(relocation) => {
-                self.mutate(relocation, ByteRange::at(offset, len), &Change::Zeroes(mode))
-            }
+            Some(relocation) => self.mutate(
+                relocation,
+                ByteRange::at(offset, len),
+                &Change::Zeroes(mode),
+            ),
         }
     }
 
@@ -147,7 +156,9 @@ impl Volume {
         if self.life() != LifeState::Standby {
             return Ok(());
         }
-        let Some(relocation) = self.relocation() else { return Ok(()) };
+        let Some(relocation) = self.relocation() else {
+            return Ok(());
+        };
         if let Some(state) = journal.state.as_mut() {
             state.record_arriving().map_err(|e| {
                 self.poison("recording the handoff", &e);
@@ -202,11 +213,7 @@ impl Volume {
 impl Relocation {
     /// A mutation of blocks of which some are missing. `false` if it cannot be made before the
     /// blocks at its edges are here; nothing was changed then.
-    fn change_missing(
-        self: &Arc<Self>,
-        bytes: ByteRange,
-        change: &Change<'_>,
-    ) -> io::Result<bool> {
+    fn change_missing(self: &Arc<Self>, bytes: ByteRange, change: &Change<'_>) -> io::Result<bool> {
         let blocks = self.geometry.covering(bytes);
         let mut partials = Vec::new();
         {
@@ -256,7 +263,10 @@ impl Relocation {
 
     /// What becomes of each edge block: `None` for one that is here, else the sectors that are
     /// written. `None` for all if an edge cannot be kept as sectors.
-    #[expect(clippy::type_complexity, reason = "a short list that lives for a few lines")]
+    #[expect(
+        clippy::type_complexity,
+        reason = "a short list that lives for a few lines"
+    )]
     fn plan_edges(&self, bytes: ByteRange) -> Option<Vec<(BlockIndex, Option<Range<u32>>)>> {
         let mut plan = Vec::new();
         for edge in self.edges(bytes) {
@@ -312,7 +322,10 @@ impl Relocation {
             if let Some(result) = result.take() {
                 return result;
             }
-            result = outcome.1.wait(result).unwrap_or_else(std::sync::PoisonError::into_inner);
+            result = outcome
+                .1
+                .wait(result)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
 }
@@ -329,7 +342,11 @@ pub fn read_error(why: ReadFailure) -> io::Error {
 impl Volume {
     /// Counts a read.
     pub fn count_read(&self, remote: bool) {
-        let counter = if remote { &self.tally.reads_remote } else { &self.tally.reads_local };
+        let counter = if remote {
+            &self.tally.reads_remote
+        } else {
+            &self.tally.reads_local
+        };
         counter.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -41,6 +41,9 @@ pub fn system_clock() -> Clock {
     Arc::new(move || start.elapsed())
 }
 
+/// Called once, when a volume is complete and that is durable.
+pub type AtCompletion = Box<dyn FnOnce() + Send>;
+
 /// Counters that grow from the start of the daemon.
 #[derive(Debug, Default)]
 pub struct Tally {
@@ -78,6 +81,9 @@ pub struct Volume {
     /// It came from elsewhere, now or once.
     had_source: bool,
     rate: RateMeter,
+    /// What is left to do once the volume is complete: the image loses its mark, the memory that
+    /// outlives a kill is given back.
+    at_completion: Mutex<Option<AtCompletion>>,
     /// What the relocation had counted when it ended.
     last_traffic: Traffic,
     /// What is counted; front ends add to it.
@@ -91,7 +97,9 @@ const LIFE_ARRIVING: u8 = 2;
 /// Locks, and goes on after a panic elsewhere: every structure behind these locks is kept whole
 /// between statements that can panic.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl Volume {
@@ -136,7 +144,10 @@ impl Volume {
     /// The relocation, while there is one. Front ends keep it and let go of it when
     /// [`Volume::is_local`] says so.
     pub fn relocation(&self) -> Option<Arc<Relocation>> {
-        self.relocation.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.relocation
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
     }
 
     /// The local image.

@@ -14,11 +14,12 @@ use std::time::Duration;
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
 use hikkoshi_nbd::uri::{self, NbdUri};
+use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{Address, NbdSource, NbdSourceConfig};
-use hikkoshi_wan::{Source, SourceError, SourceErrorKind};
+use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 
 use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
 use super::relocation::{Relocation, Traffic};
@@ -72,7 +73,7 @@ fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
 /// A volume with the threads that keep it going.
 pub struct Running {
     volume: Arc<Volume>,
-    live: Option<LiveFile>,
+    live: Option<Arc<LiveFile>>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -98,20 +99,31 @@ impl Running {
         &self.volume
     }
 
-    fn start(volume: Arc<Volume>, live: Option<LiveFile>) -> Result<Self, OpenError> {
+    fn start(volume: Arc<Volume>, live: Option<Arc<LiveFile>>) -> Result<Self, OpenError> {
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         let committing = Arc::clone(&volume);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new().name(name.into()).spawn(run).map_err(OpenError::Thread)
+            std::thread::Builder::new()
+                .name(name.into())
+                .spawn(run)
+                .map_err(OpenError::Thread)
         };
-        threads.push(spawn("commit", Box::new(move || committing.run_committer()))?);
+        threads.push(spawn(
+            "commit",
+            Box::new(move || committing.run_committer()),
+        )?);
         if let Some(relocation) = volume.relocation() {
             let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
             threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
             relocation.start();
         }
-        Ok(Self { volume, live, stop, threads })
+        Ok(Self {
+            volume,
+            live,
+            stop,
+            threads,
+        })
     }
 
     /// Makes everything durable and lets go of it.
@@ -133,7 +145,9 @@ impl Running {
             let mut journal = lock(&self.volume.journal);
             if let Some(state) = journal.state.as_mut().filter(|_| !self.volume.is_local()) {
                 let mut sync = || self.volume.store.sync();
-                state.checkpoint(&relocation.residency, &mut sync).map_err(io::Error::other)?;
+                state
+                    .checkpoint(&relocation.residency, &mut sync)
+                    .map_err(io::Error::other)?;
             }
         }
         // Only now: while it is there, it is what a restart believes.
@@ -148,7 +162,9 @@ impl Running {
 fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
     let mut committed = Duration::ZERO;
     while !stop.load(Ordering::Acquire) {
-        let Some(relocation) = volume.relocation() else { return };
+        let Some(relocation) = volume.relocation() else {
+            return;
+        };
         relocation.tick();
         let now = volume.now();
         let resident = volume.geometry.size_bytes() - relocation.residency.missing_bytes();
@@ -169,7 +185,10 @@ fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
         return Ok(path.clone());
     }
     let Some(name) = config.image.file_name() else {
-        return refuse(format!("{} is no file; name an image", config.image.display()));
+        return refuse(format!(
+            "{} is no file; name an image",
+            config.image.display()
+        ));
     };
     let mut name = name.to_owned();
     name.push(".hikkoshi");
@@ -205,9 +224,23 @@ fn open_plain(
             config.image.display()
         ));
     }
+    if let Some(state) = state.as_ref().filter(|_| !config.read_only) {
+        // A crash right after the completion left these.
+        live::discard(&live::default_dir(), state.identity());
+        set_tag(&store, &[])?;
+    }
     let geometry = Geometry::new(store.size_bytes(), config.block_bytes)?;
-    let parts = Parts { config, geometry, store: Arc::new(store), state, had_source };
-    Running::start(Arc::new(parts.volume(LifeState::Local, system_clock())), None)
+    let parts = Parts {
+        config,
+        geometry,
+        store: Arc::new(store),
+        state,
+        had_source,
+    };
+    Running::start(
+        Arc::new(parts.volume(LifeState::Local, system_clock())),
+        None,
+    )
 }
 
 /// The first start of a move.
@@ -230,7 +263,11 @@ fn open_new(
         volume_id: live::random()?,
         geometry,
         generation: 0,
-        life: if wanted.handoff == HandoffPolicy::Now { Life::Arriving } else { Life::Standby },
+        life: if wanted.handoff == HandoffPolicy::Now {
+            Life::Arriving
+        } else {
+            Life::Standby
+        },
         source_uri: wanted.uri.clone(),
         incarnation: live::random()?,
         image_inode: inode_of(&store)?,
@@ -276,10 +313,13 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     set_tag(&store, &identity.volume_id)?;
     let running = move_in(config, &wanted, store, source, map)?;
     if wanted.handoff == HandoffPolicy::Now {
-        running.volume.hand_off().map_err(|source| OpenError::Image {
-            what: "recording the handoff beside",
-            source,
-        })?;
+        running
+            .volume
+            .hand_off()
+            .map_err(|source| OpenError::Image {
+                what: "recording the handoff beside",
+                source,
+            })?;
     }
     Ok(running)
 }
@@ -292,7 +332,12 @@ fn move_in(
     map: OpenedMap,
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
-    let OpenedMap { residency, state, live, .. } = map;
+    let OpenedMap {
+        residency,
+        state,
+        live,
+        ..
+    } = map;
     let life = match state.identity().life {
         Life::Standby => LifeState::Standby,
         Life::Arriving | Life::Local => LifeState::Arriving,
@@ -307,14 +352,32 @@ fn move_in(
         },
         has_extents: source.info().has_extents,
     };
-    let phase = if life == LifeState::Standby { Phase::Standby } else { Phase::Arriving };
+    let phase = if life == LifeState::Standby {
+        Phase::Standby
+    } else {
+        Phase::Arriving
+    };
     let mover = Mover::new(geometry, phase, policy);
     let clock = system_clock();
-    let parts =
-        Parts { config, geometry, store: Arc::new(store), state: Some(state), had_source: true };
+    let (store, live) = (Arc::new(store), Arc::new(live));
+    let image: Arc<dyn Store> = Arc::clone(&store) as Arc<dyn Store>;
+    let parts = Parts {
+        config,
+        geometry,
+        store: image,
+        state: Some(state),
+        had_source: true,
+    };
     let volume = parts.moving(life, clock, |volume, store, clock| {
         Relocation::new(volume, store, residency, source, mover, clock)
     });
+    let memory = Arc::clone(&live);
+    *lock(&volume.at_completion) = Some(Box::new(move || {
+        memory.remove();
+        if let Err(e) = set_tag(&store, &[]) {
+            tracing::warn!("the mark of a move could not be taken off the image: {e}");
+        }
+    }));
     Running::start(volume, Some(live))
 }
 
@@ -328,7 +391,7 @@ pub(super) struct Parts<'a> {
 }
 
 impl Parts<'_> {
-    fn volume(self, life: LifeState, clock: Clock) -> Volume {
+    pub(super) fn volume(self, life: LifeState, clock: Clock) -> Volume {
         let source = self.config.source.as_ref();
         let volume = Volume {
             name: self.config.name.clone(),
@@ -346,6 +409,7 @@ impl Parts<'_> {
             background: source.is_none_or(|s| s.background),
             had_source: self.had_source,
             rate: RateMeter::default(),
+            at_completion: Mutex::new(None),
             last_traffic: Traffic::default(),
             tally: Tally::default(),
         };
@@ -404,9 +468,10 @@ fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError
             config.image.display()
         ));
     }
-    let blank = store
-        .looks_blank()
-        .map_err(|source| OpenError::Image { what: "looking for data in", source })?;
+    let blank = store.looks_blank().map_err(|source| OpenError::Image {
+        what: "looking for data in",
+        source,
+    })?;
     if !blank {
         return refuse(format!(
             "{} holds data already, and the source's would take its place; name another image, or \
@@ -419,7 +484,10 @@ fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError
 
 /// The state must outlive a power cut, which nothing below /dev does.
 fn check_state_place(config: &ExportConfig, state_path: &Path) -> Result<(), OpenError> {
-    if config.state_dir.is_none() && state_path.starts_with("/dev") && !state_path.starts_with("/dev/shm") {
+    if config.state_dir.is_none()
+        && state_path.starts_with("/dev")
+        && !state_path.starts_with("/dev/shm")
+    {
         return refuse(format!(
             "{} is a device, and a state beside it would be gone after a restart; say with --state \
              where the state is to be kept",
@@ -458,9 +526,10 @@ fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
     if store.is_block_device() {
         return Ok(None);
     }
-    let identity = store
-        .identity()
-        .map_err(|source| OpenError::Image { what: "looking at", source })?;
+    let identity = store.identity().map_err(|source| OpenError::Image {
+        what: "looking at",
+        source,
+    })?;
     Ok(Some(identity.inode))
 }
 
@@ -469,15 +538,19 @@ fn tag_of(store: &FileStore) -> Result<Option<Vec<u8>>, OpenError> {
     match store.volume_tag() {
         Ok(tag) => Ok(tag.filter(|t| !t.is_empty())),
         Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(None),
-        Err(source) => Err(OpenError::Image { what: "reading the mark of", source }),
+        Err(source) => Err(OpenError::Image {
+            what: "reading the mark of",
+            source,
+        }),
     }
 }
 
 fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
     match store.set_volume_tag(tag) {
-        Err(e) if e.kind() != io::ErrorKind::Unsupported => {
-            Err(OpenError::Image { what: "marking", source: e })
-        }
+        Err(e) if e.kind() != io::ErrorKind::Unsupported => Err(OpenError::Image {
+            what: "marking",
+            source: e,
+        }),
         _ => Ok(()),
     }
 }
@@ -534,7 +607,9 @@ fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> 
         Err(e) => return Err(bad(e.to_string())),
     };
     if parsed.tls {
-        return Err(bad("TLS is not supported yet; use nbd:// over a tunnel".into()));
+        return Err(bad(
+            "TLS is not supported yet; use nbd:// over a tunnel".into()
+        ));
     }
     let address = match parsed.address {
         uri::Address::Tcp { host, port } => Address::Tcp { host, port },
@@ -555,7 +630,10 @@ fn connect(wanted: &SourceConfig) -> Result<Arc<dyn Source>, SourceError> {
 
 /// A source that may be away right now.
 fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source>, OpenError> {
-    let failed = |source| OpenError::Source { uri: wanted.uri.clone(), source };
+    let failed = |source| OpenError::Source {
+        uri: wanted.uri.clone(),
+        source,
+    };
     let config = source_config(wanted).map_err(failed)?;
     match NbdSource::connect(config.clone()) {
         Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok(source),
@@ -567,7 +645,17 @@ fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source
         )),
         Err(e) if e.kind == SourceErrorKind::Disconnected => {
             tracing::warn!("the source cannot be reached yet: {e}; what is here is served");
-            Ok(NbdSource::connect_lazily(config, geometry.size_bytes()))
+            let expected = SourceInfo {
+                size_bytes: geometry.size_bytes(),
+                read_only: false,
+                can_multi_conn: false,
+                // Asked anew once it is there; one that cannot say answers that all is data.
+                has_extents: true,
+                min_block_bytes: 1,
+                max_read_bytes: wire::MAX_PAYLOAD_BYTES,
+                uri: wanted.uri.clone(),
+            };
+            Ok(NbdSource::connect_lazily(config, expected).map_err(failed)?)
         }
         Err(e) => Err(failed(e)),
     }

@@ -122,8 +122,12 @@ impl Relocation {
 
     /// Listens to the source, and takes up the partial blocks of an earlier run.
     pub fn start(self: &Arc<Self>) {
-        let blocks: Vec<BlockIndex> =
-            self.residency.partials().into_iter().map(|(block, _)| block).collect();
+        let blocks: Vec<BlockIndex> = self
+            .residency
+            .partials()
+            .into_iter()
+            .map(|(block, _)| block)
+            .collect();
         self.drive(|m, now, out| m.partial(now, blocks, &self.residency, out));
         self.source.watch(Arc::new(Watch(Arc::downgrade(self))));
         if self.source.is_connected() {
@@ -161,7 +165,11 @@ impl Relocation {
     /// A read of what is not all here.
     pub fn read(self: &Arc<Self>, bytes: ByteRange, done: Box<dyn FnOnce(ReadEnd<'_>) + Send>) {
         let range = self.geometry.covering(bytes);
-        let reader = Reader { bytes, since: (self.clock)(), done };
+        let reader = Reader {
+            bytes,
+            since: (self.clock)(),
+            done,
+        };
         self.drive(|m, now, out| m.read(now, reader, range, &self.residency, out));
     }
 
@@ -176,7 +184,12 @@ impl Relocation {
         let mut queue = VecDeque::from(actions);
         while let Some(action) = queue.pop_front() {
             match action {
-                Action::Fetch { flight, range, lane, keep } => {
+                Action::Fetch {
+                    flight,
+                    range,
+                    lane,
+                    keep,
+                } => {
                     self.fetch(flight, range, lane, keep);
                 }
                 Action::InstallZero { flight, range } => {
@@ -200,7 +213,9 @@ impl Relocation {
     fn note_wait(&self, since: Duration) {
         let waited = (self.clock)().saturating_sub(since).as_micros();
         let waited = u64::try_from(waited).unwrap_or(u64::MAX);
-        self.traffic.longest_wait_us.fetch_max(waited, Ordering::Relaxed);
+        self.traffic
+            .longest_wait_us
+            .fetch_max(waited, Ordering::Relaxed);
     }
 
     fn fetch(self: &Arc<Self>, flight: FlightId, range: BlockRange, lane: mover::Lane, keep: bool) {
@@ -225,7 +240,9 @@ impl Relocation {
     ) {
         match outcome {
             Ok(fetched) => {
-                self.traffic.wire_bytes.fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+                self.traffic
+                    .wire_bytes
+                    .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
                 if keep {
                     let installed = self.install(range, &fetched);
                     self.tell_landed(flight, range, installed);
@@ -305,7 +322,9 @@ impl Relocation {
                 BlockState::Absent => self.install_absent(run, fetched)?,
                 BlockState::Partial => {
                     for block in run.start..run.end {
-                        self.merge_partial(BlockIndex(block), |at, len| slice_of(fetched, at, len))?;
+                        self.merge_partial(BlockIndex(block), |at, len| {
+                            slice_of(fetched, at, len)
+                        })?;
                     }
                 }
                 // Written here in the meantime, or installed by another fetch: the source's
@@ -324,10 +343,9 @@ impl Relocation {
             if zero {
                 let len = piece.len() as u64;
                 self.store.write_zeroes(offset, len, ZeroMode::MayPunch)?;
-                self.traffic.zero_bytes_skipped.fetch_add(
-                    hole_bytes_within(fetched, offset, len),
-                    Ordering::Relaxed,
-                );
+                self.traffic
+                    .zero_bytes_skipped
+                    .fetch_add(hole_bytes_within(fetched, offset, len), Ordering::Relaxed);
             } else {
                 self.store.write(offset, piece)?;
             }
@@ -339,7 +357,9 @@ impl Relocation {
     /// The data is in the image: say so.
     fn now_clean(&self, run: BlockRange) {
         self.residency.mark_clean(run);
-        self.traffic.blocks_installed.fetch_add(run.len(), Ordering::Relaxed);
+        self.traffic
+            .blocks_installed
+            .fetch_add(run.len(), Ordering::Relaxed);
         self.leave(Record::Clean(run));
     }
 
@@ -350,7 +370,9 @@ impl Relocation {
         block: BlockIndex,
         data: impl Fn(u64, u64) -> io::Result<&'a [u8]>,
     ) -> io::Result<()> {
-        let Some(mask) = self.residency.partial_mask(block) else { return Ok(()) };
+        let Some(mask) = self.residency.partial_mask(block) else {
+            return Ok(());
+        };
         let base = self.geometry.bytes(BlockRange::one(block)).start;
         for sectors in mask.missing(self.geometry.sectors_in(block)) {
             let at = base + u64::from(sectors.start) * SECTOR_BYTES;
@@ -375,11 +397,7 @@ impl Relocation {
         }
     }
 
-    fn install_zero(
-        self: &Arc<Self>,
-        flight: FlightId,
-        range: BlockRange,
-    ) -> Vec<Action<Reader>> {
+    fn install_zero(self: &Arc<Self>, flight: FlightId, range: BlockRange) -> Vec<Action<Reader>> {
         let outcome = self.zero_missing(range);
         let mut out = Vec::new();
         let mut mover = lock(&self.mover);
@@ -403,8 +421,11 @@ impl Relocation {
             let bytes = self.geometry.bytes(run);
             match state {
                 BlockState::Absent => {
-                    self.store.write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch)?;
-                    self.traffic.zero_bytes_skipped.fetch_add(bytes.len(), Ordering::Relaxed);
+                    self.store
+                        .write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch)?;
+                    self.traffic
+                        .zero_bytes_skipped
+                        .fetch_add(bytes.len(), Ordering::Relaxed);
                     self.now_clean(run);
                 }
                 BlockState::Partial => {
@@ -420,11 +441,14 @@ impl Relocation {
     }
 
     fn zero_rest(&self, block: BlockIndex, zeroes: &[u8]) -> io::Result<()> {
-        let Some(mask) = self.residency.partial_mask(block) else { return Ok(()) };
+        let Some(mask) = self.residency.partial_mask(block) else {
+            return Ok(());
+        };
         let base = self.geometry.bytes(BlockRange::one(block)).start;
         for sector in mask.missing(self.geometry.sectors_in(block)).flatten() {
             let sector_zeroes = &zeroes[..512];
-            self.store.write(base + u64::from(sector) * SECTOR_BYTES, sector_zeroes)?;
+            self.store
+                .write(base + u64::from(sector) * SECTOR_BYTES, sector_zeroes)?;
         }
         self.now_owned(BlockRange::one(block));
         Ok(())
@@ -442,13 +466,22 @@ impl Relocation {
                 });
             }
         };
-        self.source.extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
+        self.source
+            .extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
     }
 
     fn learn_extents(self: &Arc<Self>, asked: BlockRange, answer: &ExtentsAnswer) {
-        self.traffic.wire_bytes.fetch_add(answer.wire_bytes, Ordering::Relaxed);
-        let end = answer.extents.last().map_or(0, |e| e.offset.saturating_add(e.len));
-        let told = ByteRange { start: self.geometry.bytes(asked).start, end };
+        self.traffic
+            .wire_bytes
+            .fetch_add(answer.wire_bytes, Ordering::Relaxed);
+        let end = answer
+            .extents
+            .last()
+            .map_or(0, |e| e.offset.saturating_add(e.len));
+        let told = ByteRange {
+            start: self.geometry.bytes(asked).start,
+            end,
+        };
         let mut answered = self.geometry.within(told).intersection(asked);
         if answered.is_empty() {
             // Less than a block was answered: the first block counts as data, so that the scan
@@ -482,7 +515,9 @@ fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
 }
 
 fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
-    let start = offset.checked_sub(fetched.offset).and_then(|o| usize::try_from(o).ok());
+    let start = offset
+        .checked_sub(fetched.offset)
+        .and_then(|o| usize::try_from(o).ok());
     let len = usize::try_from(len).ok();
     start
         .zip(len)
@@ -520,7 +555,11 @@ fn hole_bytes_within(fetched: &Fetched, offset: u64, len: u64) -> u64 {
     fetched
         .holes
         .iter()
-        .map(|(at, hole)| at.saturating_add(*hole).min(end).saturating_sub(offset.max(*at)))
+        .map(|(at, hole)| {
+            at.saturating_add(*hole)
+                .min(end)
+                .saturating_sub(offset.max(*at))
+        })
         .sum()
 }
 

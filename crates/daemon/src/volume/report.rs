@@ -23,8 +23,9 @@ impl RateMeter {
     /// Adds what is resident at a time; samples closer than a fifth of a second are passed over.
     pub fn sample(&self, now: Duration, resident_bytes: u64) {
         let mut samples = lock(&self.samples);
-        let too_soon =
-            samples.last().is_some_and(|(at, _)| now.saturating_sub(*at) < RATE_SPAN / 25);
+        let too_soon = samples
+            .last()
+            .is_some_and(|(at, _)| now.saturating_sub(*at) < RATE_SPAN / 25);
         if !too_soon {
             samples.push((now, resident_bytes));
             let keep_from = now.saturating_sub(RATE_SPAN);
@@ -36,7 +37,9 @@ impl RateMeter {
     /// Bytes per second over the last seconds.
     pub fn rate(&self) -> u64 {
         let samples = lock(&self.samples);
-        let (Some(first), Some(last)) = (samples.first(), samples.last()) else { return 0 };
+        let (Some(first), Some(last)) = (samples.first(), samples.last()) else {
+            return 0;
+        };
         let micros = (last.0 - first.0).as_micros();
         if micros == 0 {
             return 0;
@@ -55,7 +58,9 @@ impl Volume {
                     .to_owned(),
             );
         }
-        let Some(relocation) = relocation else { return notes };
+        let Some(relocation) = relocation else {
+            return notes;
+        };
         if self.life() == LifeState::Standby {
             notes.push(match self.handoff_policy {
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
@@ -76,7 +81,9 @@ impl Volume {
         }
         let refused = relocation.with_mover(|m| m.refused());
         if refused > 0 {
-            notes.push(format!("{refused} ranges could not be copied and are tried again"));
+            notes.push(format!(
+                "{refused} ranges could not be copied and are tried again"
+            ));
         }
         notes
     }

@@ -10,6 +10,7 @@ const EIO: i32 = 5;
 fn conforms_without_faults() {
     conformance::run(
         &|size| Arc::new(FaultyStore::new(MemoryStore::new(size))),
+        512,
         30,
     );
 }

@@ -1,1 +1,117 @@
+use super::*;
+use hikkoshi_engine::geometry::BlockIndex;
+use hikkoshi_engine::geometry::BlockRange;
+use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::residency::BlockState;
 
+fn identity(size: u64) -> Identity {
+    Identity {
+        volume_id: random().unwrap(),
+        geometry: Geometry::new(size, 4096).unwrap(),
+        generation: 0,
+        life: Life::Arriving,
+        source_uri: "nbd://x".into(),
+        incarnation: random().unwrap(),
+        image_inode: None,
+    }
+}
+
+fn reopen(dir: &Path, live: &Path) -> OpenedMap {
+    open_map(StateDir::open(dir).unwrap(), dir, live, &mut || Ok(())).unwrap()
+}
+
+struct Place {
+    _dir: tempfile::TempDir,
+    state: PathBuf,
+    live: PathBuf,
+}
+
+fn place() -> Place {
+    let dir = tempfile::tempdir().unwrap();
+    Place {
+        state: dir.path().join("disk.hikkoshi"),
+        live: dir.path().join("live"),
+        _dir: dir,
+    }
+}
+
+/// A killed process leaves marks that no commit has recorded. Its data is in the page cache, so
+/// they count.
+#[test]
+fn what_a_killed_process_marked_is_found() {
+    let p = place();
+    let map = create_map(&p.state, &p.live, identity(1 << 20)).unwrap();
+    map.residency.mark_owned(BlockRange::new(3, 9));
+    map.residency.mark_partial(BlockIndex(20), 2..4).unwrap();
+    drop(map);
+    let map = reopen(&p.state, &p.live);
+    assert_eq!(map.recovered, Recovered::AfterKill);
+    assert!(map.residency.all_owned(BlockRange::new(3, 9)));
+    assert!(map.residency.partial_mask(BlockIndex(20)).unwrap().has(3));
+    // And it is durable by now.
+    drop(map);
+    fs::remove_dir_all(&p.live).unwrap();
+    let map = reopen(&p.state, &p.live);
+    assert_eq!(map.recovered, Recovered::FromDisk);
+    assert!(map.residency.all_owned(BlockRange::new(3, 9)));
+    assert!(map.residency.partial_mask(BlockIndex(20)).unwrap().has(3));
+}
+
+/// The state moved on without the memory (another machine, say): the memory is older than it, and
+/// must not be believed any more.
+#[test]
+fn memory_of_an_older_incarnation_is_not_believed() {
+    let p = place();
+    let map = create_map(&p.state, &p.live, identity(1 << 20)).unwrap();
+    map.residency.mark_owned(BlockRange::new(0, 4));
+    drop(map);
+    let aside = p.live.with_file_name("aside");
+    fs::rename(&p.live, &aside).unwrap();
+    let mut map = reopen(&p.state, &p.live);
+    assert_eq!(map.recovered, Recovered::FromDisk);
+    assert_eq!(map.residency.state(BlockIndex(0)), BlockState::Absent);
+    map.residency.mark_owned(BlockRange::new(50, 60));
+    map.state
+        .append(&[Record::Owned(BlockRange::new(50, 60))])
+        .unwrap();
+    drop(map);
+    fs::remove_dir_all(&p.live).unwrap();
+    fs::rename(&aside, &p.live).unwrap();
+    let map = reopen(&p.state, &p.live);
+    assert_eq!(map.recovered, Recovered::FromDisk);
+    assert_eq!(map.residency.state(BlockIndex(0)), BlockState::Absent);
+    assert!(map.residency.all_owned(BlockRange::new(50, 60)));
+}
+
+#[test]
+fn a_copied_state_directory_does_not_find_the_memory_of_the_original() {
+    let p = place();
+    let map = create_map(&p.state, &p.live, identity(1 << 20)).unwrap();
+    map.residency.mark_owned(BlockRange::new(0, 4));
+    drop(map);
+    let copy = p.state.with_file_name("copy.hikkoshi");
+    fs::create_dir(&copy).unwrap();
+    for name in ["volume", "map", "log"] {
+        fs::copy(p.state.join(name), copy.join(name)).unwrap();
+    }
+    assert_eq!(reopen(&copy, &p.live).recovered, Recovered::FromDisk);
+}
+
+#[test]
+fn a_state_in_use_is_refused() {
+    let p = place();
+    let _map = create_map(&p.state, &p.live, identity(1 << 20)).unwrap();
+    let error = StateDir::open(&p.state).unwrap_err();
+    assert!(matches!(error, StateError::InUse { .. }), "{error}");
+}
+
+/// Allocated in full at the start, or refused at the start: a memory file system that runs full
+/// later must not end the process in the middle of a write.
+#[test]
+fn memory_that_cannot_be_had_is_refused() {
+    let p = place();
+    // 2^56 bytes of disk want petabytes of memory.
+    let error = create_map(&p.state, &p.live, identity(1 << 56)).unwrap_err();
+    assert!(error.to_string().contains("--block-size"), "{error}");
+    assert_eq!(fs::read_dir(&p.live).unwrap().count(), 0);
+}

@@ -7,7 +7,7 @@ use crate::{ExtentKind, Store, ZeroMode, conformance};
 
 #[test]
 fn conforms() {
-    conformance::run(&|size| Arc::new(MemoryStore::new(size)), 200);
+    conformance::run(&|size| Arc::new(MemoryStore::new(size)), 512, 200);
 }
 
 #[test]

@@ -1,0 +1,305 @@
+//! What is asked of a connection, and what becomes of the answer.
+//!
+//! Owns the way from what a caller asked (any alignment, any length) to what a server serves
+//! (whole blocks, limited length) and back. A [`Job`] is answered exactly once, by value.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hikkoshi_nbd::client::{Hole, Reply, StatusExtent};
+use hikkoshi_nbd::wire::command;
+
+use crate::source::{
+    Completion, ExtentsAnswer, Fetched, Lane, SourceError, SourceErrorKind, SourceExtent,
+};
+
+/// The longest question for extents that goes over the wire, in bytes; a multiple of every
+/// minimum block, and far inside 32 bits.
+const MAX_STATUS_BYTES: u64 = 1 << 30;
+
+/// One request on the wire.
+pub(super) struct Job {
+    pub(super) lane: Lane,
+    pub(super) offset: u64,
+    pub(super) len: u32,
+    op: Op,
+}
+
+enum Op {
+    Read {
+        wanted: Wanted,
+        done: Completion<Fetched>,
+    },
+    Status {
+        wanted: Wanted,
+        done: Completion<ExtentsAnswer>,
+    },
+}
+
+/// The bytes that the caller asked for, inside those of the job.
+#[derive(Clone, Copy)]
+struct Wanted {
+    offset: u64,
+    len: u64,
+}
+
+/// `offset..offset + len` grown to whole blocks, but not past the end of the disk.
+fn widen(offset: u64, len: u64, block: u32, size: u64) -> (u64, u64) {
+    let block = u64::from(block);
+    let start = offset - offset % block;
+    let end = (offset + len)
+        .checked_next_multiple_of(block)
+        .map_or(size, |end| end.min(size));
+    (start, end - start)
+}
+
+impl Job {
+    /// Jobs that together read `len` bytes (above zero, inside the disk) at `offset`.
+    pub(super) fn reads(
+        lane: Lane,
+        offset: u64,
+        len: u32,
+        (block, max, size): (u32, u32, u64),
+        done: Completion<Fetched>,
+    ) -> Vec<Self> {
+        let (start, total) = widen(offset, u64::from(len), block, size);
+        let wanted = Wanted {
+            offset,
+            len: u64::from(len),
+        };
+        if let Ok(whole) = u32::try_from(total)
+            && whole <= max
+        {
+            let op = Op::Read { wanted, done };
+            return vec![Self {
+                lane,
+                offset: start,
+                len: whole,
+                op,
+            }];
+        }
+        let end = start + total;
+        let count = total.div_ceil(u64::from(max));
+        let parts = Parts::new(wanted, usize::try_from(count).unwrap_or(usize::MAX), done);
+        let mut jobs = Vec::new();
+        let mut at = start;
+        while at < end {
+            let step = u32::try_from(end - at).unwrap_or(u32::MAX).min(max);
+            let next = at + u64::from(step);
+            let part = Wanted {
+                offset: at.max(offset),
+                len: next.min(offset + wanted.len) - at.max(offset),
+            };
+            let parts = Arc::clone(&parts);
+            jobs.push(Self {
+                lane,
+                offset: at,
+                len: step,
+                op: Op::Read {
+                    wanted: part,
+                    done: Box::new(move |result| parts.add(result)),
+                },
+            });
+            at = next;
+        }
+        jobs
+    }
+
+    /// A question for extents of `offset..offset + len` (not empty, inside the disk), or of as
+    /// much of its beginning as one request may ask for.
+    pub(super) fn status(
+        lane: Lane,
+        offset: u64,
+        len: u64,
+        (block, size): (u32, u64),
+        done: Completion<ExtentsAnswer>,
+    ) -> Self {
+        let (start, total) = widen(offset, len, block, size);
+        let total = total.min(MAX_STATUS_BYTES);
+        let wanted = Wanted {
+            offset,
+            len: len.min(start + total - offset),
+        };
+        Self {
+            lane,
+            offset: start,
+            len: u32::try_from(total).expect("capped far inside 32 bits"),
+            op: Op::Status { wanted, done },
+        }
+    }
+
+    /// Whether it is a read.
+    pub(super) fn is_read(&self) -> bool {
+        matches!(self.op, Op::Read { .. })
+    }
+
+    /// The command on the wire.
+    pub(super) fn command(&self) -> u16 {
+        match self.op {
+            Op::Read { .. } => command::READ,
+            Op::Status { .. } => command::BLOCK_STATUS,
+        }
+    }
+
+    /// The decoder for its reply. Without a context, a question for extents cannot succeed.
+    pub(super) fn reply(&self, structured: bool, context: Option<u32>) -> Reply {
+        match self.op {
+            Op::Read { .. } => Reply::to_read(self.offset, self.len, structured),
+            Op::Status { .. } => {
+                Reply::to_block_status(self.offset, self.len, context.unwrap_or(u32::MAX))
+            }
+        }
+    }
+
+    /// Answers with an error.
+    pub(super) fn fail(self, error: SourceError) {
+        match self.op {
+            Op::Read { done, .. } => done(Err(error)),
+            Op::Status { done, .. } => done(Err(error)),
+        }
+    }
+
+    /// Answers a read with all bytes of the job; `holes` in any order.
+    pub(super) fn deliver_data(self, mut data: Vec<u8>, mut holes: Vec<Hole>, wire_bytes: u64) {
+        let Op::Read { wanted, done } = self.op else {
+            return self.fail(untold("data in answer to a question for extents"));
+        };
+        let head = usize::try_from(wanted.offset - self.offset);
+        let len = usize::try_from(wanted.len);
+        let (Ok(head), Ok(len)) = (head, len) else {
+            return done(Err(untold("a length beyond this machine")));
+        };
+        if data.len() < head + len {
+            return done(Err(untold("bytes are missing")));
+        }
+        data.truncate(head + len);
+        if head > 0 {
+            data.drain(..head);
+        }
+        holes.sort_unstable_by_key(|hole| hole.at);
+        let wanted_end = wanted.offset + wanted.len;
+        let mut runs: Vec<(u64, u64)> = Vec::with_capacity(holes.len());
+        for hole in holes {
+            let start = self.offset + u64::from(hole.at);
+            let end = (start + u64::from(hole.len)).min(wanted_end);
+            let start = start.max(wanted.offset);
+            if start < end {
+                push_run(&mut runs, (start, end - start));
+            }
+        }
+        done(Ok(Fetched {
+            offset: wanted.offset,
+            data,
+            holes: runs,
+            wire_bytes,
+        }));
+    }
+
+    /// Answers a question for extents; `extents` begin where the job does.
+    pub(super) fn deliver_status(self, extents: &[StatusExtent], wire_bytes: u64) {
+        let Op::Status { wanted, done } = self.op else {
+            return self.fail(untold("extents in answer to a read"));
+        };
+        let wanted_end = wanted.offset + wanted.len;
+        let mut answer = Vec::with_capacity(extents.len());
+        let mut at = self.offset;
+        for extent in extents {
+            let next = at + u64::from(extent.len);
+            let (start, end) = (at.max(wanted.offset), next.min(wanted_end));
+            if start < end {
+                answer.push(SourceExtent {
+                    offset: start,
+                    len: end - start,
+                    zero: extent.zero,
+                });
+            }
+            at = next;
+        }
+        if answer.is_empty() {
+            return done(Err(untold(
+                "the extents end before what was asked for begins",
+            )));
+        }
+        done(Ok(ExtentsAnswer {
+            extents: answer,
+            wire_bytes,
+        }));
+    }
+}
+
+fn untold(message: &'static str) -> SourceError {
+    SourceError::new(SourceErrorKind::Untrusted, message)
+}
+
+/// Appends a run, joined to the one before where they touch.
+fn push_run(runs: &mut Vec<(u64, u64)>, (start, len): (u64, u64)) {
+    match runs.last_mut() {
+        Some(last) if last.0 + last.1 == start => last.1 += len,
+        _ => runs.push((start, len)),
+    }
+}
+
+/// A read that crossed the wire in parts, being put together.
+struct Parts {
+    wanted: Wanted,
+    state: Mutex<PartsState>,
+}
+
+struct PartsState {
+    left: usize,
+    got: Vec<Fetched>,
+    error: Option<SourceError>,
+    done: Option<Completion<Fetched>>,
+}
+
+impl Parts {
+    fn new(wanted: Wanted, left: usize, done: Completion<Fetched>) -> Arc<Self> {
+        let state = PartsState {
+            left,
+            got: Vec::new(),
+            error: None,
+            done: Some(done),
+        };
+        Arc::new(Self {
+            wanted,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Takes a part's outcome; the last one answers the whole.
+    fn add(&self, result: Result<Fetched, SourceError>) {
+        let (mut got, error, done) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            match result {
+                Ok(part) => state.got.push(part),
+                Err(error) => {
+                    state.error.get_or_insert(error);
+                }
+            }
+            state.left -= 1;
+            if state.left > 0 {
+                return;
+            }
+            let done = state.done.take();
+            (std::mem::take(&mut state.got), state.error.take(), done)
+        };
+        let Some(done) = done else { return };
+        if let Some(error) = error {
+            return done(Err(error));
+        }
+        got.sort_unstable_by_key(|part| part.offset);
+        let mut whole = Fetched {
+            offset: self.wanted.offset,
+            data: Vec::with_capacity(usize::try_from(self.wanted.len).unwrap_or(0)),
+            holes: Vec::new(),
+            wire_bytes: 0,
+        };
+        for part in got {
+            whole.data.extend_from_slice(&part.data);
+            whole.wire_bytes += part.wire_bytes;
+            for run in part.holes {
+                push_run(&mut whole.holes, run);
+            }
+        }
+        done(Ok(whole));
+    }
+}

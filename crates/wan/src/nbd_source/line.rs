@@ -1,0 +1,212 @@
+//! One connection to a server: its queues, its requests in flight, its sending half.
+//!
+//! Owns the order in which requests leave (demand before bulk, never more in flight than is
+//! good) and who waits for which cookie. It must never call a completion: submitters and the
+//! reader hold no lock of it when they do.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use hikkoshi_nbd::client::{Negotiated, encode_request};
+use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
+use socket2::Socket;
+
+use super::address::NbdSourceConfig;
+use super::dial::{Dialed, send_all};
+use super::job::Job;
+use crate::source::Lane;
+
+/// How many requests wait on one connection at most, those in flight not counted. Callers bound
+/// what they ask for far below; this is only against their mistakes.
+const MAX_QUEUED: usize = 1 << 16;
+
+/// One connection.
+pub(super) struct Line {
+    pub(super) socket: Arc<Socket>,
+    pub(super) negotiated: Negotiated,
+    in_flight_max: usize,
+    bulk_max: usize,
+    dead: AtomicBool,
+    /// Bytes asked for and not answered, queued ones included.
+    load: AtomicU64,
+    /// Of these, bulk bytes that were not sent yet.
+    queued_bulk: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    next_cookie: u64,
+    /// Sent, and no byte of the reply seen yet.
+    unanswered: HashMap<u64, Job>,
+    in_flight: usize,
+    bulk_in_flight: usize,
+    demand: VecDeque<Job>,
+    bulk: VecDeque<Job>,
+    /// Since when something is in flight without a break.
+    waiting_since: Option<Instant>,
+    closed: bool,
+}
+
+impl Line {
+    pub(super) fn new(dialed: Dialed, config: &NbdSourceConfig) -> Arc<Self> {
+        Arc::new(Self {
+            socket: dialed.socket,
+            negotiated: dialed.negotiated,
+            in_flight_max: config.in_flight,
+            bulk_max: config.bulk_in_flight,
+            dead: AtomicBool::new(false),
+            load: AtomicU64::new(0),
+            queued_bulk: AtomicU64::new(0),
+            state: Mutex::new(State::default()),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether requests can still be submitted; may change at any time.
+    pub(super) fn is_alive(&self) -> bool {
+        !self.dead.load(Ordering::Acquire)
+    }
+
+    /// How many bytes a new request of `lane` would wait behind.
+    pub(super) fn load(&self, lane: Lane) -> u64 {
+        let load = self.load.load(Ordering::Relaxed);
+        match lane {
+            Lane::Demand => load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed)),
+            Lane::Bulk => load,
+        }
+    }
+
+    /// Sends or queues a job; gives it back if the connection is dead or its queue is full.
+    // The job itself is the error: it must not be lost.
+    #[allow(clippy::result_large_err)]
+    pub(super) fn submit(&self, job: Job) -> Result<(), Job> {
+        let mut state = self.state();
+        let queued = state.demand.len() + state.bulk.len();
+        if state.closed || queued >= MAX_QUEUED {
+            return Err(job);
+        }
+        self.load.fetch_add(u64::from(job.len), Ordering::Relaxed);
+        match job.lane {
+            Lane::Demand => state.demand.push_back(job),
+            Lane::Bulk => {
+                self.queued_bulk
+                    .fetch_add(u64::from(job.len), Ordering::Relaxed);
+                state.bulk.push_back(job);
+            }
+        }
+        self.pump(&mut state);
+        Ok(())
+    }
+
+    /// Sends what may be sent now.
+    fn pump(&self, state: &mut State) {
+        let mut output = Vec::new();
+        while let Some(job) = self.next(state) {
+            let cookie = state.next_cookie;
+            state.next_cookie = cookie.wrapping_add(1);
+            output.reserve(REQUEST_BYTES);
+            output.extend_from_slice(&encode_request(
+                0,
+                job.command(),
+                cookie,
+                job.offset,
+                job.len,
+            ));
+            state.in_flight += 1;
+            if job.lane == Lane::Bulk {
+                state.bulk_in_flight += 1;
+            }
+            state.waiting_since.get_or_insert_with(Instant::now);
+            state.unanswered.insert(cookie, job);
+        }
+        if !output.is_empty() && send_all(&self.socket, &output).is_err() {
+            // The reader notices, and fails these requests with all the others.
+            self.hang_up();
+        }
+    }
+
+    /// Takes the next job from the queues if it may go.
+    fn next(&self, state: &mut State) -> Option<Job> {
+        if state.in_flight >= self.in_flight_max {
+            return None;
+        }
+        if let Some(job) = state.demand.pop_front() {
+            return Some(job);
+        }
+        if state.bulk_in_flight >= self.bulk_max {
+            return None;
+        }
+        let job = state.bulk.pop_front()?;
+        self.queued_bulk
+            .fetch_sub(u64::from(job.len), Ordering::Relaxed);
+        Some(job)
+    }
+
+    /// Takes out the job that a reply has begun for; it counts as in flight until
+    /// [`Self::answered`].
+    pub(super) fn claim(&self, cookie: u64) -> Option<Job> {
+        self.state().unanswered.remove(&cookie)
+    }
+
+    /// A claimed job has its whole reply: its place goes to the next one.
+    pub(super) fn answered(&self, job: &Job) {
+        self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
+        let mut state = self.state();
+        state.in_flight -= 1;
+        if job.lane == Lane::Bulk {
+            state.bulk_in_flight -= 1;
+        }
+        if state.in_flight == 0 {
+            state.waiting_since = None;
+        }
+        self.pump(&mut state);
+    }
+
+    /// Since when an answer is waited for, if one is.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        self.state().waiting_since
+    }
+
+    /// Declares the connection dead and hands out every job that was not claimed.
+    pub(super) fn bury(&self) -> Vec<Job> {
+        self.dead.store(true, Ordering::Release);
+        let mut guard = self.state();
+        let state = &mut *guard;
+        state.closed = true;
+        self.hang_up();
+        let mut jobs: Vec<Job> = state.unanswered.drain().map(|(_, job)| job).collect();
+        jobs.extend(state.demand.drain(..));
+        jobs.extend(state.bulk.drain(..));
+        jobs
+    }
+
+    /// Says goodbye (section "Terminating the transmission phase") and hangs up.
+    pub(super) fn disconnect(&self) {
+        let mut state = self.state();
+        if !state.closed {
+            state.closed = true;
+            self.dead.store(true, Ordering::Release);
+            let goodbye = encode_request(0, command::DISC, state.next_cookie, 0, 0);
+            // Only politeness: nothing depends on its arrival.
+            let _ = rustix::net::send(
+                &self.socket,
+                &goodbye,
+                rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT,
+            );
+        }
+        self.hang_up();
+    }
+
+    /// Ends both directions, which wakes the reader.
+    fn hang_up(&self) {
+        // It fails only where the peer was faster.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}

@@ -1,0 +1,258 @@
+//! A standard NBD server as a source.
+//!
+//! Owns several connections to one export, each with a thread that receives and answers, and a
+//! thread for news that no connection can bring. Every connection that is lost is dialled again,
+//! and must lead to the same disk. The volume submits and is called back; no lock is held then.
+
+mod address;
+mod dial;
+mod herald;
+mod job;
+mod keeper;
+mod line;
+mod reader;
+mod shared;
+
+use std::cell::Cell;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+pub use address::{Address, MAX_CONNECTIONS, MAX_IN_FLIGHT, NbdSourceConfig};
+
+use self::herald::News;
+use self::job::Job;
+use self::line::Line;
+use self::shared::{Installed, Shared, info_of};
+use crate::source::{
+    Completion, ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceExtent,
+    SourceInfo, SourceWatcher,
+};
+
+/// How long closing waits for threads to end. Only the lookup of a host name or a completion that
+/// takes its time can make it wait; what is left then ends by itself.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
+/// The longest read that is split for the server's sake, in bytes; longer ones are refused.
+pub const MAX_SPLIT_READ_BYTES: u32 = 256 << 20;
+
+thread_local! {
+    /// The id of the source whose thread this is; 0 if none.
+    static SOURCE_THREAD: Cell<u64> = const { Cell::new(0) };
+}
+
+/// An export of an NBD server, read over several connections.
+pub struct NbdSource {
+    shared: Arc<Shared>,
+}
+
+impl NbdSource {
+    /// Connects; fails if the first connection does. More follow in the background.
+    pub fn connect(config: NbdSourceConfig) -> Result<Arc<Self>, SourceError> {
+        let config = config.clamped();
+        let dialed = dial::dial(&config, &|_| true)?;
+        let info = info_of(&config.shown_uri(), &dialed.negotiated);
+        let line = Line::new(dialed, &config);
+        Self::start(config, info, Some(line))
+    }
+
+    /// Returns at once and connects in the background, to a disk that is as `expected` says
+    /// (size, read-only, extents); the watcher hears when it stands.
+    pub fn connect_lazily(
+        config: NbdSourceConfig,
+        expected: SourceInfo,
+    ) -> Result<Arc<Self>, SourceError> {
+        let config = config.clamped();
+        let sane = expected.min_block_bytes.is_power_of_two()
+            && expected.max_read_bytes >= expected.min_block_bytes;
+        if !sane {
+            return Err(SourceError::new(
+                SourceErrorKind::Refused,
+                "the expected block sizes are impossible",
+            ));
+        }
+        let uri = config.shown_uri();
+        Self::start(config, SourceInfo { uri, ..expected }, None)
+    }
+
+    fn start(
+        config: NbdSourceConfig,
+        info: SourceInfo,
+        first: Option<Arc<Line>>,
+    ) -> Result<Arc<Self>, SourceError> {
+        let no_thread = |error: std::io::Error| {
+            let message = format!("cannot start a thread for the source: {error}");
+            SourceError::new(SourceErrorKind::Disconnected, message)
+        };
+        let id = Shared::fresh_id();
+        let watcher = Arc::new(Mutex::new(None));
+        let herald = herald::start(Arc::clone(&watcher), move || SOURCE_THREAD.set(id))
+            .map_err(no_thread)?;
+        let connections = config.connections;
+        let shared = Shared::new(config, info, watcher, herald, id);
+        // From here on, dropping ends what was started.
+        let source = Arc::new(Self {
+            shared: Arc::clone(&shared),
+        });
+        if let Some(line) = &first
+            && !matches!(shared.install(0, line, false), Installed::Yes)
+        {
+            unreachable!("the first connection agrees with itself");
+        }
+        let mut first = first;
+        for slot in 0..connections {
+            let line = if slot == 0 { first.take() } else { None };
+            let keeper = Arc::clone(&shared);
+            keeper.thread_begins();
+            let spawned = thread::Builder::new()
+                .name(format!("source-{slot}"))
+                .spawn(move || {
+                    SOURCE_THREAD.set(id);
+                    keeper::keep(&keeper, slot, line);
+                    keeper.thread_ends();
+                });
+            if let Err(error) = spawned {
+                shared.thread_ends();
+                return Err(no_thread(error));
+            }
+        }
+        Ok(source)
+    }
+
+    fn submit_read(&self, lane: Lane, offset: u64, len: u32, done: Completion<Fetched>) {
+        let info = self.shared.info();
+        if let Err(error) = check(&info, offset, u64::from(len)) {
+            return self.answer(move || done(Err(error)));
+        }
+        if len == 0 {
+            let nothing = Fetched {
+                offset,
+                data: Vec::new(),
+                holes: Vec::new(),
+                wire_bytes: 0,
+            };
+            return self.answer(move || done(Ok(nothing)));
+        }
+        if len > MAX_SPLIT_READ_BYTES {
+            let error = SourceError::new(
+                SourceErrorKind::Refused,
+                format!("a read of {len} bytes; the limit is {MAX_SPLIT_READ_BYTES}"),
+            );
+            return self.answer(move || done(Err(error)));
+        }
+        let limits = (info.min_block_bytes, info.max_read_bytes, info.size_bytes);
+        for job in Job::reads(lane, offset, len, limits, done) {
+            self.shared.dispatch(job);
+        }
+    }
+
+    fn submit_extents(&self, lane: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>) {
+        let info = self.shared.info();
+        if let Err(error) = check(&info, offset, len) {
+            return self.answer(move || done(Err(error)));
+        }
+        if len == 0 {
+            let error = SourceError::new(SourceErrorKind::Refused, "extents of nothing");
+            return self.answer(move || done(Err(error)));
+        }
+        if !info.has_extents {
+            let extents = vec![SourceExtent {
+                offset,
+                len,
+                zero: false,
+            }];
+            return self.answer(move || {
+                done(Ok(ExtentsAnswer {
+                    extents,
+                    wire_bytes: 0,
+                }))
+            });
+        }
+        let limits = (info.min_block_bytes, info.size_bytes);
+        self.shared
+            .dispatch(Job::status(lane, offset, len, limits, done));
+    }
+
+    /// Runs `answer` on the herald's thread.
+    fn answer(&self, answer: impl FnOnce() + Send + 'static) {
+        self.shared.tell(News::Answer(Box::new(answer)));
+    }
+}
+
+/// Whether a range is inside the disk.
+fn check(info: &SourceInfo, offset: u64, len: u64) -> Result<(), SourceError> {
+    match offset.checked_add(len) {
+        Some(end) if end <= info.size_bytes => Ok(()),
+        _ => Err(SourceError::new(
+            SourceErrorKind::Refused,
+            format!(
+                "{len} bytes at {offset} reach past the end at {}",
+                info.size_bytes
+            ),
+        )),
+    }
+}
+
+impl Source for NbdSource {
+    fn info(&self) -> SourceInfo {
+        self.shared.info()
+    }
+
+    fn is_connected(&self) -> bool {
+        self.connections() > 0
+    }
+
+    fn connections(&self) -> usize {
+        self.shared.standing()
+    }
+
+    fn read(&self, lane: Lane, offset: u64, len: u32, done: Completion<Fetched>) {
+        self.submit_read(lane, offset, len, done);
+    }
+
+    fn extents(&self, lane: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>) {
+        self.submit_extents(lane, offset, len, done);
+    }
+
+    fn watch(&self, watcher: Arc<dyn SourceWatcher>) {
+        let mut slot = self
+            .shared
+            .watcher
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(watcher);
+    }
+
+    /// Waits until outstanding requests have failed, so hold no lock that completions take. On a
+    /// thread of the source itself it does not wait. The watcher hears nothing of it.
+    fn close(&self) {
+        self.shared.close();
+        let old = {
+            let mut slot = self
+                .shared
+                .watcher
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            slot.take()
+        };
+        // Outside of the lock: the watcher may own things that do more when they go.
+        drop(old);
+        if SOURCE_THREAD.get() == self.shared.id {
+            return;
+        }
+        self.shared.wait_for_threads(CLOSE_WAIT);
+        let (sender, receiver) = channel();
+        self.answer(move || {
+            // Nobody waits any more, at worst.
+            let _ = sender.send(());
+        });
+        // A completion that takes longer than this is its caller's affair.
+        let _ = receiver.recv_timeout(CLOSE_WAIT);
+    }
+}
+
+impl Drop for NbdSource {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

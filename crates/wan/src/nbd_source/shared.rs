@@ -1,0 +1,344 @@
+//! What the connections of a source have in common.
+//!
+//! Owns which connections stand, what every one of them must agree on, and the order in which
+//! the watcher hears of it. It must never call a completion or the watcher itself: that is the
+//! herald's, who is given the news under the lock, so that their order is the order of events.
+
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hikkoshi_nbd::client::Negotiated;
+use hikkoshi_nbd::wire::export;
+use socket2::Socket;
+
+use super::address::NbdSourceConfig;
+use super::herald::{News, WatcherSlot};
+use super::job::Job;
+use super::line::Line;
+use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
+
+/// Shared by the source, its keepers and their connections.
+pub(super) struct Shared {
+    pub(super) config: NbdSourceConfig,
+    pub(super) uri: String,
+    pub(super) watcher: WatcherSlot,
+    herald: Sender<News>,
+    /// Tells sources apart in thread-local marks.
+    pub(super) id: u64,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    /// What every connection must agree with.
+    info: SourceInfo,
+    lines: Vec<Option<Arc<Line>>>,
+    dialing: Vec<Option<Arc<Socket>>>,
+    standing: usize,
+    /// Grows when the first connection stands and when the last is lost: whoever pauses because of
+    /// how things were looks again.
+    epoch: u64,
+    /// That the wrong disk answers was told already.
+    told_differs: bool,
+    threads: usize,
+    closed: bool,
+}
+
+/// What became of a fresh connection.
+pub(super) enum Installed {
+    /// It stands.
+    Yes,
+    /// The source was closed meanwhile.
+    Closed,
+    /// Another disk answered than before.
+    Differs(SourceError),
+}
+
+/// What a handshake says of a source.
+pub(super) fn info_of(uri: &str, negotiated: &Negotiated) -> SourceInfo {
+    SourceInfo {
+        size_bytes: negotiated.size_bytes,
+        read_only: negotiated.flags & export::READ_ONLY != 0,
+        can_multi_conn: negotiated.flags & export::CAN_MULTI_CONN != 0,
+        has_extents: negotiated.allocation_context.is_some(),
+        min_block_bytes: negotiated.block_sizes.min,
+        max_read_bytes: negotiated.block_sizes.max,
+        uri: uri.to_owned(),
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        config: NbdSourceConfig,
+        info: SourceInfo,
+        watcher: WatcherSlot,
+        herald: Sender<News>,
+        id: u64,
+    ) -> Arc<Self> {
+        let connections = config.connections;
+        Arc::new(Self {
+            uri: info.uri.clone(),
+            config,
+            watcher,
+            herald,
+            id,
+            state: Mutex::new(State {
+                info,
+                lines: vec![None; connections],
+                dialing: vec![None; connections],
+                standing: 0,
+                epoch: 0,
+                told_differs: false,
+                threads: 0,
+                closed: false,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// A number that no other source in this process has.
+    pub(super) fn fresh_id() -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands news to the herald.
+    pub(super) fn tell(&self, news: News) {
+        // The herald ends only after the last sender, and we are one.
+        let _ = self.herald.send(news);
+    }
+
+    pub(super) fn info(&self) -> SourceInfo {
+        self.state().info.clone()
+    }
+
+    /// How many connections take requests.
+    pub(super) fn standing(&self) -> usize {
+        let state = self.state();
+        if state.closed {
+            return 0;
+        }
+        state
+            .lines
+            .iter()
+            .flatten()
+            .filter(|line| line.is_alive())
+            .count()
+    }
+
+    /// Waits until `slot` may be dialled: the first at any time, the others only beside one that
+    /// stands, and to a server that promises a coherent disk. `false`: closed.
+    pub(super) fn wait_for_turn(&self, slot: usize) -> bool {
+        let mut state = self.state();
+        loop {
+            let several = state.info.can_multi_conn || self.config.several_without_promise;
+            if state.closed || slot == 0 || (state.standing > 0 && several) {
+                return !state.closed;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Gives a job to the best connection, or fails it.
+    pub(super) fn dispatch(&self, mut job: Job) {
+        while let Some(line) = self.pick(job.lane) {
+            match line.submit(job) {
+                Ok(()) => return,
+                Err(back) if line.is_alive() => {
+                    let error = SourceError::new(
+                        SourceErrorKind::Refused,
+                        "too many requests wait on one connection",
+                    );
+                    return self.tell(News::Failed(vec![back], error));
+                }
+                Err(back) => job = back,
+            }
+        }
+        let error = SourceError::new(
+            SourceErrorKind::Disconnected,
+            format!("{}: not connected", self.uri),
+        );
+        self.tell(News::Failed(vec![job], error));
+    }
+
+    /// The connection with the least to do; bulk leaves the first one to demand.
+    fn pick(&self, lane: Lane) -> Option<Arc<Line>> {
+        let state = self.state();
+        if state.closed {
+            return None;
+        }
+        let alive = || state.lines.iter().flatten().filter(|line| line.is_alive());
+        let spared = usize::from(lane == Lane::Bulk && alive().nth(1).is_some());
+        alive()
+            .skip(spared)
+            .min_by_key(|line| line.load(lane))
+            .cloned()
+    }
+
+    /// Remembers a socket being connected, so that closing can interrupt it; `false`: closed.
+    pub(super) fn dialing(&self, slot: usize, socket: &Arc<Socket>) -> bool {
+        let mut state = self.state();
+        if !state.closed {
+            state.dialing[slot] = Some(Arc::clone(socket));
+        }
+        !state.closed
+    }
+
+    /// Puts a fresh connection to work, if it leads to the same disk. The watcher hears of the
+    /// first one if `announce`.
+    pub(super) fn install(&self, slot: usize, line: &Arc<Line>, announce: bool) -> Installed {
+        let mut state = self.state();
+        state.dialing[slot] = None;
+        if state.closed {
+            line.disconnect();
+            return Installed::Closed;
+        }
+        let fresh = info_of(&self.uri, &line.negotiated);
+        // Requests are cut for the block sizes known; they may change only while nothing stands.
+        let same_sizes = fresh.min_block_bytes == state.info.min_block_bytes
+            && fresh.max_read_bytes == state.info.max_read_bytes;
+        // Its manners may change while it is away (another program serves the same disk, or serves
+        // it read-only); its size may not.
+        let same = if state.standing == 0 {
+            fresh.size_bytes == state.info.size_bytes
+        } else {
+            same_disk(&fresh, &state.info) && same_sizes
+        };
+        // Two keepers may have dialled the first connection at once: the promise is asked again.
+        let several = fresh.can_multi_conn || self.config.several_without_promise;
+        if !same || (state.standing > 0 && !several) {
+            line.disconnect();
+            return Installed::Differs(self.differs(&mut state, &fresh, same));
+        }
+        if state.standing == 0 {
+            state.info = fresh;
+            state.epoch += 1;
+            state.told_differs = false;
+            if announce {
+                self.tell(News::Up);
+            }
+            self.changed.notify_all();
+        }
+        state.lines[slot] = Some(Arc::clone(line));
+        state.standing += 1;
+        Installed::Yes
+    }
+
+    /// Another disk answered: says so once, if it is all there is.
+    fn differs(&self, state: &mut State, fresh: &SourceInfo, same: bool) -> SourceError {
+        let (kind, message) = if same {
+            let message = format!("{}: it promises nothing about a second client", self.uri);
+            (SourceErrorKind::Refused, message)
+        } else {
+            let message = format!(
+                "{}: another disk answers than before ({} bytes, read-only: {}, extents: {}; \
+                 it was {} bytes, {}, {}); serve the right one there again",
+                self.uri,
+                fresh.size_bytes,
+                fresh.read_only,
+                fresh.has_extents,
+                state.info.size_bytes,
+                state.info.read_only,
+                state.info.has_extents,
+            );
+            (SourceErrorKind::Untrusted, message)
+        };
+        let error = SourceError::new(kind, message);
+        if !same && state.standing == 0 && !state.told_differs {
+            state.told_differs = true;
+            self.tell(News::Down(error.clone()));
+        }
+        error
+    }
+
+    /// Takes out a dead connection; its jobs fail before anybody hears that it was the last.
+    pub(super) fn remove(&self, slot: usize, jobs: Vec<Job>, error: &SourceError) {
+        let mut state = self.state();
+        self.tell(News::Failed(jobs, error.clone()));
+        if state.lines[slot].take().is_some() {
+            state.standing -= 1;
+            if state.standing == 0 && !state.closed {
+                state.epoch += 1;
+                self.changed.notify_all();
+                self.tell(News::Down(error.clone()));
+            }
+        }
+    }
+
+    /// Waits, unless the source is closed (then `false`). With `wakeful`, also ends when the first
+    /// connection stands or the last is lost.
+    pub(super) fn pause(&self, pause: Duration, wakeful: bool) -> bool {
+        let deadline = Instant::now() + pause;
+        let mut state = self.state();
+        let epoch = state.epoch;
+        while !state.closed && (!wakeful || state.epoch == epoch) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        !state.closed
+    }
+
+    /// A keeper's thread begins.
+    pub(super) fn thread_begins(&self) {
+        self.state().threads += 1;
+    }
+
+    /// A keeper's thread ends.
+    pub(super) fn thread_ends(&self) {
+        self.state().threads -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Ends every connection and wakes every keeper.
+    pub(super) fn close(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        for line in state.lines.iter().flatten() {
+            line.disconnect();
+        }
+        for socket in state.dialing.iter().flatten() {
+            // Not connected yet is no reason to complain.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until every keeper has ended, for at most `limit`.
+    pub(super) fn wait_for_threads(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut state = self.state();
+        while state.threads > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+/// Whether two handshakes can have been with the same disk.
+fn same_disk(a: &SourceInfo, b: &SourceInfo) -> bool {
+    a.size_bytes == b.size_bytes && a.read_only == b.read_only && a.has_extents == b.has_extents
+}
