@@ -51,23 +51,18 @@ pub fn encode_snapshot(volume: VolumeId, epoch: u64, residency: &Residency) -> V
 fn encode_page(out: &mut Vec<u8>, page: u64, residency: &Residency, first: u64, end: u64) {
     let blocks = residency.geometry().blocks();
     let (mut any, mut all_resident, mut any_owned, mut all_owned) = (0, true, 0, true);
-    let mut raw = Vec::with_capacity(16 * 64);
     for word in first..end {
         let (resident, owned) = residency.raw_words(word);
-        // Partial blocks go into the list behind the pages.
-        let owned = owned & resident;
         let full = u64::MAX >> (64 - (blocks - word * 64).min(64));
         any |= resident;
         any_owned |= owned;
         all_resident &= resident == full;
-        all_owned &= owned == full;
-        raw.extend_from_slice(&resident.to_le_bytes());
-        raw.extend_from_slice(&owned.to_le_bytes());
+        all_owned &= owned & resident == full;
     }
-    if any == 0 {
-        return;
-    }
+    // Most pages of a large disk are alike throughout, so a page that is not is looked at twice.
+    // It may have grown in between: then the second look tells more, and never less.
     let kind = match (all_resident, any_owned, all_owned) {
+        _ if any == 0 => return,
         (true, _, true) => ALL_OWNED,
         (true, 0, _) => ALL_CLEAN,
         _ => RAW,
@@ -75,7 +70,12 @@ fn encode_page(out: &mut Vec<u8>, page: u64, residency: &Residency, first: u64, 
     out.push(kind);
     put_varint(out, page);
     if kind == RAW {
-        out.extend_from_slice(&raw);
+        for word in first..end {
+            let (resident, owned) = residency.raw_words(word);
+            out.extend_from_slice(&resident.to_le_bytes());
+            // Partial blocks go into the list behind the pages.
+            out.extend_from_slice(&(owned & resident).to_le_bytes());
+        }
     }
 }
 

@@ -31,16 +31,13 @@ pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>
                 return;
             }
         }
-        if slot > 0 && !shared.wants_several() {
-            if !shared.pause(EXTRA_RETRY, true) {
-                return;
-            }
-            continue;
+        if !shared.wait_for_turn(slot) {
+            return;
         }
         let failed = match dial(&shared.config, &|socket| shared.dialing(slot, socket)) {
             Ok(dialed) => {
                 let fresh = Line::new(dialed, &shared.config);
-                match shared.install(slot, &fresh) {
+                match shared.install(slot, &fresh, true) {
                     Installed::Yes => {
                         line = Some(fresh);
                         continue;

@@ -95,7 +95,7 @@ impl NbdSource {
             shared: Arc::clone(&shared),
         });
         if let Some(line) = &first
-            && !matches!(shared.install(0, line), Installed::Yes)
+            && !matches!(shared.install(0, line, false), Installed::Yes)
         {
             unreachable!("the first connection agrees with itself");
         }

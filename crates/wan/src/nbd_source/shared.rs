@@ -38,8 +38,9 @@ struct State {
     lines: Vec<Option<Arc<Line>>>,
     dialing: Vec<Option<Arc<Socket>>>,
     standing: usize,
-    /// Grows when the first connection stands: whoever waits to add to it may try at once.
-    revived: u64,
+    /// Grows when the first connection stands and when the last is lost: whoever pauses because of
+    /// how things were looks again.
+    epoch: u64,
     /// That the wrong disk answers was told already.
     told_differs: bool,
     threads: usize,
@@ -89,7 +90,7 @@ impl Shared {
                 lines: vec![None; connections],
                 dialing: vec![None; connections],
                 standing: 0,
-                revived: 0,
+                epoch: 0,
                 told_differs: false,
                 threads: 0,
                 closed: false,
@@ -132,11 +133,20 @@ impl Shared {
             .count()
     }
 
-    /// Whether more than one connection may be opened.
-    pub(super) fn wants_several(&self) -> bool {
-        let state = self.state();
-        // Before the first connection stands, any slot may bring it.
-        state.standing == 0 || state.info.can_multi_conn || self.config.several_without_promise
+    /// Waits until `slot` may be dialled: the first at any time, the others only beside one that
+    /// stands, and to a server that promises a coherent disk. `false`: closed.
+    pub(super) fn wait_for_turn(&self, slot: usize) -> bool {
+        let mut state = self.state();
+        loop {
+            let several = state.info.can_multi_conn || self.config.several_without_promise;
+            if state.closed || slot == 0 || (state.standing > 0 && several) {
+                return !state.closed;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Gives a job to the best connection, or fails it.
@@ -184,8 +194,9 @@ impl Shared {
         !state.closed
     }
 
-    /// Puts a fresh connection to work, if it leads to the same disk.
-    pub(super) fn install(&self, slot: usize, line: &Arc<Line>) -> Installed {
+    /// Puts a fresh connection to work, if it leads to the same disk. The watcher hears of the
+    /// first one if `announce`.
+    pub(super) fn install(&self, slot: usize, line: &Arc<Line>, announce: bool) -> Installed {
         let mut state = self.state();
         state.dialing[slot] = None;
         if state.closed {
@@ -211,9 +222,11 @@ impl Shared {
         }
         if state.standing == 0 {
             state.info = fresh;
-            state.revived += 1;
+            state.epoch += 1;
             state.told_differs = false;
-            self.tell(News::Up);
+            if announce {
+                self.tell(News::Up);
+            }
             self.changed.notify_all();
         }
         state.lines[slot] = Some(Arc::clone(line));
@@ -255,18 +268,20 @@ impl Shared {
         if state.lines[slot].take().is_some() {
             state.standing -= 1;
             if state.standing == 0 && !state.closed {
+                state.epoch += 1;
+                self.changed.notify_all();
                 self.tell(News::Down(error.clone()));
             }
         }
     }
 
-    /// Waits, unless the source is closed (then `false`). With `until_revived`, also ends when the
-    /// first connection stands again.
-    pub(super) fn pause(&self, pause: Duration, until_revived: bool) -> bool {
+    /// Waits, unless the source is closed (then `false`). With `wakeful`, also ends when the first
+    /// connection stands or the last is lost.
+    pub(super) fn pause(&self, pause: Duration, wakeful: bool) -> bool {
         let deadline = Instant::now() + pause;
         let mut state = self.state();
-        let revived = state.revived;
-        while !state.closed && !(until_revived && state.revived != revived) {
+        let epoch = state.epoch;
+        while !state.closed && (!wakeful || state.epoch == epoch) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;

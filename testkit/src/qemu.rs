@@ -1,0 +1,365 @@
+//! Virtual machines: one QEMU process each, without hardware acceleration.
+//!
+//! Owns the command line, the control connection and live migration. A machine's disk is an NBD
+//! export; between the disk and the guest QEMU keeps a log of every write
+//! ([`crate::writelog`]), which knows nothing of the server under test.
+
+use crate::console::Console;
+use crate::guest::Guest;
+use crate::netns::Namespace;
+use crate::process::Process;
+use crate::qmp::Qmp;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The guest's memory. Enough for the workload, little to migrate.
+const MEMORY_MIB: &str = "256";
+/// How long a state may take to come about that QEMU reaches at once on an idle machine.
+const SOON: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(20);
+/// How long QEMU waits for its disk's server to come back, in seconds.
+const RECONNECT_S: u32 = 60;
+/// The pause that a live migration may make at its end.
+const DOWNTIME_LIMIT_MS: u64 = 300;
+/// More than any link has, so that the link is the limit, in bytes per second.
+const MIGRATION_BANDWIDTH: u64 = 1_000_000_000;
+
+/// Where an NBD export is, as seen from the machine's site.
+#[derive(Clone, Debug)]
+pub enum Disk {
+    /// A server on TCP.
+    Tcp(SocketAddrV4),
+    /// A server on a Unix socket.
+    Unix(PathBuf),
+}
+
+impl Disk {
+    fn server(&self) -> Value {
+        match self {
+            Disk::Tcp(address) => json!({
+                "type": "inet",
+                "host": address.ip().to_string(),
+                "port": address.port().to_string(),
+            }),
+            Disk::Unix(path) => json!({"type": "unix", "path": path}),
+        }
+    }
+}
+
+/// What a machine does when it starts.
+#[derive(Clone, Debug)]
+pub enum Start {
+    /// Boots from this disk.
+    Boot(Disk),
+    /// Waits for a migration, with this disk.
+    Incoming(Disk),
+    /// Boots without a disk of its own, and has the kernel's NBD client connect to this port of
+    /// its site's loopback address.
+    KernelClient(u16),
+}
+
+/// How a live migration went, by QEMU's account.
+#[derive(Clone, Copy, Debug)]
+pub struct Migration {
+    /// From the command to the end.
+    pub total: Duration,
+    /// How long the guest stood still.
+    pub downtime: Duration,
+    /// Bytes of memory and device state sent.
+    pub ram_bytes: u64,
+}
+
+/// A virtual machine. Its process is killed when dropped.
+pub struct Machine {
+    process: Process,
+    qmp: Qmp,
+    orders: UnixStream,
+    write_log: PathBuf,
+    /// What it says.
+    pub console: Console,
+}
+
+impl Machine {
+    /// Starts a machine at `site`; its sockets and logs are in `dir`, their names start with
+    /// `name`.
+    ///
+    /// # Errors
+    /// QEMU does not start, or has ended; the message has what it said.
+    pub fn start(
+        site: &Namespace,
+        guest: &Guest,
+        dir: &Path,
+        name: &str,
+        start: &Start,
+    ) -> Result<Self> {
+        let file = |suffix: &str| dir.join(format!("{name}.{suffix}"));
+        let console = Console::follow(&file("console"))?;
+        let (qmp, orders, write_log) = (file("qmp"), file("orders"), file("writes"));
+        let mut arguments = base_arguments(guest, start);
+        arguments.extend([
+            "-chardev".into(),
+            format!(
+                "file,id=console,append=on,path={}",
+                file("console").display()
+            ),
+            "-chardev".into(),
+            format!(
+                "socket,id=orders,server=on,wait=off,path={}",
+                orders.display()
+            ),
+            "-qmp".into(),
+            format!("unix:{},server=on,wait=off", qmp.display()),
+        ]);
+        match start {
+            Start::Boot(disk) => arguments.extend(disk_arguments(disk, &write_log)?),
+            Start::Incoming(disk) => {
+                arguments.extend(disk_arguments(disk, &write_log)?);
+                arguments.extend(["-incoming".into(), "defer".into()]);
+            }
+            Start::KernelClient(_) => {
+                arguments.extend(
+                    [
+                        "-netdev",
+                        "user,id=net",
+                        "-device",
+                        "virtio-net-pci,netdev=net,romfile=",
+                    ]
+                    .map(Into::into),
+                );
+            }
+        }
+        let mut process = Process::start(
+            Some(site),
+            "qemu-system-x86_64",
+            &arguments,
+            &file("qemu.log"),
+        )?;
+        process.wait_until("control socket", SOON, |_| {
+            UnixStream::connect(&orders).is_ok() && qmp.exists()
+        })?;
+        let orders = UnixStream::connect(&orders).context("connect to the guest's orders")?;
+        let qmp = Qmp::connect(&qmp).with_context(|| process.tail())?;
+        Ok(Self {
+            process,
+            qmp,
+            orders,
+            write_log,
+            console,
+        })
+    }
+
+    /// Where QEMU logs the guest's writes.
+    pub fn write_log(&self) -> &Path {
+        &self.write_log
+    }
+
+    /// Gives the workload an order.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn order(&mut self, order: &str) -> Result<()> {
+        writeln!(self.orders, "{order}").context("give the guest an order")
+    }
+
+    /// Fails if QEMU has ended or the guest has raised an alarm.
+    ///
+    /// # Errors
+    /// As said.
+    pub fn check(&mut self) -> Result<()> {
+        self.console.check()?;
+        self.process.check_alive()
+    }
+
+    /// The control connection.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// Moves the running guest to `to`, which must have been started [`Start::Incoming`]; it
+    /// listens at `address`, an address of its own site.
+    ///
+    /// # Errors
+    /// The migration fails, or is not done within `timeout`.
+    pub fn migrate(
+        &mut self,
+        to: &mut Machine,
+        address: Ipv4Addr,
+        port: u16,
+        timeout: Duration,
+    ) -> Result<Migration> {
+        let uri = format!("tcp:{}", SocketAddr::from((address, port)));
+        to.qmp.execute("migrate-incoming", json!({"uri": uri}))?;
+        self.qmp.execute(
+            "migrate-set-parameters",
+            json!({"downtime-limit": DOWNTIME_LIMIT_MS, "max-bandwidth": MIGRATION_BANDWIDTH}),
+        )?;
+        self.qmp.execute("migrate", json!({"uri": uri}))?;
+        let start = Instant::now();
+        loop {
+            let state = self.qmp.execute("query-migrate", json!({}))?;
+            match state["status"].as_str() {
+                Some("completed") => break,
+                Some("failed" | "cancelled") => {
+                    bail!(
+                        "migration failed: {state}\n{}\n{}",
+                        self.process.tail(),
+                        to.process.tail()
+                    )
+                }
+                _ => {}
+            }
+            self.check()?;
+            to.check()?;
+            ensure!(
+                start.elapsed() < timeout,
+                "migration not done in {timeout:?}: {state}"
+            );
+            std::thread::sleep(POLL);
+        }
+        to.wait_until_running()?;
+        // Asked again: the times are filled in a moment after the state.
+        let done = self.qmp.execute("query-migrate", json!({}))?;
+        let millis = |name: &str| Duration::from_millis(done[name].as_u64().unwrap_or_default());
+        Ok(Migration {
+            total: millis("total-time"),
+            downtime: millis("downtime"),
+            ram_bytes: done["ram"]["transferred"].as_u64().unwrap_or_default(),
+        })
+    }
+
+    fn wait_until_running(&mut self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let state = self.qmp.execute("query-status", json!({}))?;
+            if state["status"] == "running" {
+                return Ok(());
+            }
+            self.check()?;
+            ensure!(
+                start.elapsed() < SOON,
+                "the guest does not run: {state}\n{}",
+                self.process.tail()
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Has QEMU end by itself, as after a migration, its disk closed.
+    ///
+    /// # Errors
+    /// It does not, or with another status than 0.
+    pub fn quit(mut self) -> Result<()> {
+        self.console.check()?;
+        self.qmp.execute("quit", json!({}))?;
+        let status = self.process.wait(SOON)?;
+        ensure!(
+            status.success(),
+            "QEMU ended with {status}:\n{}",
+            self.process.tail()
+        );
+        Ok(())
+    }
+
+    /// Orders the workload to finish, waits until the guest has unmounted its disk and switched
+    /// itself off, and returns the digest of what the workload says it has written.
+    ///
+    /// # Errors
+    /// An alarm, or it is not done within `timeout`.
+    pub fn finish(mut self, timeout: Duration) -> Result<(String, Console)> {
+        self.order("finish")?;
+        let line = self.console.wait_for("WL digest ", timeout)?;
+        self.console.wait_for("WL unmounted", timeout)?;
+        self.console.wait_for("WL end", timeout)?;
+        let status = self.process.wait(SOON)?;
+        ensure!(
+            status.success(),
+            "QEMU ended with {status}:\n{}",
+            self.process.tail()
+        );
+        self.console.check()?;
+        let digest = line
+            .split("WL digest ")
+            .nth(1)
+            .context("no digest")?
+            .trim()
+            .to_owned();
+        Ok((digest, self.console))
+    }
+}
+
+fn base_arguments(guest: &Guest, start: &Start) -> Vec<String> {
+    let mode = match start {
+        Start::Boot(_) | Start::Incoming(_) => "hikkoshi.mode=disk".to_owned(),
+        // 10.0.2.2 is the site's loopback address, seen through QEMU's own network.
+        Start::KernelClient(port) => {
+            format!("hikkoshi.mode=nbd hikkoshi.host=10.0.2.2 hikkoshi.port={port}")
+        }
+    };
+    let append = format!("console=ttyS0 quiet loglevel=5 panic=-1 net.ifnames=0 {mode}");
+    let mut arguments: Vec<String> = [
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-machine",
+        "pc,accel=tcg",
+        "-cpu",
+        "max",
+        "-smp",
+        "1",
+        "-m",
+        MEMORY_MIB,
+        "-serial",
+        "chardev:console",
+        "-serial",
+        "chardev:orders",
+    ]
+    .map(Into::into)
+    .into();
+    arguments.extend(["-kernel".into(), guest.kernel.display().to_string()]);
+    arguments.extend(["-initrd".into(), guest.initramfs.display().to_string()]);
+    arguments.extend(["-append".into(), append]);
+    arguments
+}
+
+/// The disk: NBD without QEMU's cache, below a log of the writes.
+fn disk_arguments(disk: &Disk, write_log: &Path) -> Result<Vec<String>> {
+    std::fs::File::create(write_log)?;
+    let network = json!({
+        "driver": "nbd",
+        "node-name": "network",
+        "server": disk.server(),
+        // A server that is killed and started again is no error to the guest.
+        "reconnect-delay": RECONNECT_S,
+        "cache": {"direct": true, "no-flush": false},
+    });
+    let log = json!({
+        "driver": "file",
+        "node-name": "log-file",
+        "filename": write_log,
+        // The log has to survive QEMU, not the machine.
+        "cache": {"direct": false, "no-flush": true},
+    });
+    let logged = json!({
+        "driver": "blklogwrites",
+        "node-name": "disk",
+        "file": "network",
+        "log": "log-file",
+        "log-sector-size": 512,
+        "log-super-update-interval": 1,
+    });
+    let nodes = [network, log, logged].into_iter();
+    let mut arguments: Vec<String> = nodes
+        .flat_map(|node| ["-blockdev".into(), node.to_string()])
+        .collect();
+    arguments.extend([
+        "-device".into(),
+        "virtio-blk-pci,drive=disk,write-cache=on".into(),
+    ]);
+    Ok(arguments)
+}

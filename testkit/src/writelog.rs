@@ -1,0 +1,87 @@
+//! QEMU's log of a guest's writes (`blklogwrites`), applied to an image: what the disk must hold.
+//!
+//! The log is made between the guest's disk controller and the NBD client, so it is independent
+//! of every server. Its format is that of Linux's dm-log-writes: little-endian, a superblock in
+//! the first sector, then for each request an entry of one sector and the data it wrote. (The
+//! entry's data length is for marks; a write has as much data as it has sectors.)
+
+use anyhow::{Context, Result, bail, ensure};
+use std::fs::{self, File};
+use std::io::{BufReader, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+const MAGIC: u64 = 0x006a_7366_7773_6872;
+const VERSION: u64 = 1;
+const SECTOR: usize = 512;
+const FLAG_DISCARD: u64 = 4;
+/// The longest data of one entry, to notice a log that is not one.
+const MAX_DATA_BYTES: u64 = 64 << 20;
+
+/// What a log held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Requests, flushes among them.
+    pub entries: u64,
+    /// Bytes written.
+    pub bytes: u64,
+}
+
+/// Applies all writes of the log at `log` to the image at `image`.
+///
+/// # Errors
+/// The file is no log, is cut short, or the guest has discarded something: what a disk holds
+/// after that is not determined.
+pub fn apply(log: &Path, image: &Path) -> Result<Applied> {
+    let target = fs::OpenOptions::new().write(true).open(image)?;
+    let size = target.metadata()?.len();
+    let mut reader = BufReader::with_capacity(1 << 20, File::open(log)?);
+    let mut sector = [0; SECTOR];
+    reader
+        .read_exact(&mut sector)
+        .context("the write log has no superblock")?;
+    ensure!(
+        field(&sector, 0) == MAGIC && field(&sector, 8) == VERSION,
+        "not a write log"
+    );
+    let entries = field(&sector, 16);
+    let sector_bytes = u32::from_le_bytes([sector[24], sector[25], sector[26], sector[27]]);
+    ensure!(
+        sector_bytes == 512,
+        "the write log has sectors of {sector_bytes} bytes"
+    );
+    let mut applied = Applied { entries, bytes: 0 };
+    let mut data = Vec::new();
+    for number in 0..entries {
+        reader
+            .read_exact(&mut sector)
+            .with_context(|| format!("entry {number} of {entries}"))?;
+        let (offset, sectors) = (field(&sector, 0).saturating_mul(512), field(&sector, 8));
+        let flags = field(&sector, 16);
+        if flags & FLAG_DISCARD != 0 {
+            bail!("entry {number} is a discard of {sectors} sectors at {offset}");
+        }
+        let len = sectors.saturating_mul(512);
+        ensure!(
+            len <= MAX_DATA_BYTES,
+            "entry {number} has {sectors} sectors"
+        );
+        ensure!(
+            offset.checked_add(len).is_some_and(|end| end <= size),
+            "entry {number} has {sectors} sectors at {offset}, past the end of the disk"
+        );
+        data.resize(usize::try_from(len)?, 0);
+        reader
+            .read_exact(&mut data)
+            .with_context(|| format!("data of entry {number}"))?;
+        target.write_all_at(&data, offset)?;
+        applied.bytes += len;
+    }
+    Ok(applied)
+}
+
+fn field(sector: &[u8; SECTOR], at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&sector[at..at + 8]);
+    u64::from_le_bytes(bytes)
+}
