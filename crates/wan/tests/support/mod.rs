@@ -2,6 +2,7 @@
 //! implementation of `Source` must pass.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod fake;
 pub mod servers;
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
