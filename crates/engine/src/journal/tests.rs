@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use super::*;
 use crate::geometry::{BlockIndex, BlockRange, Geometry};
 use crate::residency::{Residency, SectorMask};

@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use super::*;
 use crate::medium::MemoryDirectory;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange};
