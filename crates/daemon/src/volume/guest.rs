@@ -165,10 +165,11 @@ impl Volume {
                 io::Error::other(e)
             })?;
         }
+        // The mover first: as soon as a write is accepted, no read may pass by it to the source.
+        relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         self.set_life(LifeState::Arriving);
         drop(journal);
         tracing::info!(export = %self.name, "handoff: the disk lives here from now on");
-        relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         Ok(())
     }
 

@@ -771,3 +771,41 @@ fn a_failed_sync_poisons_the_volume() {
             .is_err()
     );
 }
+
+/// Between the durable handoff and the mover's knowing of it, a read of a partly written block
+/// could pass by the write to the source. The model cannot see it (one thread), so this tries.
+#[test]
+fn no_read_passes_by_the_first_write() {
+    for _ in 0..200 {
+        let world = World::new(None, HandoffPolicy::FirstWrite);
+        let relocation = world.relocation();
+        let (volume, source) = (&world.volume, &world.source);
+        std::thread::scope(|scope| {
+            for sector in 0..2_u64 {
+                let relocation = relocation.as_ref();
+                scope.spawn(move || {
+                    let value = 0xa0 + sector as u8;
+                    volume.write(relocation, sector * 512, &[value; 512]).unwrap();
+                    let end = Arc::new(Mutex::new(None));
+                    let told = Arc::clone(&end);
+                    let bytes = ByteRange::at(sector * 512, 512);
+                    let done = move |how: ReadEnd<'_>| {
+                        *lock(&told) = Some(match how {
+                            ReadEnd::Bytes(bytes) => bytes.to_vec(),
+                            _ => Vec::new(),
+                        });
+                    };
+                    relocation.unwrap().read(bytes, Box::new(done));
+                    while lock(&end).is_none() {
+                        if source.pending() > 0 {
+                            source.complete_all();
+                        }
+                        std::thread::yield_now();
+                    }
+                    let seen = lock(&end).take().unwrap();
+                    assert!(seen.is_empty(), "a read went to the source after a write was answered");
+                });
+            }
+        });
+    }
+}
