@@ -231,7 +231,11 @@ fn open_plain(
     }
     // A device may be larger than the disk that moved onto it.
     let size_bytes = match &state {
-        Some(state) => state.identity().geometry.size_bytes().min(store.size_bytes()),
+        Some(state) => state
+            .identity()
+            .geometry
+            .size_bytes()
+            .min(store.size_bytes()),
         None => store.size_bytes(),
     };
     let geometry = Geometry::new(size_bytes, config.block_bytes)?;

@@ -785,7 +785,9 @@ fn no_read_passes_by_the_first_write() {
                 let relocation = relocation.as_ref();
                 scope.spawn(move || {
                     let value = 0xa0 + sector as u8;
-                    volume.write(relocation, sector * 512, &[value; 512]).unwrap();
+                    volume
+                        .write(relocation, sector * 512, &[value; 512])
+                        .unwrap();
                     let end = Arc::new(Mutex::new(None));
                     let told = Arc::clone(&end);
                     let bytes = ByteRange::at(sector * 512, 512);
@@ -803,7 +805,10 @@ fn no_read_passes_by_the_first_write() {
                         std::thread::yield_now();
                     }
                     let seen = lock(&end).take().unwrap();
-                    assert!(seen.is_empty(), "a read went to the source after a write was answered");
+                    assert!(
+                        seen.is_empty(),
+                        "a read went to the source after a write was answered"
+                    );
                 });
             }
         });
