@@ -264,8 +264,7 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let journey = Journey::new()?;
     let (a, b) = (Namespace::new("a")?, Namespace::new("b")?);
-    // Slow enough for the copy to be under way all through the trouble.
-    let link = Link::new(&a, &b, LinkSpec::wan(50, 120))?;
+    let link = wan(&a, &b)?;
     let here = journey.boot(&a, |image| {
         Ok(OldSite::Hikkoshi(Hikkoshi::serve(
             &a,
@@ -277,6 +276,9 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
     })?;
     let from = source_uri(&link);
     let trouble = |mut server: Hikkoshi, machine: &Machine| -> Result<Hikkoshi> {
+        // From here on slow enough for the copy to be under way all through the trouble. (Memory
+        // would not get across such a link while the guest works.)
+        link.set(LinkSpec::wan(50, 60));
         for round in 0..3 {
             let before = server.status()?;
             ensure!(
@@ -304,6 +306,7 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
             );
             machine.console.wait_for_rounds(3, LONG)?;
         }
+        link.set(LinkSpec::wan(50, 400));
         Ok(server)
     };
     journey.arrive(journey.go_on_with(here, "b", &b, &link, trouble)?)
