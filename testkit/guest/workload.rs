@@ -6,6 +6,9 @@
 //!   alignment, so that the disk sees writes smaller than a block and across blocks;
 //! - *content*: the files that were on the disk from the start, which nobody may have changed.
 //!
+//! Each pauses between its rounds, so that on a quick machine too they dirty memory more slowly
+//! than a link carries it away: else a live migration would never end.
+//!
 //! Caches are dropped again and again, so that reads reach the disk. Every line on standard
 //! output starts with `WL`; the first wrong byte or failed call prints `WL FAIL` and ends it.
 //!
@@ -135,7 +138,7 @@ fn files(dir: &Path) -> Vec<Option<Expected>> {
             step("drop caches", || fs::write("/proc/sys/vm/drop_caches", "1"));
         }
         FILES.fetch_add(1, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(25));
     }
     for (slot, expected) in slots.iter().enumerate() {
         let path = dir.join(format!("file-{slot}"));
@@ -231,7 +234,7 @@ fn sectors(dir: &Path) -> Vec<u64> {
         check_sectors(&file, &mut buffer, first as u64, &generations[first..first + len]);
         WRITES.fetch_add(1, Ordering::Relaxed);
         READS.fetch_add(1, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(4));
+        std::thread::sleep(Duration::from_millis(10));
     }
     step("fsync the sector file", || file.sync_all());
     for first in (0..SECTORS).step_by(256) {
@@ -252,7 +255,7 @@ fn content(list: &[(u64, PathBuf)]) {
         let (expected, path) = &list[random.below(list.len() as u64) as usize];
         check_content(*expected, path);
         CONTENT.fetch_add(1, Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(8));
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -31,6 +31,10 @@ const POLL: Duration = Duration::from_millis(20);
 const RECONNECT_S: u32 = 60;
 /// The pause that a live migration may make at its end.
 const DOWNTIME_LIMIT_MS: u64 = 300;
+/// How long a migration may try to keep to that, and the pause that it may make from then on: on
+/// an overloaded machine the link's emulation may be too slow for the guest.
+const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENT_DOWNTIME_LIMIT_MS: u64 = 3000;
 /// More than any link has, so that the link is the limit, in bytes per second.
 const MIGRATION_BANDWIDTH: u64 = 1_000_000_000;
 
@@ -205,7 +209,13 @@ impl Machine {
         )?;
         self.qmp.execute("migrate", json!({"uri": uri}))?;
         let start = Instant::now();
+        let mut patient = false;
         loop {
+            if start.elapsed() > PATIENCE && !patient {
+                patient = true;
+                let limit = json!({"downtime-limit": PATIENT_DOWNTIME_LIMIT_MS});
+                self.qmp.execute("migrate-set-parameters", limit)?;
+            }
             let state = self.qmp.execute("query-migrate", json!({}))?;
             match state["status"].as_str() {
                 Some("completed") => break,

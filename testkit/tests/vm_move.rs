@@ -31,6 +31,12 @@ const ROUNDS: u64 = 15;
 /// An emulated CPU takes a whole one: the tests run one after the other.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
+/// All addresses of a site: a server is reached across the link that it came by, from its own
+/// site, and across the link that its disk leaves by.
+const ANYWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT);
+/// A site's own server.
+const OWN_SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
+
 /// The server of the disk at the site that the guest leaves.
 enum OldSite {
     Hikkoshi(Hikkoshi),
@@ -38,13 +44,6 @@ enum OldSite {
 }
 
 impl OldSite {
-    fn uri(&self) -> String {
-        match self {
-            OldSite::Hikkoshi(server) => server.uri(),
-            OldSite::Peer(server) => server.uri(),
-        }
-    }
-
     fn kill(self) -> Result<()> {
         match self {
             OldSite::Hikkoshi(server) => server.kill(),
@@ -82,17 +81,11 @@ impl Journey {
     }
 
     /// The guest boots at `site` from `server`, which serves a copy of the disk.
-    fn boot(
-        &self,
-        site: &Namespace,
-        address: Ipv4Addr,
-        serve: impl FnOnce(&Path, SocketAddrV4) -> Result<OldSite>,
-    ) -> Result<Here> {
+    fn boot(&self, site: &Namespace, serve: impl FnOnce(&Path) -> Result<OldSite>) -> Result<Here> {
         let image = self.image("a");
         cache::copy_image(&self.guest.disk, &image)?;
-        let address = SocketAddrV4::new(address, PORT);
-        let server = serve(&image, address)?;
-        let start = Start::Boot(Disk::Tcp(address));
+        let server = serve(&image)?;
+        let start = Start::Boot(Disk::Tcp(OWN_SERVER));
         let machine = Machine::start(site, &self.guest, self.dir.path(), "vm-a", &start)?;
         machine.console.wait_for("WL start", LONG)?;
         machine.console.wait_for_rounds(ROUNDS, LONG)?;
@@ -118,11 +111,10 @@ impl Journey {
         trouble: impl FnOnce(Hikkoshi, &Machine) -> Result<Hikkoshi>,
     ) -> Result<Here> {
         let image = self.image(name);
-        let address = SocketAddrV4::new(link.address_b, PORT);
         let start = Instant::now();
-        let new = Hikkoshi::serve(site, &image, address, Some(&here.server.uri()), &[])?;
+        let new = Hikkoshi::serve(site, &image, ANYWHERE, Some(&source_uri(link)), &[])?;
         new.wait_state("standby", LONG)?;
-        let waiting = Start::Incoming(Disk::Tcp(address));
+        let waiting = Start::Incoming(Disk::Tcp(OWN_SERVER));
         let vm = format!("vm-{name}");
         let mut machine = Machine::start(site, &self.guest, self.dir.path(), &vm, &waiting)?;
         ensure!(
@@ -210,6 +202,11 @@ impl Journey {
     }
 }
 
+/// The disk at the near end of `link`, as its far end sees it.
+fn source_uri(link: &Link) -> String {
+    format!("nbd://{}", SocketAddrV4::new(link.address_a, PORT))
+}
+
 /// A link between cities: 50 ms round trip, 400 Mbit/s.
 fn wan(from: &Namespace, to: &Namespace) -> Result<Link> {
     Link::new(from, to, LinkSpec::wan(50, 400))
@@ -225,11 +222,11 @@ fn vm_moves_between_sites() -> Result<()> {
         Namespace::new("c")?,
     );
     let (to_b, to_c) = (wan(&a, &b)?, wan(&b, &c)?);
-    let here = journey.boot(&a, to_b.address_a, |image, address| {
+    let here = journey.boot(&a, |image| {
         Ok(OldSite::Hikkoshi(Hikkoshi::serve(
             &a,
             image,
-            address,
+            ANYWHERE,
             None,
             &[],
         )?))
@@ -244,8 +241,8 @@ fn vm_moves_away_from_qemu_nbd() -> Result<()> {
     let journey = Journey::new()?;
     let (a, b) = (Namespace::new("a")?, Namespace::new("b")?);
     let link = wan(&a, &b)?;
-    let here = journey.boot(&a, link.address_a, |image, address| {
-        Ok(OldSite::Peer(Server::qemu_nbd(&a, image, address)?))
+    let here = journey.boot(&a, |image| {
+        Ok(OldSite::Peer(Server::qemu_nbd(&a, image, ANYWHERE)?))
     })?;
     journey.arrive(journey.go_on(here, "b", &b, &link)?)
 }
@@ -256,8 +253,8 @@ fn vm_moves_away_from_nbdkit() -> Result<()> {
     let journey = Journey::new()?;
     let (a, b) = (Namespace::new("a")?, Namespace::new("b")?);
     let link = wan(&a, &b)?;
-    let here = journey.boot(&a, link.address_a, |image, address| {
-        Ok(OldSite::Peer(Server::nbdkit(&a, image, address)?))
+    let here = journey.boot(&a, |image| {
+        Ok(OldSite::Peer(Server::nbdkit(&a, image, ANYWHERE)?))
     })?;
     journey.arrive(journey.go_on(here, "b", &b, &link)?)
 }
@@ -267,32 +264,33 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let journey = Journey::new()?;
     let (a, b) = (Namespace::new("a")?, Namespace::new("b")?);
-    // Slow enough for the copy to be under way all through the trouble.
-    let link = Link::new(&a, &b, LinkSpec::wan(50, 120))?;
-    let here = journey.boot(&a, link.address_a, |image, address| {
+    let link = wan(&a, &b)?;
+    let here = journey.boot(&a, |image| {
         Ok(OldSite::Hikkoshi(Hikkoshi::serve(
             &a,
             image,
-            address,
+            ANYWHERE,
             None,
             &[],
         )?))
     })?;
-    let from = here.server.uri();
+    let from = source_uri(&link);
     let trouble = |mut server: Hikkoshi, machine: &Machine| -> Result<Hikkoshi> {
+        // From here on slow enough for the copy to be under way all through the trouble. (Memory
+        // would not get across such a link while the guest works.)
+        link.set(LinkSpec::wan(50, 60));
         for round in 0..3 {
             let before = server.status()?;
             ensure!(
                 before.state()? == "arriving",
                 "the copy is over before the trouble: {before:?}"
             );
-            let address = server.address();
             server.kill()?;
             if round == 1 {
                 // The source can not be reached while the destination comes back.
                 link.cut();
             }
-            server = Hikkoshi::serve(&b, &journey.image("b"), address, Some(&from), &[])?;
+            server = Hikkoshi::serve(&b, &journey.image("b"), ANYWHERE, Some(&from), &[])?;
             if round == 1 {
                 std::thread::sleep(Duration::from_secs(2));
                 link.restore();
@@ -308,6 +306,7 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
             );
             machine.console.wait_for_rounds(3, LONG)?;
         }
+        link.set(LinkSpec::wan(50, 400));
         Ok(server)
     };
     journey.arrive(journey.go_on_with(here, "b", &b, &link, trouble)?)
