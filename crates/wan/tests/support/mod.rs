@@ -52,7 +52,7 @@ pub fn outcome<T>(answer: &Answer<T>) -> Result<T, SourceError> {
 }
 
 /// Waits until `condition` holds.
-pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = std::time::Instant::now();
     while !condition() {
         assert!(start.elapsed() < HANG, "never happened: {what}");

@@ -63,27 +63,35 @@ impl Server {
             .unwrap_or_else(|error| {
                 panic!("cannot run {program}: {error}; install Debian's package {package}")
             });
-        let server = Self {
+        let mut server = Self {
             child,
             address,
             dir,
         };
-        server.wait();
+        let mut ended = None;
+        wait_until("the server listens or ends", || {
+            ended = server.child.try_wait().unwrap();
+            ended.is_some() || server.listens()
+        });
+        assert!(ended.is_none(), "{program} ended at once: {ended:?}");
         server
     }
 
-    /// Waits until something listens, without connecting: a server for one client would count it.
-    fn wait(&self) {
-        let (table, needle) = match &self.address {
-            Address::Unix(path) => ("/proc/net/unix", path.display().to_string()),
+    /// Whether it listens, without connecting: a server for one client would count that.
+    fn listens(&self) -> bool {
+        // A Unix socket is listed once bound; the flag says that it also listens.
+        let (table, needle, flag) = match &self.address {
+            Address::Unix(path) => ("/proc/net/unix", path.display().to_string(), " 00010000 "),
             Address::Tcp { port, .. } => (
                 "/proc/net/tcp",
-                format!("0100007F:{port:04X} 00000000:0000 0A"),
+                format!("0100007F:{port:04X}"),
+                " 00000000:0000 0A ",
             ),
         };
-        wait_until("the server listens", || {
-            std::fs::read_to_string(table).unwrap().contains(&needle)
-        });
+        let table = std::fs::read_to_string(table).unwrap();
+        table
+            .lines()
+            .any(|line| line.contains(&needle) && line.contains(flag))
     }
 
     /// A directory that lives as long as the server.
@@ -161,7 +169,7 @@ pub fn nbd_server(data: &[u8], on: On) -> Server {
                 image.display()
             );
             std::fs::write(&config, text).unwrap();
-            strings(&["-d", "-C", &config.display().to_string()])
+            strings(&["-n", "-C", &config.display().to_string()])
         },
     )
 }
