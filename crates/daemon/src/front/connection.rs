@@ -266,6 +266,9 @@ impl Connection {
     fn send_pieces(&mut self, bytes: ByteRange) -> Result<Option<io::Error>, End> {
         let mut failure = None;
         let mut at = bytes.start;
+        let outbox = Arc::clone(&self.outbox);
+        // Held over all pieces: a deferred reply between two of them would be taken for data.
+        let mut sending = outbox.begin()?;
         while at < bytes.end {
             let room = OUT_BYTES.min(self.out.len() - self.out_len);
             let len = room.min(usize::try_from(bytes.end - at).unwrap_or(room));
@@ -284,7 +287,8 @@ impl Connection {
             }
             self.out_len += len;
             at += len as u64;
-            self.flush_out()?;
+            sending.send(&self.out[..self.out_len])?;
+            self.out_len = 0;
         }
         Ok(failure)
     }
