@@ -28,8 +28,9 @@ use outbox::Outbox;
 /// How long a client may take for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Connections that may wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Connections that may wait to be accepted: a client that connects a hundred times at once, as
+/// some test suites do, is not to be turned away.
+const BACKLOG: i32 = 1024;
 
 /// How long accepting rests when the process has no file descriptors left.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
