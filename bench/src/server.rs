@@ -3,6 +3,7 @@
 //! Owns their command lines and their processes. A server is started with the cores it may use,
 //! and is ended (by its own id) when dropped.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,9 @@ use serde::Serialize;
 
 use crate::client::{Connection, Endpoint};
 use crate::cpu;
+
+/// Where our server keeps memory that outlives it: directories beginning so.
+const LIVE_DIR: &str = "/dev/shm/hikkoshi-";
 
 /// How long a server may take until it answers.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
@@ -111,6 +115,15 @@ impl Server {
         self.child.id()
     }
 
+    /// The files in `/dev/shm` that it maps.
+    pub fn mapped_tmpfs_files(&self) -> BTreeSet<String> {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap_or_default();
+        let paths = maps
+            .lines()
+            .filter_map(|line| Some(&line[line.find("/dev/shm/")?..]));
+        paths.map(str::to_owned).collect()
+    }
+
     /// CPU time of all its processes since they began.
     pub fn cpu_time(&self) -> Result<Duration> {
         self.processes.iter().map(|&pid| cpu::of_process(pid)).sum()
@@ -119,9 +132,15 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        let mapped = self.mapped_tmpfs_files();
         // It may have ended by itself; then there is nothing left to do.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // What ours keeps for the process after it; the volume it belongs to ends with the bench,
+        // so nobody would ever come for it.
+        for file in mapped.iter().filter(|file| file.starts_with(LIVE_DIR)) {
+            let _ = fs::remove_file(file);
+        }
     }
 }
 

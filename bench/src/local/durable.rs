@@ -163,7 +163,7 @@ fn flushes(
             connections: 1,
         };
         let mut samples = vec![Vec::new(); 4];
-        for round in (1..).take(bench.rounds()) {
+        for round in 0..bench.rounds() {
             // A new destination each round, or the blocks would not be absent any more.
             let dir = tempfile::tempdir_in(volumes.dir)?;
             let at = bench.unix("moving");
@@ -171,9 +171,7 @@ fn flushes(
             command.arg("--no-background");
             let moving = bench.start("moving", command, at)?;
             let servers = [&volumes.plain, &moving, &volumes.resident, &volumes.nbdkit];
-            for (server, samples) in servers.into_iter().zip(&mut samples) {
-                samples.push(bench.measure(server, &load, round)?);
-            }
+            bench.round(&servers, &load, round, &mut samples)?;
         }
         rows.push(Row {
             workload: workload.to_owned(),

@@ -1,6 +1,5 @@
 //! What a huge sparse disk costs before a byte of it has moved: time to start, memory.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
@@ -134,11 +133,7 @@ fn memory(server: &Server) -> Result<Memory> {
         let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
         kib.unwrap_or(0) * 1024
     };
-    let maps = fs::read_to_string(format!("{proc}/maps")).context("read maps")?;
-    let files: BTreeSet<&str> = maps
-        .lines()
-        .filter_map(|line| line.find("/dev/shm/").map(|start| &line[start..]))
-        .collect();
+    let files = server.mapped_tmpfs_files();
     let tmpfs = files
         .iter()
         .filter_map(|path| fs::metadata(path).ok())

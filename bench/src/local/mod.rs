@@ -203,15 +203,30 @@ impl Bench<'_> {
         Server::start(name, command, endpoint, &self.cores, &log)
     }
 
-    /// Puts `load` on each server in turn, and again in every round: A B C A B C.
+    /// Puts `load` on each server in turn, and again in every round, each time beginning with
+    /// another: A B C, B C A, C A B. What comes first after a pause is a little slower.
     fn interleave(&self, servers: &[&Server], load: &Load) -> Result<Vec<Vec<Sample>>> {
         let mut samples = vec![Vec::new(); servers.len()];
-        for round in (1_u64..).take(self.rounds()) {
-            for (server, samples) in servers.iter().zip(&mut samples) {
-                samples.push(self.measure(server, load, round)?);
-            }
+        for round in 0..self.rounds() {
+            self.round(servers, load, round, &mut samples)?;
         }
         Ok(samples)
+    }
+
+    /// One round of [`Self::interleave`].
+    fn round(
+        &self,
+        servers: &[&Server],
+        load: &Load,
+        round: usize,
+        samples: &mut [Vec<Sample>],
+    ) -> Result<()> {
+        let seed = u64::try_from(round)?;
+        for turn in 0..servers.len() {
+            let index = (round + turn) % servers.len();
+            samples[index].push(self.measure(servers[index], load, seed)?);
+        }
+        Ok(())
     }
 
     fn measure(&self, server: &Server, load: &Load, seed: u64) -> Result<Sample> {
