@@ -10,8 +10,12 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::setpriority_process;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
+
+/// How the kernel shares cores out to the session of this process.
+const AUTOGROUP: &str = "/proc/self/autogroup";
 
 /// CPU time of the calling thread.
 pub fn this_thread() -> Duration {
@@ -142,6 +146,38 @@ impl Cores {
             servers: all.clone(),
             client: all.clone(),
             all,
+        }
+    }
+}
+
+/// Nice values of this process, and of the servers it starts, until dropped.
+pub struct Preference {
+    group: Option<String>,
+}
+
+impl Preference {
+    /// Sets them. Where the kernel shares cores out by session first (autogroup), a nice value
+    /// counts within the session only, so the session gets the same one.
+    pub fn set(nice: i32) -> Result<Self> {
+        let mut group = None;
+        if nice != 0 {
+            setpriority_process(None, nice).context("set the nice value")?;
+            // "/autogroup-12 nice 0"; the file does not exist where there are no such groups.
+            if let Ok(before) = fs::read_to_string(AUTOGROUP) {
+                group = before.split_whitespace().last().map(str::to_owned);
+                fs::write(AUTOGROUP, nice.to_string())
+                    .with_context(|| format!("write {AUTOGROUP}"))?;
+            }
+        }
+        Ok(Self { group })
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        if let Some(before) = &self.group {
+            // The kernel takes a second change only a tenth of a second later; it is long past.
+            let _ = fs::write(AUTOGROUP, before);
         }
     }
 }

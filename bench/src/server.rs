@@ -62,6 +62,10 @@ impl Server {
         cores: &cpu::Cores,
         log: &Path,
     ) -> Result<Self> {
+        if let Endpoint::Unix(path) = &endpoint {
+            // A server that was killed leaves its socket behind, and nbdkit does not replace it.
+            let _ = fs::remove_file(path);
+        }
         let output = File::create(log).context("create a server's log")?;
         command
             .stdin(Stdio::null())

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -150,13 +151,28 @@ def connect(address, timeout=PATIENCE_S):
     """A connected socket to a TCP port on loopback or to a Unix socket."""
     family = socket.AF_INET if isinstance(address, int) else socket.AF_UNIX
     sock = socket.socket(family)
-    sock.settimeout(timeout)
     try:
+        # Blocking while it connects: a Unix socket that does not block is refused at once when
+        # the server has many to accept.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", timeout, 0))
         sock.connect(("127.0.0.1", address) if isinstance(address, int) else address)
+        sock.settimeout(timeout)
     except OSError:
         sock.close()
         raise
     return sock
+
+
+def connect_patiently(address):
+    """Waits until a server that is not our child takes connections."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return connect(address).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def run(*command, status=0, env=None, cwd=None, timeout=300, input=None):
@@ -191,14 +207,31 @@ class Source:
             with open(config, "w") as file:
                 file.write("[generic]\n  listenaddr = 127.0.0.1\n"
                            f"  port = {address}\n[disk]\n  exportname = {image}\n")
-            command = ["nbd-server", "-d", "-C", config]
+            # It goes into the background by itself: without that it serves one client only.
+            self.pid_file = os.path.join(directory, "nbd-server.pid")
+            run("nbd-server", "-C", config, "-p", self.pid_file)
+            self.process = None
+            connect_patiently(address)
+            return
         else:
             raise ValueError(kind)
         self.process = Process(f"source-{kind}", command, directory)
         self.process.wait_for_listener(address)
 
     def stop(self):
-        self.process.stop()
+        if self.process is not None:
+            self.process.stop()
+        elif os.path.exists(self.pid_file):
+            with open(self.pid_file) as file:
+                pid = int(file.read())
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                return
+            # Not our child: its end can only be looked for.
+            deadline = time.monotonic() + PATIENCE_S
+            while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+                time.sleep(0.01)
 
 
 class Server:

@@ -70,14 +70,11 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help="only tests whose name contains this")
     parser.add_argument("--list", action="store_true", help="name the tests, run none")
-    parser.add_argument("--suite", choices=["iotests"], action="append", default=[],
-                        help="also run a suite that takes too long for every day")
     parser.add_argument("--server", choices=["hikkoshi", "nbdkit", "qemu-nbd"],
                         default="hikkoshi", help="test a peer instead, to calibrate the tests")
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first failure")
     arguments = parser.parse_args()
     os.environ["HIKKOSHI_INTEROP_SERVER"] = arguments.server
-    os.environ["HIKKOSHI_INTEROP_SUITES"] = " ".join(arguments.suite)
 
     sys.path.insert(0, HERE)
     loader = unittest.TestLoader()

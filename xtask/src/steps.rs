@@ -186,13 +186,13 @@ fn command(session: &Session, step: Step) -> Result<Command> {
                 "--release",
                 "--no-fail-fast",
             ]);
-            command.args(["--lib", "--tests"]);
+            // Other tests use the same types outside a model, where loom forbids it.
+            command.args(["--test", "loom"]);
             // Flags change every crate's fingerprint: a target directory of its own keeps the
             // ordinary one warm.
             command
                 .arg("--target-dir")
                 .arg(session.target_dir().join("loom"));
-            command.args(["--", LOOM_FILTER]);
             command.env("RUSTFLAGS", "--cfg loom");
         }
         Step::Doc => {
@@ -213,10 +213,6 @@ fn command(session: &Session, step: Step) -> Result<Command> {
     }
     Ok(command)
 }
-
-/// Under `--cfg loom` only tests in a module `loom` are run: the others use the same types
-/// outside a model, where loom forbids it.
-const LOOM_FILTER: &str = "loom";
 
 /// Runs the interop scripts alone, with arguments of their own.
 ///

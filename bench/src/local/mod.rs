@@ -62,6 +62,11 @@ pub struct Options {
     /// The hikkoshi binary [default: the one beside this program, built if cargo is at hand]
     #[arg(long, value_name = "FILE")]
     hikkoshi: Option<PathBuf>,
+    /// Nice value of the servers and the client; below 0 (root only) a busy machine disturbs the
+    /// measurement less, and the measurement disturbs the machine more
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true,
+        value_parser = clap::value_parser!(i32).range(-20..=19))]
+    nice: i32,
     /// Who may run where
     #[arg(long, value_enum, default_value = "split")]
     pin: Pin,
@@ -113,6 +118,7 @@ pub fn run(options: &Options) -> Result<()> {
         Pin::None => Cores::shared()?,
     };
     cpu::pin(&cores.client)?;
+    let _preference = cpu::Preference::set(options.nice)?;
     let dir = tempfile::Builder::new()
         .prefix("hikkoshi-bench-")
         .tempdir_in(&options.dir)

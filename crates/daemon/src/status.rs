@@ -43,7 +43,7 @@ pub struct ExportStatus {
     pub owned_bytes: u64,
     /// Bytes that only the source has.
     pub absent_bytes: u64,
-    /// Bytes that came over the link from the source, since the daemon started.
+    /// Bytes that crossed the link, requests included, since the daemon started.
     pub wire_bytes: u64,
     /// Whether the source is reachable; `null` when there is none.
     pub source_connected: Option<bool>,

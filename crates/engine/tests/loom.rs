@@ -4,6 +4,7 @@
 //! The disk's data are relaxed atomics, one a sector, so that nothing but the residency's own
 //! ordering makes a reader see them.
 #![cfg(loom)]
+#![allow(clippy::unwrap_used)]
 
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, Geometry};
 use hikkoshi_engine::range_lock::RangeLocks;

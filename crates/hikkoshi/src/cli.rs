@@ -116,7 +116,7 @@ pub struct Wait {
 #[command(override_usage = "hikkoshi limit [OPTIONS] [EXPORT] <RATE|none>")]
 pub struct Limit {
     /// The export, if not the one that is moving, and the cap: 40MB/s, 10MiB/s, 200Mbit/s or none
-    #[arg(num_args = 1..=2, required = true, value_names = ["EXPORT", "RATE"])]
+    #[arg(num_args = 1..=2, required = true, value_name = "[EXPORT] RATE")]
     pub words: Vec<String>,
     #[command(flatten)]
     pub control: Control,

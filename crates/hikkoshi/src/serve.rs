@@ -74,7 +74,6 @@ pub fn run(args: Serve) -> Result<(), Failure> {
     signals.wait();
     supervisor::notify("STOPPING=1");
     tracing::info!("ending: answering what is in flight; a second signal ends at once");
-    signals.end_at_the_next();
     daemon
         .shutdown()
         .map_err(|error| anyhow::Error::new(error).into())

@@ -3,8 +3,6 @@
 //! A thread of its own receives them; nothing runs in a signal handler but tokio's self-pipe.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -17,7 +15,6 @@ const CUT_SHORT: i32 = 1;
 #[derive(Debug)]
 pub struct Signals {
     received: Receiver<()>,
-    exit_at_next: Arc<AtomicBool>,
 }
 
 impl Signals {
@@ -39,27 +36,23 @@ impl Signals {
             )
         };
         let (sender, received) = channel();
-        let exit_at_next = Arc::new(AtomicBool::new(false));
-        let exit = Arc::clone(&exit_at_next);
         std::thread::Builder::new()
             .name("hikkoshi-signals".into())
             .spawn(move || {
                 runtime.block_on(async {
+                    let mut first = true;
                     loop {
                         tokio::select! {
                             _ = term.recv() => {}
                             _ = int.recv() => {}
                         }
-                        if exit.swap(true, Ordering::SeqCst) || sender.send(()).is_err() {
+                        if !std::mem::take(&mut first) || sender.send(()).is_err() {
                             std::process::exit(CUT_SHORT);
                         }
                     }
                 });
             })?;
-        Ok(Self {
-            received,
-            exit_at_next,
-        })
+        Ok(Self { received })
     }
 
     /// Waits for a signal.
@@ -74,10 +67,5 @@ impl Signals {
             self.received.recv_timeout(time),
             Err(RecvTimeoutError::Timeout)
         )
-    }
-
-    /// From now on a signal ends the process at once.
-    pub fn end_at_the_next(&self) {
-        self.exit_at_next.store(true, Ordering::SeqCst);
     }
 }

@@ -201,6 +201,14 @@ mod tests {
         ] {
             assert!(value.get(field).is_some(), "{field}");
         }
+        // Whatever is printed is documented.
+        let page = include_str!("../../../docs/control-api.md");
+        for field in value.as_object().unwrap().keys() {
+            assert!(page.contains(&format!("| `{field}` |")), "{field}");
+        }
+        for counter in value["counters"].as_object().unwrap().keys() {
+            assert!(page.contains(&format!("`{counter}`")), "{counter}");
+        }
         assert_eq!(value["state"], "standby");
         assert_eq!(value["background"], "running");
     }

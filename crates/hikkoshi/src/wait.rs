@@ -1,10 +1,12 @@
 //! `hikkoshi wait`: until a disk has come as far as asked.
 
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use hikkoshi_daemon::status::{BackgroundState, ExportStatus, LifeState};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::choose::Found;
 use crate::cli::{self, Goal};
 use crate::failure::Failure;
 use crate::{choose, status};
@@ -19,6 +21,13 @@ const INTERVAL: Duration = Duration::from_millis(200);
 pub fn run(args: &cli::Wait) -> Result<(), Failure> {
     let deadline = args.timeout.map(|timeout| Instant::now() + timeout);
     let found = choose::all(args.control.control.as_deref())?;
+    if let Some(done) = all_reached(args, &found) {
+        // On a machine with several disks that are here there is nothing to choose from.
+        for status in done {
+            print_json(args, status)?;
+        }
+        return Ok(());
+    }
     let found = choose::pick(found, args.export.as_deref())?;
     let name = found.status.export.clone();
     let mut now = found.status;
@@ -47,8 +56,24 @@ pub fn run(args: &cli::Wait) -> Result<(), Failure> {
         bar.set_message(status::life(now.state));
     }
     bar.finish_and_clear();
+    print_json(args, &now)
+}
+
+/// The exports that may be meant, if all of them have come as far as asked.
+fn all_reached<'a>(args: &cli::Wait, found: &'a [Found]) -> Option<Vec<&'a ExportStatus>> {
+    let name = args.export.as_deref();
+    let meant: Vec<_> = found
+        .iter()
+        .map(|one| &one.status)
+        .filter(|status| name.is_none_or(|name| status.export == name))
+        .collect();
+    let all = !meant.is_empty() && meant.iter().all(|status| reached(args.goal, status));
+    all.then_some(meant)
+}
+
+fn print_json(args: &cli::Wait, now: &ExportStatus) -> Result<(), Failure> {
     if args.json {
-        print!("{}", status::json(&now)?);
+        std::io::stdout().write_all(status::json(now)?.as_bytes())?;
     }
     Ok(())
 }

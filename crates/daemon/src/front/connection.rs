@@ -266,6 +266,9 @@ impl Connection {
     fn send_pieces(&mut self, bytes: ByteRange) -> Result<Option<io::Error>, End> {
         let mut failure = None;
         let mut at = bytes.start;
+        let outbox = Arc::clone(&self.outbox);
+        // Held over all pieces: a deferred reply between two of them would be taken for data.
+        let mut sending = outbox.begin()?;
         while at < bytes.end {
             let room = OUT_BYTES.min(self.out.len() - self.out_len);
             let len = room.min(usize::try_from(bytes.end - at).unwrap_or(room));
@@ -284,7 +287,8 @@ impl Connection {
             }
             self.out_len += len;
             at += len as u64;
-            self.flush_out()?;
+            sending.send(&self.out[..self.out_len])?;
+            self.out_len = 0;
         }
         Ok(failure)
     }
@@ -325,11 +329,7 @@ impl Connection {
             let piece = self.inbox.fill(left)?;
             let mut usable = piece.len();
             if usable < left {
-                let end = (at + usable as u64) / block * block;
-                usable = usize::try_from(end.saturating_sub(at)).unwrap_or(0);
-                if usable == 0 {
-                    usable = piece.len();
-                }
+                usable = cut_at_block(at, usable, block);
             }
             if outcome.is_ok() {
                 outcome = self
@@ -454,6 +454,17 @@ impl Connection {
             .writes
             .fetch_add(std::mem::take(&mut self.writes), Ordering::Relaxed);
     }
+}
+
+/// How much of a piece to write now: up to the last block that it reaches, or, where blocks are
+/// longer than pieces, the last page, so that no sector is ever written in halves.
+fn cut_at_block(at: u64, len: usize, block: u64) -> usize {
+    let reached = at + len as u64;
+    [block, 4096]
+        .into_iter()
+        .map(|grain| usize::try_from((reached / grain * grain).saturating_sub(at)).unwrap_or(0))
+        .find(|cut| *cut > 0)
+        .unwrap_or(len)
 }
 
 /// All is here, but not in memory: the store's own threads or ring read it.

@@ -93,6 +93,15 @@ impl Outbox {
     /// # Errors
     /// The client is gone.
     pub fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        self.begin()?.send(bytes)
+    }
+
+    /// Takes the right to send until the guard is dropped: a reply that goes out in pieces must
+    /// not have another one in its middle.
+    ///
+    /// # Errors
+    /// The client is gone.
+    pub fn begin(&self) -> io::Result<Sending<'_>> {
         let mut state = lock(&self.state);
         while state.sending && !state.broken {
             state = self.wait(state);
@@ -101,10 +110,10 @@ impl Outbox {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         state.sending = true;
-        drop(state);
-        let outcome = send_all(&self.socket, bytes);
-        self.drain_queue(outcome.is_err());
-        outcome
+        Ok(Sending {
+            outbox: self,
+            failed: false,
+        })
     }
 
     /// Sends what others queued meanwhile, waiting for the client; then lets go.
@@ -241,6 +250,30 @@ impl Outbox {
         self.changed
             .wait(state)
             .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// The right to send; what others queued meanwhile follows when it is dropped.
+pub(super) struct Sending<'a> {
+    outbox: &'a Outbox,
+    failed: bool,
+}
+
+impl Sending<'_> {
+    /// Sends all of `bytes`, waiting for the client as long as it takes.
+    ///
+    /// # Errors
+    /// The client is gone.
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let outcome = send_all(&self.outbox.socket, bytes);
+        self.failed |= outcome.is_err();
+        outcome
+    }
+}
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        self.outbox.drain_queue(self.failed);
     }
 }
 

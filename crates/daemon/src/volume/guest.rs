@@ -165,10 +165,11 @@ impl Volume {
                 io::Error::other(e)
             })?;
         }
+        // The mover first: as soon as a write is accepted, no read may pass by it to the source.
+        relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         self.set_life(LifeState::Arriving);
         drop(journal);
         tracing::info!(export = %self.name, "handoff: the disk lives here from now on");
-        relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         Ok(())
     }
 
@@ -263,10 +264,6 @@ impl Relocation {
 
     /// What becomes of each edge block: `None` for one that is here, else the sectors that are
     /// written. `None` for all if an edge cannot be kept as sectors.
-    #[expect(
-        clippy::type_complexity,
-        reason = "a short list that lives for a few lines"
-    )]
     fn plan_edges(&self, bytes: ByteRange) -> Option<Vec<(BlockIndex, Option<Range<u32>>)>> {
         let mut plan = Vec::new();
         for edge in self.edges(bytes) {
@@ -279,7 +276,7 @@ impl Relocation {
             let of_block = self.geometry.bytes(edge);
             let start = bytes.start.max(of_block.start) - of_block.start;
             let end = bytes.end.min(of_block.end) - of_block.start;
-            if start % SECTOR_BYTES != 0 || end % SECTOR_BYTES != 0 {
+            if !start.is_multiple_of(SECTOR_BYTES) || !end.is_multiple_of(SECTOR_BYTES) {
                 return None;
             }
             let sector = |at: u64| u32::try_from(at / SECTOR_BYTES).ok();

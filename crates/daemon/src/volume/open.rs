@@ -229,7 +229,16 @@ fn open_plain(
         live::discard(&live::default_dir(), state.identity());
         set_tag(&store, &[])?;
     }
-    let geometry = Geometry::new(store.size_bytes(), config.block_bytes)?;
+    // A device may be larger than the disk that moved onto it.
+    let size_bytes = match &state {
+        Some(state) => state
+            .identity()
+            .geometry
+            .size_bytes()
+            .min(store.size_bytes()),
+        None => store.size_bytes(),
+    };
+    let geometry = Geometry::new(size_bytes, config.block_bytes)?;
     let parts = Parts {
         config,
         geometry,

@@ -71,7 +71,10 @@ impl Record {
 
     /// Brings it into a residency that nobody else uses yet. What is there already is never
     /// taken back, so that the order of records and their repetition do not matter.
-    pub fn apply(&self, residency: &Residency) {
+    ///
+    /// # Errors
+    /// More blocks are partly here than there is room for, which no volume ever recorded.
+    pub fn apply(&self, residency: &Residency) -> Result<(), JournalError> {
         match self {
             Self::Clean(range) => {
                 let runs: Vec<_> = residency.runs(*range).collect();
@@ -87,15 +90,17 @@ impl Record {
             Self::Owned(range) => residency.mark_owned(*range),
             Self::Partial { block, mask } => {
                 if residency.state(*block).is_resident() {
-                    return;
+                    return Ok(());
                 }
                 let sectors = residency.geometry().sectors_in(*block);
                 for sector in (0..sectors).filter(|s| mask.has(*s)) {
-                    // The table had room for it when the record was made, and is as large now.
-                    let _ = residency.mark_partial(*block, sector..sector + 1);
+                    residency
+                        .mark_partial(*block, sector..sector + 1)
+                        .map_err(|_| JournalError::Corrupt("too many blocks are partly here"))?;
                 }
             }
         }
+        Ok(())
     }
 }
 

@@ -163,7 +163,7 @@ pub fn apply_snapshot(
         }
     }
     while !reader.is_empty() {
-        Record::decode(&mut reader, geometry)?.apply(residency);
+        Record::decode(&mut reader, geometry)?.apply(residency)?;
     }
     Ok(())
 }

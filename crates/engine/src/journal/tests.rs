@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use super::*;
 use crate::geometry::{BlockIndex, BlockRange, Geometry};
 use crate::residency::{Residency, SectorMask};
@@ -40,7 +42,7 @@ proptest! {
     #[test]
     fn a_snapshot_brings_back_what_was(records in prop::collection::vec(record(), 0..30)) {
         let before = fresh();
-        records.iter().for_each(|r| r.apply(&before));
+        records.iter().for_each(|r| r.apply(&before).unwrap());
         let bytes = encode_snapshot(ID, 3, &before);
         prop_assert_eq!(snapshot_epoch(&bytes, ID, shape()), Ok(3));
         let after = fresh();
@@ -53,13 +55,13 @@ proptest! {
         let (before, after) = (fresh(), fresh());
         let mut log = Vec::new();
         for (seq, records) in commits.iter().enumerate() {
-            records.iter().for_each(|r| r.apply(&before));
+            records.iter().for_each(|r| r.apply(&before).unwrap());
             log.extend(encode_frame(ID, 9, seq as u64, records));
         }
         log.extend([0; 2 * FRAME_ALIGN]);
         let end = read_log(&log, ID, 9, shape()).unwrap();
         prop_assert_eq!(end.frames, commits.len() as u64);
-        end.records.iter().for_each(|r| r.apply(&after));
+        end.records.iter().for_each(|r| r.apply(&after).unwrap());
         // Joining reorders records within a commit; what is here stays the same.
         prop_assert_eq!(before.missing_blocks(), after.missing_blocks());
     }
@@ -76,12 +78,13 @@ proptest! {
 #[test]
 fn every_flipped_bit_of_a_snapshot_is_found() {
     let r = fresh();
-    Record::Clean(BlockRange::new(100, 5000)).apply(&r);
+    Record::Clean(BlockRange::new(100, 5000)).apply(&r).unwrap();
     Record::Partial {
         block: BlockIndex(5),
         mask: SectorMask::from_words(vec![6]),
     }
-    .apply(&r);
+    .apply(&r)
+    .unwrap();
     let good = encode_snapshot(ID, 1, &r);
     for bit in 0..good.len() * 8 {
         let mut bad = good.clone();

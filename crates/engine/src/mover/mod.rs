@@ -478,7 +478,11 @@ impl<W> Mover<W> {
         out: &mut Vec<Action<W>>,
     ) {
         self.scanning = false;
-        if why != FetchFailure::Disconnected && range.start <= self.scanned_to {
+        if why == FetchFailure::Disconnected {
+            // The next tick asks again: see `failed`.
+            return;
+        }
+        if range.start <= self.scanned_to {
             // A source that cannot say is asked for the data.
             self.scanned_to = self.scanned_to.max(range.end);
         }

@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use std::time::Duration;
 
 use super::*;

@@ -79,7 +79,8 @@ pub struct Entry {
 /// No space, or a tool fails.
 pub fn build(path: &Path, size_bytes: u64, work: &Path) -> anyhow::Result<Disk> {
     ensure!(
-        (MIN_DISK_BYTES..=MAX_DISK_BYTES).contains(&size_bytes) && size_bytes % BLOCK_BYTES == 0,
+        (MIN_DISK_BYTES..=MAX_DISK_BYTES).contains(&size_bytes)
+            && size_bytes.is_multiple_of(BLOCK_BYTES),
         "--size must be from 300MiB to 1T, in whole blocks of 4 KiB"
     );
     let content = CONTENT_BYTES.min(size_bytes / 2);
@@ -111,7 +112,11 @@ pub fn build(path: &Path, size_bytes: u64, work: &Path) -> anyhow::Result<Disk> 
         }
     };
     std::fs::remove_dir_all(&stage).context("removing the staged content")?;
-    let copied: u64 = entries.iter().map(|entry| entry.len).sum();
+    let copied: u64 = entries
+        .iter()
+        .filter(|entry| !entry.path.starts_with(&stage))
+        .map(|entry| entry.len)
+        .sum();
     let (database, fixed) = survey(path, size_bytes, &mark)?;
     ensure!(
         u64::try_from(database.len())? == DATABASE_BYTES / BLOCK_BYTES && !fixed.is_empty(),
@@ -121,7 +126,7 @@ pub fn build(path: &Path, size_bytes: u64, work: &Path) -> anyhow::Result<Disk> 
         path: path.into(),
         size_bytes,
         file_system: file_system.into(),
-        content_bytes: copied.max(DATABASE_BYTES),
+        content_bytes: copied + DATABASE_BYTES,
         database,
         fixed,
     })
@@ -263,12 +268,11 @@ fn make_ext4(mke2fs: &Path, image: &Path, stage: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The offsets of the database's blocks, and the runs (offset, length) of all other data.
+type Survey = (Vec<u64>, Vec<(u64, u64)>);
+
 /// Finds the database's blocks, and all other data.
-fn survey(
-    path: &Path,
-    size_bytes: u64,
-    mark: &[u8; 16],
-) -> anyhow::Result<(Vec<u64>, Vec<(u64, u64)>)> {
+fn survey(path: &Path, size_bytes: u64, mark: &[u8; 16]) -> anyhow::Result<Survey> {
     let file = File::open(path).context("opening the image")?;
     let mut database = Vec::new();
     let mut fixed: Vec<(u64, u64)> = Vec::new();

@@ -27,6 +27,9 @@ const MAX_THINK_TIME_US: usize = 4000;
 /// The longest request: 64 KiB.
 const MAX_BLOCKS: usize = 16;
 
+/// How long a failed demo waits for requests under way.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Of a hundred requests, how many are reads of the file system, and of the own database.
 const FIXED_READS: usize = 50;
 const OWN_READS: usize = 20;
@@ -222,8 +225,12 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Workers that wait for a dead server end with their connection.
         self.end();
+        // A worker whose request is never answered ends with its connection, later.
+        let until = Instant::now() + END_PATIENCE;
+        while self.workers.iter().any(|worker| !worker.is_finished()) && Instant::now() < until {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

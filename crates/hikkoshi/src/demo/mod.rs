@@ -19,12 +19,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use hikkoshi_daemon::Daemon;
 use hikkoshi_daemon::config::{
     DEFAULT_CONNECTIONS, DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, HandoffPolicy,
     Listen, SourceConfig, SourceLoss,
 };
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
+use hikkoshi_daemon::{Daemon, DaemonError};
 use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -88,16 +88,17 @@ impl Places {
 pub fn run(args: &cli::Demo) -> Result<(), Failure> {
     let signals = Signals::catch().context("signals cannot be caught")?;
     let places = Places::choose(args.keep.as_deref())?;
-    let report = play(args, &places, &signals)?;
+    let played = play(args, &places, &signals);
+    let Places { work, disks } = places;
+    let removed = work.close().context("removing the temporary directory");
+    let report = played?;
+    removed?;
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
         say(args, &format!("\nWhat happened\n{}", report.table()));
         if args.keep.is_some() {
-            say(
-                args,
-                &format!("The disks are in {}", places.disks.display()),
-            );
+            say(args, &format!("The disks are in {}", disks.display()));
         }
     }
     match report.is_good() {
@@ -139,7 +140,11 @@ fn play(args: &cli::Demo, places: &Places, signals: &Signals) -> anyhow::Result<
         args,
         "2  The VM runs at the old site, and reads, writes and flushes all the time ...",
     );
+    // Declared in this order so that whatever goes wrong, the guest ends first, then the
+    // destination while its source is there, then the rest.
     let (source, source_address) = start_source(&disk, places)?;
+    let link;
+    let destination;
     let guest = Guest::start(&disk, &places.socket("source.sock"), &oracle)?;
     pass(&guest, signals, CALM)?;
 
@@ -151,9 +156,9 @@ fn play(args: &cli::Demo, places: &Places, signals: &Signals) -> anyhow::Result<
             args.rate * 8 / 1_000_000
         ),
     );
-    let link = Link::start(source_address, args.rtt, args.rate).context("starting the link")?;
+    link = Link::start(source_address, args.rtt, args.rate).context("starting the link")?;
     let move_began = guest.now();
-    let destination = start_destination(link.address(), places)?;
+    destination = start_destination(link.address(), places)?;
     guest.move_to(&places.socket("destination.sock"))?;
     let running = guest.now() - move_began;
     follow(args, &destination, &guest, signals)?;
@@ -164,13 +169,13 @@ fn play(args: &cli::Demo, places: &Places, signals: &Signals) -> anyhow::Result<
         "4  Every block is here: the old site is switched off, the VM goes on ...",
     );
     let (link_up_bytes, link_down_bytes) = link.bytes();
-    source.shutdown().context("ending the source")?;
+    source.end().context("ending the source")?;
     drop(link);
     pass(&guest, signals, CALM)?;
-    let status = only_export(&destination);
+    let status = destination.status();
     let after_end = guest.now();
     let answered = guest.stop()?;
-    destination.shutdown().context("ending the destination")?;
+    destination.end().context("ending the destination")?;
 
     say(
         args,
@@ -202,29 +207,56 @@ fn play(args: &cli::Demo, places: &Places, signals: &Signals) -> anyhow::Result<
     Ok(report)
 }
 
+/// A daemon of one export. Ends in order also when the demo fails.
+struct Site(Option<Daemon>);
+
+impl Site {
+    fn start(config: DaemonConfig) -> Result<Self, DaemonError> {
+        Daemon::start(config).map(|daemon| Self(Some(daemon)))
+    }
+
+    fn daemon(&self) -> &Daemon {
+        self.0.as_ref().expect("it is taken only when it ends")
+    }
+
+    fn status(&self) -> ExportStatus {
+        let exports = self.daemon().exports().all();
+        let only = exports.first().expect("it was started with one export");
+        only.status()
+    }
+
+    fn end(mut self) -> Result<(), DaemonError> {
+        self.0.take().map_or(Ok(()), Daemon::shutdown)
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if let Some(daemon) = self.0.take() {
+            // The demo has failed already, and tells why.
+            let _ = daemon.shutdown();
+        }
+    }
+}
+
 /// The daemon at the old site: a Unix socket for the guest, TCP for the link.
-fn start_source(disk: &Disk, places: &Places) -> anyhow::Result<(Daemon, SocketAddr)> {
+fn start_source(disk: &Disk, places: &Places) -> anyhow::Result<(Site, SocketAddr)> {
     let listen = vec![
         Listen::Unix(places.socket("source.sock")),
         Listen::Tcp("127.0.0.1".into(), 0),
     ];
-    let daemon =
-        Daemon::start(config(listen, disk.path.clone(), None)).context("starting the source")?;
-    let address = daemon
-        .listening()
-        .into_iter()
-        .find_map(|listen| match listen {
-            Listen::Tcp(host, port) => (host.as_str(), port).to_socket_addrs().ok()?.next(),
-            _ => None,
-        });
-    Ok((
-        daemon,
-        address.context("the source does not listen on TCP")?,
-    ))
+    let site =
+        Site::start(config(listen, disk.path.clone(), None)).context("starting the source")?;
+    let listening = site.daemon().listening();
+    let address = listening.into_iter().find_map(|listen| match listen {
+        Listen::Tcp(host, port) => (host.as_str(), port).to_socket_addrs().ok()?.next(),
+        _ => None,
+    });
+    Ok((site, address.context("the source does not listen on TCP")?))
 }
 
 /// The daemon at the new site.
-fn start_destination(link: SocketAddr, places: &Places) -> anyhow::Result<Daemon> {
+fn start_destination(link: SocketAddr, places: &Places) -> anyhow::Result<Site> {
     let source = SourceConfig {
         uri: format!("nbd://{link}/"),
         handoff: HandoffPolicy::FirstWrite,
@@ -237,7 +269,7 @@ fn start_destination(link: SocketAddr, places: &Places) -> anyhow::Result<Daemon
     };
     let listen = vec![Listen::Unix(places.socket("destination.sock"))];
     let image = places.disk("destination.img");
-    Daemon::start(config(listen, image, Some(source))).context("starting the destination")
+    Site::start(config(listen, image, Some(source))).context("starting the destination")
 }
 
 fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> DaemonConfig {
@@ -255,14 +287,6 @@ fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> 
         }],
         max_clients: DEFAULT_MAX_CLIENTS,
     }
-}
-
-fn only_export(daemon: &Daemon) -> ExportStatus {
-    let exports = daemon.exports().all();
-    exports
-        .first()
-        .expect("it was started with one export")
-        .status()
 }
 
 /// Lets time pass while the guest works.
@@ -288,7 +312,7 @@ fn tick(guest: &Guest, signals: &Signals) -> anyhow::Result<()> {
 /// Shows the progress until the source is needed no more.
 fn follow(
     args: &cli::Demo,
-    destination: &Daemon,
+    destination: &Site,
     guest: &Guest,
     signals: &Signals,
 ) -> anyhow::Result<()> {
@@ -299,7 +323,7 @@ fn follow(
     let began = Instant::now();
     let mut told = began;
     loop {
-        let status = only_export(destination);
+        let status = destination.status();
         if status.state == LifeState::Local {
             break;
         }

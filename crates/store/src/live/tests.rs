@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 use super::*;
 use hikkoshi_engine::geometry::BlockIndex;
 use hikkoshi_engine::geometry::BlockRange;

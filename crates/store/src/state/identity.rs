@@ -105,7 +105,7 @@ impl Identity {
         let crc_at = text.rfind("crc32c = ").ok_or(IdentityError::Checksum)?;
         let sealed = format!(
             "crc32c = {:08x}\n",
-            crc32c::crc32c(text[..crc_at].as_bytes())
+            crc32c::crc32c(&text.as_bytes()[..crc_at])
         );
         if text[crc_at..] != sealed {
             return Err(IdentityError::Checksum);

@@ -223,9 +223,9 @@ impl StateDir {
         let log = get(&*self.dir, LOG)?;
         let end = journal::read_log(&log, self.volume_id(), self.epoch, self.geometry())
             .map_err(bad(LOG))?;
-        end.records
-            .iter()
-            .for_each(|record| record.apply(residency));
+        for record in end.records {
+            record.apply(residency).map_err(bad(LOG))?;
+        }
         Ok(())
     }
 

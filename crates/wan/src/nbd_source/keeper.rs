@@ -27,13 +27,14 @@ pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>
             if read(shared, slot, &line) > 0 {
                 backoff.reset();
             }
-            if !shared.pause(backoff.next(), false) {
+            if !shared.pause(backoff.next(), None) {
                 return;
             }
         }
         if !shared.wait_for_turn(slot) {
             return;
         }
+        let epoch = shared.epoch();
         let failed = match dial(&shared.config, &|socket| shared.dialing(slot, socket)) {
             Ok(dialed) => {
                 let fresh = Line::new(dialed, &shared.config);
@@ -57,7 +58,7 @@ pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>
         } else {
             backoff.next()
         };
-        if !shared.pause(wait, others_stand) {
+        if !shared.pause(wait, others_stand.then_some(epoch)) {
             return;
         }
     }

@@ -275,13 +275,17 @@ impl Shared {
         }
     }
 
-    /// Waits, unless the source is closed (then `false`). With `wakeful`, also ends when the first
-    /// connection stands or the last is lost.
-    pub(super) fn pause(&self, pause: Duration, wakeful: bool) -> bool {
+    /// A number that grows when the first connection stands and when the last is lost.
+    pub(super) fn epoch(&self) -> u64 {
+        self.state().epoch
+    }
+
+    /// Waits, unless the source is closed (then `false`); with `epoch`, only while that is the
+    /// current one.
+    pub(super) fn pause(&self, pause: Duration, epoch: Option<u64>) -> bool {
         let deadline = Instant::now() + pause;
         let mut state = self.state();
-        let epoch = state.epoch;
-        while !state.closed && (!wakeful || state.epoch == epoch) {
+        while !state.closed && epoch.is_none_or(|epoch| epoch == state.epoch) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;

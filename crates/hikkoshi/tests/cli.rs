@@ -1,0 +1,383 @@
+//! The built binary, as a user or a script meets it.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+fn hikkoshi() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hikkoshi"));
+    for variable in ["LISTEN_PID", "LISTEN_FDS", "NOTIFY_SOCKET", "RUST_LOG"] {
+        command.env_remove(variable);
+    }
+    command
+}
+
+fn run(words: &[&str]) -> Output {
+    hikkoshi()
+        .args(words)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// A daemon that is killed with the test.
+struct Served {
+    child: Child,
+    out: BufReader<ChildStdout>,
+    control: String,
+    ready: String,
+}
+
+impl Served {
+    /// Starts `hikkoshi serve` and waits for its line.
+    fn start(dir: &Path, name: &str, words: &[&str]) -> Self {
+        let control = format!("unix:{}", dir.join(format!("{name}.control")).display());
+        let mut child = hikkoshi()
+            .arg("serve")
+            .args(words)
+            .args(["--control", &control])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut out = BufReader::new(child.stdout.take().unwrap());
+        let mut ready = String::new();
+        out.read_line(&mut ready).unwrap();
+        assert!(ready.starts_with("serving "), "{ready:?}");
+        Self {
+            child,
+            out,
+            control,
+            ready,
+        }
+    }
+
+    /// A command to this daemon.
+    fn ask(&self, words: &[&str]) -> Output {
+        run(&[words, &["--control", &self.control]].concat())
+    }
+
+    fn json(&self, words: &[&str]) -> serde_json::Value {
+        let output = self.ask(words);
+        assert!(output.status.success(), "{words:?}: {}", stderr(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+
+    /// Ends it as a supervisor would, and tells its exit status.
+    fn end(mut self) -> Option<i32> {
+        self.signal(Signal::TERM);
+        let status = self.child.wait().unwrap();
+        let mut rest = String::new();
+        self.out.read_to_string(&mut rest).unwrap();
+        status.code()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // Ended already, maybe.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn path(dir: &Path, name: &str) -> String {
+    dir.join(name).display().to_string()
+}
+
+#[test]
+fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = path(dir.path(), "disk.img");
+    std::fs::write(&file, [0; 512]).unwrap();
+    let config = path(dir.path(), "bad.toml");
+    std::fs::write(&config, "[[export]]\nimage = 'a'\nblocksize = '4k'\n").unwrap();
+    for (words, hint) in [
+        (&["serve"] as &[&str], "<IMAGE"),
+        (&["serve", "x", "--listen", "10809"], "tcp://HOST:PORT"),
+        (&["serve", "x", "--from", "nbds://h/"], "TLS"),
+        (&["serve", "x", "--from", &file], "hikkoshi serve"),
+        (&["serve", "x", "--block-size", "3k"], "power of two"),
+        (&["serve", "--config", &config], "blocksize"),
+        (&["limit"], "RATE"),
+        (&["limit", "fast"], "40MB/s"),
+        (&["wait", "--timeout", "soon"], "30s"),
+        (&["status", "--control", "/x"], "unix:PATH"),
+        (&["nonsense"], "--help"),
+    ] {
+        let output = run(words);
+        assert_eq!(output.status.code(), Some(2), "{words:?}");
+        let text = stderr(&output);
+        assert!(text.contains(hint), "{words:?}: {text}");
+    }
+}
+
+#[test]
+fn help_completions_and_manual_are_there() {
+    let help = stdout(&run(&["--help"]));
+    for word in [
+        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "demo",
+    ] {
+        assert!(help.contains(&format!("  {word} ")), "{word}: {help}");
+    }
+    assert!(stdout(&run(&["completions", "bash"])).contains("--on-source-loss"));
+    let dir = tempfile::tempdir().unwrap();
+    let man = path(dir.path(), "man");
+    assert!(run(&["man", &man]).status.success());
+    let page = std::fs::read_to_string(dir.path().join("man/hikkoshi-serve.1")).unwrap();
+    assert!(page.contains("source\\-loss"), "{page}");
+}
+
+#[test]
+fn a_daemon_that_is_not_there_is_exit_status_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let control = format!("unix:{}", path(dir.path(), "none"));
+    for command in ["status", "wait", "pause", "handoff"] {
+        let output = run(&[command, "--control", &control]);
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        assert!(stderr(&output).contains("hikkoshi serve"), "{command}");
+    }
+}
+
+#[test]
+fn a_plain_disk_is_served_shown_and_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = path(dir.path(), "disk.img");
+    let words = [
+        &image,
+        "--size",
+        "20MiB",
+        "--export",
+        "web",
+        "--listen",
+        "tcp://127.0.0.1:0",
+    ];
+    let served = Served::start(dir.path(), "one", &words);
+    assert!(
+        served
+            .ready
+            .contains("(20.0 MiB) as \"web\" at nbd://127.0.0.1:"),
+        "{}",
+        served.ready
+    );
+    assert!(served.ready.trim_end().ends_with("/web") && !served.ready.contains(":0/"));
+    assert_eq!(std::fs::metadata(&image).unwrap().len(), 20 << 20);
+    let status = served.json(&["status", "--json"]);
+    assert_eq!(status["export"], "web");
+    assert_eq!(status["state"], "local");
+    assert_eq!(status["size_bytes"], 20 << 20);
+    assert_eq!(status["absent_bytes"], 0);
+    assert!(stdout(&served.ask(&["status"])).contains("\"web\"  local  20.0 MiB"));
+    assert!(served.ask(&["wait", "--timeout", "5s"]).status.success());
+    // There is nothing to pause.
+    let output = served.ask(&["pause", "web"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let output = served.ask(&["pause", "nobody"]);
+    assert!(stderr(&output).contains("\"web\""), "{}", stderr(&output));
+    let control = PathBuf::from(served.control.strip_prefix("unix:").unwrap());
+    assert!(control.exists());
+    assert_eq!(served.end(), Some(0));
+    assert!(!control.exists());
+}
+
+#[test]
+fn a_control_socket_or_an_address_in_use_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = path(dir.path(), "disk.img");
+    let listen = format!("unix:{}", path(dir.path(), "nbd"));
+    let served = Served::start(
+        dir.path(),
+        "one",
+        &[&image, "--size", "1M", "--listen", &listen],
+    );
+    let other = path(dir.path(), "other.img");
+    let free = format!("unix:{}", path(dir.path(), "free"));
+    let second = |listen: &str, control: &str| {
+        let words = [
+            "serve",
+            &other,
+            "--size",
+            "1M",
+            "--listen",
+            listen,
+            "--control",
+            control,
+        ];
+        let output = run(&words);
+        assert_eq!(output.status.code(), Some(1));
+        stderr(&output)
+    };
+    let text = second(&free, &served.control);
+    assert!(text.contains("in use"), "{text}");
+    let text = second(&listen, "none");
+    assert!(text.contains("--listen"), "{text}");
+    assert!(served.ask(&["status"]).status.success());
+}
+
+#[test]
+fn a_disk_moves_by_the_commands_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
+    let file = std::fs::File::create_new(&old).unwrap();
+    file.set_len(16 << 20).unwrap();
+    file.write_all_at(&vec![0x5a; 3 << 20], 5 << 20).unwrap();
+    let socket = path(dir.path(), "old.sock");
+    let listen = format!("unix:{socket}");
+    let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
+    let listen = format!("unix:{}", path(dir.path(), "new.sock"));
+    let words = [
+        &new,
+        "--from",
+        &socket,
+        "--listen",
+        &listen,
+        "--handoff",
+        "command",
+    ];
+    let moving = Served::start(dir.path(), "destination", &words);
+    assert!(moving.ready.contains("standby"), "{}", moving.ready);
+    assert_eq!(moving.json(&["status", "--json"])["state"], "standby");
+    let output = moving.ask(&["wait", "--timeout", "100ms"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("standby"), "{}", stderr(&output));
+    // Paused before it begins, so that it is still arriving when it is looked at.
+    assert!(moving.ask(&["pause"]).status.success());
+    assert!(moving.ask(&["limit", "", "1MB/s"]).status.success());
+    assert!(moving.ask(&["handoff"]).status.success());
+    let status = moving.json(&["wait", "--for", "arriving", "--timeout", "60s", "--json"]);
+    assert_eq!(status["state"], "arriving");
+    assert_eq!(status["background"], "paused");
+    assert_eq!(status["limit_bytes_per_s"], 1_000_000);
+    assert!(moving.ask(&["limit", "none"]).status.success());
+    assert!(moving.ask(&["resume"]).status.success());
+    let status = moving.json(&["wait", "--timeout", "60s", "--json"]);
+    assert_eq!(
+        (&status["state"], &status["absent_bytes"]),
+        (&"local".into(), &0.into())
+    );
+    assert_eq!(source.end(), Some(0));
+    assert_eq!(moving.end(), Some(0));
+    assert!(std::fs::read(&new).unwrap() == std::fs::read(&old).unwrap());
+}
+
+#[test]
+fn a_supervisor_hears_that_it_is_ready() {
+    let dir = tempfile::tempdir().unwrap();
+    let notify = dir.path().join("notify");
+    let heard = std::os::unix::net::UnixDatagram::bind(&notify).unwrap();
+    let control = format!("unix:{}", path(dir.path(), "control"));
+    let listen = format!("unix:{}", path(dir.path(), "nbd"));
+    let image = path(dir.path(), "disk.img");
+    let mut child = hikkoshi()
+        .args([
+            "serve",
+            &image,
+            "--size",
+            "1M",
+            "--listen",
+            &listen,
+            "--control",
+            &control,
+        ])
+        .env("NOTIFY_SOCKET", &notify)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut buf = [0; 64];
+    let n = heard.recv(&mut buf).unwrap();
+    assert_eq!(&buf[..n], b"READY=1");
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+    let n = heard.recv(&mut buf).unwrap();
+    assert_eq!(&buf[..n], b"STOPPING=1");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn many_exports_come_from_a_configuration_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = path(dir.path(), "hikkoshi.toml");
+    let listen = format!("unix:{}", path(dir.path(), "nbd"));
+    let (a, b) = (path(dir.path(), "a.img"), path(dir.path(), "b.img"));
+    let text = format!(
+        "listen = ['{listen}']\n\
+         [[export]]\nname = 'a'\nimage = '{a}'\nsize = '1M'\n\
+         [[export]]\nname = 'b'\nimage = '{b}'\nsize = '2M'\nread-only = true\n"
+    );
+    std::fs::write(&config, text).unwrap();
+    let served = Served::start(dir.path(), "many", &["--config", &config]);
+    let lines = stdout(&served.ask(&["status", "--json"]));
+    let names: Vec<String> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["export"].to_string())
+        .collect();
+    assert_eq!(names, ["\"a\"", "\"b\""]);
+    assert_eq!(
+        served.json(&["status", "b", "--json"])["size_bytes"],
+        2 << 20
+    );
+    // Both are here, so there is nothing to choose from; with a command there is.
+    assert!(served.ask(&["wait"]).status.success());
+    let output = served.ask(&["pause"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("say which export"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(served.end(), Some(0));
+}
+
+#[test]
+fn a_socket_that_a_supervisor_passes_in_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("passed");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let image = path(dir.path(), "disk.img");
+    // The shell puts its input where the first passed socket is, and becomes the daemon, so that
+    // the process number is right.
+    let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" \"$@\" 3<&0";
+    let mut child = Command::new("sh")
+        .args([
+            "-c",
+            script,
+            env!("CARGO_BIN_EXE_hikkoshi"),
+            "serve",
+            &image,
+        ])
+        .args(["--size", "1M", "--control", "none"])
+        .stdin(Stdio::from(std::os::fd::OwnedFd::from(listener)))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut ready = String::new();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    out.read_line(&mut ready).unwrap();
+    let mut greeting = [0; 8];
+    let mut client = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    client.read_exact(&mut greeting).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(&greeting, b"NBDMAGIC");
+    assert!(
+        !ready.contains("tcp") && !ready.contains("127.0.0.1"),
+        "{ready}"
+    );
+}
