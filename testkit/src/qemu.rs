@@ -148,11 +148,8 @@ impl Machine {
             &arguments,
             &file("qemu.log"),
         )?;
-        process.wait_until("control socket", SOON, |_| {
-            UnixStream::connect(&orders).is_ok() && qmp.exists()
-        })?;
-        let orders = UnixStream::connect(&orders).context("connect to the guest's orders")?;
-        let qmp = Qmp::connect(&qmp).with_context(|| process.tail())?;
+        let orders = knock(&mut process, &orders)?;
+        let qmp = Qmp::start(knock(&mut process, &qmp)?).with_context(|| process.tail())?;
         Ok(Self {
             process,
             qmp,
@@ -305,6 +302,16 @@ impl Machine {
             .to_owned();
         Ok((digest, self.console))
     }
+}
+
+/// Connects to a socket of a process that is just starting.
+fn knock(process: &mut Process, path: &Path) -> Result<UnixStream> {
+    let mut open = None;
+    process.wait_until("control socket", SOON, |_| {
+        open = UnixStream::connect(path).ok();
+        open.is_some()
+    })?;
+    open.context("the socket was open")
 }
 
 fn base_arguments(guest: &Guest, start: &Start) -> Vec<String> {

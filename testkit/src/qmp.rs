@@ -4,7 +4,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 /// How long an answer may take. Longer than any command that is used here.
@@ -17,13 +16,11 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connects and leaves the negotiation behind.
+    /// Takes a connection and leaves the negotiation behind.
     ///
     /// # Errors
-    /// Nobody listens there, or not a QEMU.
-    pub fn connect(path: &Path) -> Result<Self> {
-        let output = UnixStream::connect(path)
-            .with_context(|| format!("connect to QEMU at {}", path.display()))?;
+    /// Whoever is at the other end is no QEMU.
+    pub fn start(output: UnixStream) -> Result<Self> {
         output.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let mut qmp = Self {
             input: BufReader::new(output.try_clone()?),

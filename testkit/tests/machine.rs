@@ -12,7 +12,7 @@ use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
 use hikkoshi_testkit::qemu::{Disk, Machine, Start};
 use hikkoshi_testkit::server::Server;
-use hikkoshi_testkit::{cache, offline, writelog};
+use hikkoshi_testkit::{cache, offline, process, writelog};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
@@ -57,7 +57,21 @@ fn a_guest_moves_between_two_qemus_that_share_a_disk() -> Result<()> {
     }
     offline::images_are_equal(&right, &image)?;
 
-    // The comparisons notice a single byte.
+    // The comparisons notice a file that is gone, and a single byte.
+    let list = std::fs::read_to_string(guest.tree.join("content.list"))?;
+    let (_, path) = list.lines().next().unwrap().split_once(' ').unwrap();
+    process::run(
+        "debugfs",
+        ["-w", "-R", &format!("rm /{path}"), image.to_str().unwrap()],
+    )?;
+    let spoilt = offline::content_is_right(&image, &guest.tree, &digest);
+    ensure!(spoilt.is_err(), "{path} is gone, unnoticed");
+    ensure!(
+        offline::file_system_is_clean(&image).is_ok(),
+        "debugfs has spoilt more than that"
+    );
+    cache::copy_image(&right, &image)?;
+    offline::images_are_equal(&right, &image)?;
     let at = offline::spoil(&image, 1, 0, image.metadata()?.len())?;
     ensure!(
         offline::images_are_equal(&right, &image).is_err(),

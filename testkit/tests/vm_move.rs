@@ -290,7 +290,9 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
                 // The source can not be reached while the destination comes back.
                 link.cut();
             }
+            let start = Instant::now();
             server = Hikkoshi::serve(&b, &journey.image("b"), ANYWHERE, Some(&from), &[])?;
+            let back = start.elapsed();
             if round == 1 {
                 std::thread::sleep(Duration::from_secs(2));
                 link.restore();
@@ -301,8 +303,8 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
                 "owned blocks are gone: {before:?} became {after:?}"
             );
             println!(
-                "killed: {} absent, then {}",
-                before.0["absent_bytes"], after.0["absent_bytes"]
+                "killed: {} absent, then {}; back after {:.1?}",
+                before.0["absent_bytes"], after.0["absent_bytes"], back,
             );
             machine.console.wait_for_rounds(3, LONG)?;
         }
