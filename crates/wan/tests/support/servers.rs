@@ -5,9 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use hikkoshi_wan::Address;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::wait_until;
+
+/// Where a server in the background says which process it is.
+const PID_FILE: &str = "pid";
 
 /// A running server; it ends with this value.
 pub struct Server {
@@ -20,6 +24,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // One that went to the background left its number.
+        let text = std::fs::read_to_string(self.dir.path().join(PID_FILE)).unwrap_or_default();
+        if let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
     }
 }
 
@@ -38,7 +47,8 @@ pub enum On {
 
 impl Server {
     /// Starts `program` (of Debian's `package`) with the arguments that `arguments` makes of an
-    /// image with `data` in it and an address; `{port}` and `{socket}` are for it to fill in.
+    /// image with `data` in it, an address and a directory of its own. One that goes to the
+    /// background writes its number to [`PID_FILE`] there.
     pub fn start(
         (program, package): (&str, &str),
         data: &[u8],
@@ -71,9 +81,10 @@ impl Server {
         let mut ended = None;
         wait_until("the server listens or ends", || {
             ended = server.child.try_wait().unwrap();
-            ended.is_some() || server.listens()
+            ended.is_some_and(|status| !status.success()) || server.listens()
         });
-        assert!(ended.is_none(), "{program} ended at once: {ended:?}");
+        let failed = ended.filter(|status| !status.success());
+        assert!(failed.is_none(), "{program} ended at once: {failed:?}");
         server
     }
 
@@ -169,7 +180,10 @@ pub fn nbd_server(data: &[u8], on: On) -> Server {
                 image.display()
             );
             std::fs::write(&config, text).unwrap();
-            strings(&["-n", "-C", &config.display().to_string()])
+            let pid = dir.join(PID_FILE).display().to_string();
+            // Its debugging mode, which stays in the foreground, now and then never greets the
+            // first client (nbdinfo waits in vain just so).
+            strings(&["-C", &config.display().to_string(), "-p", &pid])
         },
     )
 }
