@@ -210,7 +210,7 @@ impl Connection {
         self.volume.count_read(true);
         let volume = Arc::clone(&self.volume);
         let done = move |end: ReadEnd<'_>| match end {
-            ReadEnd::Bytes(bytes) => ticket.data(offset, bytes.to_vec()),
+            ReadEnd::Bytes(bytes) => ticket.data(offset, bytes.into_owned()),
             ReadEnd::Failed(why) => ticket.fail(Errno::Io, &read_error(why).to_string()),
             ReadEnd::Resident => {
                 let mut data = vec![0; len];

@@ -66,6 +66,10 @@ pub enum OpenError {
     Refused(String),
 }
 
+/// How long a restart waits for a source before it serves what is here without it. A handshake
+/// takes five round trips.
+const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+
 fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
     Err(OpenError::Refused(why.into()))
 }
@@ -644,7 +648,13 @@ fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source
         source,
     };
     let config = source_config(wanted).map_err(failed)?;
-    match NbdSource::connect(config.clone()) {
+    // What is here is to be served soon, wherever the source is.
+    let soon = NbdSourceConfig {
+        connect_timeout: FIRST_CONNECT_TIMEOUT,
+        handshake_timeout: FIRST_CONNECT_TIMEOUT,
+        ..config.clone()
+    };
+    match NbdSource::connect(soon) {
         Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok(source),
         Ok(source) => refuse(format!(
             "the disk at {} has {} bytes now, and had {} when the move began; it is another one",

@@ -5,6 +5,7 @@
 //! installed is here ([`Relocation::install`]); its rule is invariant no. 1: only what is still
 //! absent is installed, under the lock of the range, so that a guest's write in between wins.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -31,8 +32,9 @@ const ZERO_GRAIN_BYTES: usize = 4096;
 pub enum ReadEnd<'a> {
     /// All of it is in the image now.
     Resident,
-    /// Before the handoff: the source's bytes of the range that was asked for.
-    Bytes(&'a [u8]),
+    /// The source's bytes of the range that was asked for: before the handoff, or because they
+    /// are in memory still.
+    Bytes(Cow<'a, [u8]>),
     /// It cannot be served.
     Failed(ReadFailure),
 }
@@ -245,7 +247,7 @@ impl Relocation {
                     .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
                 if keep {
                     let installed = self.install(range, &fetched);
-                    self.tell_landed(flight, range, installed);
+                    self.tell_landed(flight, range, installed, fetched);
                 } else {
                     self.pass_through(flight, &fetched);
                 }
@@ -276,10 +278,18 @@ impl Relocation {
         self: &Arc<Self>,
         flight: FlightId,
         range: BlockRange,
-        installed: io::Result<()>,
+        installed: io::Result<bool>,
+        fetched: Fetched,
     ) {
         match installed {
-            Ok(()) => self.drive(|m, now, out| m.landed(now, flight, &self.residency, out)),
+            Ok(whole) => {
+                let mut actions = Vec::new();
+                lock(&self.mover).landed((self.clock)(), flight, &self.residency, &mut actions);
+                if whole {
+                    self.answer_from(fetched, &mut actions);
+                }
+                self.carry_out(actions);
+            }
             Err(error) => {
                 let at = self.geometry.bytes(range).start;
                 tracing::warn!("keeping fetched blocks at offset {at} failed: {error}");
@@ -289,6 +299,43 @@ impl Relocation {
                 self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
             }
         }
+    }
+
+    /// Answers readers from what was fetched, which saves reading it back. Only if all of it was
+    /// installed: then it is what the image holds, or held a moment ago while the reader waited.
+    fn answer_from(&self, fetched: Fetched, actions: &mut Vec<Action<Reader>>) {
+        let Fetched {
+            offset, mut data, ..
+        } = fetched;
+        let mut rest = Vec::new();
+        for action in actions.drain(..) {
+            let Action::Wake(reader) = action else {
+                rest.push(action);
+                continue;
+            };
+            let start = reader
+                .bytes
+                .start
+                .checked_sub(offset)
+                .and_then(|s| usize::try_from(s).ok());
+            let len = usize::try_from(reader.bytes.len()).ok();
+            let place = start
+                .zip(len)
+                .map(|(start, len)| start..start.saturating_add(len));
+            match place.filter(|place| place.end <= data.len()) {
+                Some(place) if place == (0..data.len()) => {
+                    self.note_wait(reader.since);
+                    // The usual case is one reader of just this: it gets the buffer itself.
+                    (reader.done)(ReadEnd::Bytes(Cow::Owned(std::mem::take(&mut data))));
+                }
+                Some(place) => {
+                    self.note_wait(reader.since);
+                    (reader.done)(ReadEnd::Bytes(Cow::Borrowed(&data[place])));
+                }
+                None => rest.push(Action::Wake(reader)),
+            }
+        }
+        *actions = rest;
     }
 
     /// Before the handoff: the bytes go to those who asked, and nowhere else.
@@ -303,21 +350,23 @@ impl Relocation {
                 _ => None,
             };
             (reader.done)(match bytes {
-                Some(bytes) => ReadEnd::Bytes(bytes),
+                Some(bytes) => ReadEnd::Bytes(Cow::Borrowed(bytes)),
                 None => ReadEnd::Failed(ReadFailure::SourceRefused),
             });
         }
     }
 
     /// Installs what was fetched where it is still missing. The one place where blocks become
-    /// clean.
+    /// clean. Tells whether all of it was.
     ///
     /// # Errors
     /// The local image refused a write. Blocks installed before it stay.
-    fn install(&self, range: BlockRange, fetched: &Fetched) -> io::Result<()> {
+    fn install(&self, range: BlockRange, fetched: &Fetched) -> io::Result<bool> {
         let guard = self.locks.lock(range);
         let runs: Vec<_> = self.residency.runs(range).collect();
+        let mut whole = true;
         for (run, state) in runs {
+            whole &= state == BlockState::Absent;
             match state {
                 BlockState::Absent => self.install_absent(run, fetched)?,
                 BlockState::Partial => {
@@ -333,7 +382,7 @@ impl Relocation {
             }
         }
         drop(guard);
-        Ok(())
+        Ok(whole)
     }
 
     fn install_absent(&self, run: BlockRange, fetched: &Fetched) -> io::Result<()> {
