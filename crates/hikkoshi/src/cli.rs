@@ -185,7 +185,7 @@ pub struct Serve {
     /// [default: tcp://127.0.0.1:10809]
     #[arg(long, value_name = "URI", value_parser = address::parse_listen)]
     pub listen: Vec<Listen>,
-    /// Where the disk moves from: nbd://HOST[:PORT]/NAME, nbd+unix:///NAME?socket=PATH, or the
+    /// Where the disk moves from: nbd://HOST:PORT/NAME, nbd+unix:///NAME?socket=PATH, or the
     /// path of a Unix socket
     #[arg(long, value_name = "URI", value_parser = address::parse_from)]
     pub from: Option<String>,

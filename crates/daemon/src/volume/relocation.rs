@@ -2,7 +2,7 @@
 //! that decides what to ask for.
 //!
 //! Carries out the mover's actions, outside its lock. The one place where fetched blocks are
-//! installed is here ([`Relocation::install`]); its rule is invariant no. 1: only what is still
+//! installed is here (`Relocation::install`); its rule is invariant no. 1: only what is still
 //! absent is installed, under the lock of the range, so that a guest's write in between wins.
 
 use std::borrow::Cow;
