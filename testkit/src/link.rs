@@ -9,7 +9,7 @@
 //! leaves when those before it have, is lost when more than `queue_bytes` wait, and arrives half
 //! a round trip after it left. Bytes are IP bytes, headers included.
 //!
-//! The kernel hands over a few TCP segments at once ([`BURST_BYTES`]), which keeps the emulator
+//! The kernel hands over a few TCP segments at once (`BURST_BYTES`), which keeps the emulator
 //! at a few percent of a CPU; they are charged and lost as the packets they will become.
 
 use crate::netns::{self, Namespace};
