@@ -70,6 +70,22 @@ pub struct SourceConfig {
     pub moved: bool,
 }
 
+impl SourceConfig {
+    /// The source at `uri`, with what is usual.
+    pub fn new(uri: impl Into<String>) -> Self {
+        Self {
+            uri: uri.into(),
+            handoff: HandoffPolicy::FirstWrite,
+            connections: DEFAULT_CONNECTIONS,
+            background: true,
+            max_rate: None,
+            on_loss: SourceLoss::Wait,
+            overwrite: false,
+            moved: false,
+        }
+    }
+}
+
 /// One export: a disk image, maybe with a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {

@@ -13,21 +13,19 @@ use std::time::Duration;
 
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
-use hikkoshi_nbd::uri::{self, NbdUri};
+use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
-use hikkoshi_wan::nbd_source::{Address, NbdSource, NbdSourceConfig};
+use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 
 use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::{Clock, Tally, Volume, lock, system_clock};
-use crate::config::{
-    DEFAULT_CONNECTIONS, Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss,
-};
+use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
 use crate::status::LifeState;
 
 /// Why an export cannot be opened. Each text says what to do.
@@ -591,16 +589,7 @@ fn check_complete(
 /// The source to go on with: the recorded one, unless it is said to have moved.
 fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig, OpenError> {
     let Some(source) = &config.source else {
-        return Ok(SourceConfig {
-            uri: identity.source_uri.clone(),
-            handoff: HandoffPolicy::FirstWrite,
-            connections: DEFAULT_CONNECTIONS,
-            background: true,
-            max_rate: None,
-            on_loss: SourceLoss::Wait,
-            overwrite: false,
-            moved: false,
-        });
+        return Ok(SourceConfig::new(identity.source_uri.clone()));
     };
     if source.uri != identity.source_uri && !source.moved {
         return refuse(format!(
@@ -624,11 +613,7 @@ fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> 
             "TLS is not supported yet; use nbd:// over a tunnel".into()
         ));
     }
-    let address = match parsed.address {
-        uri::Address::Tcp { host, port } => Address::Tcp { host, port },
-        uri::Address::Unix(path) => Address::Unix(path),
-    };
-    let mut config = NbdSourceConfig::new(address, parsed.export);
+    let mut config = NbdSourceConfig::new(parsed.address, parsed.export);
     config.uri.clone_from(&wanted.uri);
     config.connections = wanted.connections.max(1);
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,

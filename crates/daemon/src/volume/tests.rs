@@ -29,7 +29,7 @@ use super::guest::ReadNow;
 use super::open::Parts;
 use super::relocation::{ReadEnd, Relocation};
 use super::{Clock, Volume, lock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
 use crate::status::LifeState;
 
 const DISK: u64 = 96 * 4096 + 512;
@@ -142,14 +142,8 @@ fn config(handoff: HandoffPolicy) -> ExportConfig {
         read_only: false,
         engine: Engine::Auto,
         source: Some(SourceConfig {
-            uri: "memory".into(),
             handoff,
-            connections: 1,
-            background: true,
-            max_rate: None,
-            on_loss: SourceLoss::Wait,
-            overwrite: false,
-            moved: false,
+            ..SourceConfig::new("memory")
         }),
     }
 }

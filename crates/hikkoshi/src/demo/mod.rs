@@ -20,8 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hikkoshi_daemon::config::{
-    DEFAULT_CONNECTIONS, DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, HandoffPolicy,
-    Listen, SourceConfig, SourceLoss,
+    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, Listen, SourceConfig,
 };
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
 use hikkoshi_daemon::{Daemon, DaemonError};
@@ -257,16 +256,7 @@ fn start_source(disk: &Disk, places: &Places) -> anyhow::Result<(Site, SocketAdd
 
 /// The daemon at the new site.
 fn start_destination(link: SocketAddr, places: &Places) -> anyhow::Result<Site> {
-    let source = SourceConfig {
-        uri: format!("nbd://{link}/"),
-        handoff: HandoffPolicy::FirstWrite,
-        connections: DEFAULT_CONNECTIONS,
-        background: true,
-        max_rate: None,
-        on_loss: SourceLoss::Wait,
-        overwrite: false,
-        moved: false,
-    };
+    let source = SourceConfig::new(format!("nbd://{link}/"));
     let listen = vec![Listen::Unix(places.socket("destination.sock"))];
     let image = places.disk("destination.img");
     Site::start(config(listen, image, Some(source))).context("starting the destination")

@@ -1,32 +1,8 @@
-//! Where a server listens, and the settings of a source.
+//! The settings of a source.
 
-use std::fmt;
-use std::path::PathBuf;
 use std::time::Duration;
 
-/// Where an NBD server listens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Address {
-    /// A TCP port; the host is a name or an address (IPv6 without brackets).
-    Tcp {
-        /// Name or address.
-        host: String,
-        /// Port.
-        port: u16,
-    },
-    /// A Unix socket.
-    Unix(PathBuf),
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
+pub use hikkoshi_nbd::uri::Address;
 
 /// The settings of an [`NbdSource`](super::NbdSource).
 #[derive(Clone, Debug)]
