@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -140,6 +141,19 @@ impl Store for FileStore {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.check(offset, len_u64(buf.len()))?;
         self.image.read_exact(offset, buf)
+    }
+
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<u64> {
+        self.check(offset, len)?;
+        let mut at = offset;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        match rustix::fs::sendfile(socket, &self.image.file, Some(&mut at), len) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(sent) => Ok(len_u64(sent)),
+            // A file system or a kind of socket that cannot.
+            Err(Errno::INVAL | Errno::NOSYS) => Err(io::ErrorKind::Unsupported.into()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn submit_read(&self, offset: u64, len: usize, done: ReadDone) {

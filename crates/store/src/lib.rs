@@ -32,6 +32,7 @@ pub use memory::{Chooser, MemoryStore};
 pub use open::{EngineChoice, OpenOptions, StoreError};
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 /// What an extent of a store holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +92,18 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// The error of the medium; a short read is [`io::ErrorKind::UnexpectedEof`].
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Hands up to `len` bytes to a socket without bringing them into this process, waiting for
+    /// the medium and for the socket; tells how many. What is written to the range before the
+    /// peer takes it may show there, as it may for any read under way.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] where that cannot be done, and nothing was sent; the error
+    /// of the medium or of the socket.
+    fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<u64> {
+        let _ = (socket, offset, len);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Reads `len` bytes somewhere else (a ring, a pool of threads) and calls `done` there.
     /// Returns at once.

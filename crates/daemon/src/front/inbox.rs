@@ -12,6 +12,10 @@ use socket2::Socket;
 /// Holds a batch of requests, and payloads in pieces of this.
 const INBOX_BYTES: usize = (256 << 10) + REQUEST_BYTES;
 
+/// What is waited for at least, of a payload that is longer. Taking what one receive brought costs
+/// less than waiting for a full buffer, which would have to be moved to its front first.
+const PIECE_BYTES: usize = 64 << 10;
+
 /// How long the next request is looked for before the thread sleeps. Falling asleep and being
 /// woken costs more than that in CPU, and as much in latency.
 const SPIN: Duration = Duration::from_micros(50);
@@ -140,22 +144,23 @@ impl Inbox {
         }
     }
 
-    /// The next `wanted` bytes, or as many of them as the buffer takes; waits for them.
+    /// Up to `wanted` bytes, and at least as many of them as a piece has; waits for these.
     ///
     /// # Errors
     /// The connection is broken, or ended before.
     pub fn fill(&mut self, wanted: usize) -> io::Result<&[u8]> {
-        let wanted = wanted.min(self.buf.len());
-        if self.start + wanted > self.buf.len() {
+        let least = wanted.min(PIECE_BYTES);
+        if self.start + least > self.buf.len() {
             self.buf.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        while self.buffered() < wanted {
+        while self.buffered() < least {
             if !self.receive()? {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
-        Ok(&self.buf[self.start..self.start + wanted])
+        let here = wanted.min(self.buffered());
+        Ok(&self.buf[self.start..self.start + here])
     }
 
     /// Lets go of bytes that [`Inbox::fill`] gave.
