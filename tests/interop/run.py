@@ -94,7 +94,10 @@ def main():
     result = Result(max(len(name_of(test)) for test in tests))
     result.failfast = arguments.fail_fast
     started = time.monotonic()
-    unittest.TestSuite(tests).run(result)
+    # A suite lets go of each test after it ran, and with it of the content of a disk.
+    suite = unittest.TestSuite(tests)
+    tests.clear()
+    suite.run(result)
     for test, story in result.failures + result.errors:
         print(f"\n---- {name_of(test)} ----\n{story}")
     # A test can fail more than once (in parts, and again in its clean-up): it counts once.
