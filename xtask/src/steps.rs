@@ -177,6 +177,10 @@ fn command(session: &Session, step: Step) -> Result<Command> {
                 "hikkoshi-testkit",
                 "--no-fail-fast",
             ]);
+            if session.ci || debian::is_root()? {
+                // Some want loop devices and mounts.
+                command.args(["--", "--include-ignored"]);
+            }
         }
         Step::Loom => {
             command = session.cargo("test");
