@@ -29,16 +29,50 @@ const WORTH_SPINNING: Duration = Duration::from_micros(100);
 /// MSG_DONTWAIT.
 const DONT_WAIT: i32 = 0x40;
 
+/// After looking in vain, the thread sleeps this many times before it looks again; twice as many
+/// after each further time. Where the client needs this very processor, looking keeps it from
+/// answering, and that must not cost more than a trial now and then.
+const FIRST_REST: u32 = 4;
+const LONGEST_REST: u32 = 4096;
+
 /// Threads that are looking now. At most half of the processors do, so that clients on the same
-/// machine are not kept from running; on a single one nobody does.
+/// machine are not kept from running.
 static SPINNING: AtomicUsize = AtomicUsize::new(0);
 static MAX_SPINNING: LazyLock<usize> =
-    LazyLock::new(|| std::thread::available_parallelism().map_or(0, |n| n.get() / 2));
+    LazyLock::new(|| std::thread::available_parallelism().map_or(1, |n| (n.get() / 2).max(1)));
+
+/// Whether to look for the next request before sleeping.
+#[derive(Debug, Default)]
+struct Briskness {
+    /// The last request came so soon that looking for the next one is worth it.
+    brisk: bool,
+    /// Sleeps until the next trial, and how many there were before this one.
+    rest: u32,
+    last_rest: u32,
+}
+
+impl Briskness {
+    fn should_look(&mut self) -> bool {
+        if self.rest > 0 {
+            self.rest -= 1;
+            return false;
+        }
+        self.brisk
+    }
+
+    fn looked(&mut self, found: bool) {
+        if found {
+            self.last_rest = 0;
+        } else {
+            self.last_rest = (self.last_rest * 2).clamp(FIRST_REST, LONGEST_REST);
+            self.rest = self.last_rest;
+        }
+    }
+}
 
 pub(super) struct Inbox {
     socket: Socket,
-    /// The last request came so soon that looking for the next one is worth it.
-    brisk: bool,
+    briskness: Briskness,
     buf: Vec<u8>,
     start: usize,
     end: usize,
@@ -51,7 +85,7 @@ impl Inbox {
         buf[..early.len()].copy_from_slice(early);
         Self {
             socket,
-            brisk: false,
+            briskness: Briskness::default(),
             buf,
             start: 0,
             end: early.len(),
@@ -95,7 +129,7 @@ impl Inbox {
 
     /// Looks for bytes without sleeping, if they can be expected soon.
     fn look_for_more(&mut self) -> io::Result<Option<usize>> {
-        if !self.brisk {
+        if !self.briskness.should_look() {
             return Ok(None);
         }
         if SPINNING.fetch_add(1, Ordering::Relaxed) >= *MAX_SPINNING {
@@ -104,7 +138,7 @@ impl Inbox {
         }
         let outcome = self.spin();
         SPINNING.fetch_sub(1, Ordering::Relaxed);
-        self.brisk = matches!(outcome, Ok(Some(_)));
+        self.briskness.looked(matches!(outcome, Ok(Some(_))));
         outcome
     }
 
@@ -135,7 +169,7 @@ impl Inbox {
         loop {
             match self.socket.read(&mut self.buf[self.end..]) {
                 Ok(n) => {
-                    self.brisk = started.elapsed() < WORTH_SPINNING;
+                    self.briskness.brisk = started.elapsed() < WORTH_SPINNING;
                     return Ok(n);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
