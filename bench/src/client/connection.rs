@@ -65,6 +65,8 @@ pub struct Slot {
     pub command: u16,
     /// Where.
     pub offset: u64,
+    /// The number of a write.
+    pub write: u64,
     /// Bytes of data still to come.
     pub expected: u32,
     /// The data, when this request belongs to the sample.
