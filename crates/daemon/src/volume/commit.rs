@@ -104,12 +104,15 @@ impl Volume {
     }
 
     /// The same within the call, where that is cheaper than asking another thread: the medium
-    /// syncs in no time and nobody else waits. `None` if it is not so.
+    /// syncs in no time and nobody else commits. `None` if it is not so.
     pub fn flush_inline(&self) -> Option<io::Result<()>> {
         if self.committer.last_sync_us.load(Ordering::Relaxed) > INLINE_SYNC_US {
             return None;
         }
-        Some(self.commit())
+        // Behind a commit or a snapshot that runs already, the connection's other requests would
+        // have to wait as well.
+        let mut journal = self.journal.try_lock().ok()?;
+        Some(self.commit_locked(&mut journal))
     }
 
     /// Asks for a commit for which nobody waits.
