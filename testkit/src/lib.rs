@@ -6,7 +6,10 @@
 //! that names the Debian package, never a skipped test. Needs Linux and root.
 
 pub mod cache;
+pub mod client;
 pub mod console;
+pub mod daemon;
+pub mod faults;
 pub mod guest;
 pub mod link;
 pub mod netns;

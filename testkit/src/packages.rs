@@ -20,12 +20,15 @@ const TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("ldd", "libc-bin"),
     ("mkfs.ext4", "e2fsprogs"),
+    ("mount", "mount"),
     ("nbd-client", "nbd-client"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
     ("qemu-nbd", "qemu-utils"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("setpriv", "util-linux"),
+    ("strace", "strace"),
+    ("umount", "mount"),
 ];
 
 /// Packages without a program of their own: the C library to link guests against statically.

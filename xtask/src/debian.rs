@@ -72,6 +72,12 @@ pub const PACKAGES: &[Package] = &[
         "the guest's file system, and its check",
     ),
     package("iproute2", "ip", "network namespaces for the two sites"),
+    package("mount", "mount", "small file systems that become full"),
+    package(
+        "strace",
+        "strace",
+        "makes system calls of a running daemon fail",
+    ),
     package("cpio", "cpio", "the guest's initial RAM disk"),
     package("xz-utils", "xz", "unpacks kernel modules and sources"),
     package("gcc", "gcc", "builds the suites of libnbd and nbd"),

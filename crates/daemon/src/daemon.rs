@@ -8,10 +8,15 @@ use crate::config::{DaemonConfig, Listen};
 use crate::control;
 use crate::front::{Front, Table};
 use crate::registry::{CommandError, Controlled, Exports};
+use crate::volume::Volume;
 use crate::volume::open::{OpenError, Running};
 
 /// How long clients may take to receive what is in flight when the daemon ends.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The same when reads wait for a source that is away. They are not answered but hung up on: a client
+/// that connects again asks again, and its guest sees no error.
+const HOPELESS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a daemon could not start, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -140,7 +145,13 @@ impl Daemon {
     pub fn shutdown(mut self) -> Result<(), DaemonError> {
         drop(self.control.take());
         drop(self.metrics.take());
-        self.front.stop(STOP_PATIENCE);
+        let hopeless = |volume: &Arc<Volume>| volume.waits_in_vain();
+        let patience = if self.table.volumes.iter().any(hopeless) {
+            HOPELESS_PATIENCE
+        } else {
+            STOP_PATIENCE
+        };
+        self.front.stop(patience);
         let mut outcome = Ok(());
         for running in self.running.drain(..) {
             let export = running.volume().name().to_owned();

@@ -120,13 +120,17 @@ pub fn open_map(
             (residency, Recovered::AfterKill, live)
         }
         None => {
-            // The order matters: the new incarnation is durable before memory that carries it
-            // exists, and memory of the old one is never believed again.
-            let incarnation = random()?;
-            state.change(|identity| identity.incarnation = incarnation)?;
             let (live, memory) = make(live_dir, state.identity())?;
             let residency = Residency::new(geometry, Box::new(memory));
-            state.load(&residency)?;
+            // A state that is refused is left exactly as it was.
+            if let Err(error) = state.load(&residency) {
+                live.remove();
+                return Err(error);
+            }
+            // The order matters: the new incarnation is durable before memory that carries it is
+            // published, and memory of the old one is never believed again.
+            let incarnation = random()?;
+            state.change(|identity| identity.incarnation = incarnation)?;
             live.publish(state_dir, state.identity())?;
             (residency, Recovered::FromDisk, live)
         }

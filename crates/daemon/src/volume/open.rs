@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
+use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
@@ -69,6 +70,9 @@ pub enum OpenError {
 /// How long a restart waits for a source before it serves what is here without it. A handshake
 /// takes five round trips.
 const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// A source that says nothing for less than this may only be busy.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
 
 fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
     Err(OpenError::Refused(why.into()))
@@ -296,7 +300,13 @@ fn open_new(
     let tag = identity.volume_id;
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
-    move_in(config, wanted, store, source, map)
+    move_in(
+        config,
+        wanted,
+        store,
+        source,
+        (map, Witnesses::new(seed()?)),
+    )
 }
 
 /// An image with a state: the move goes on, or is complete.
@@ -329,10 +339,12 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let store = open_image(config, identity.geometry, false)?;
     check_belongs(config, &store, &identity, state_path)?;
     let source = reconnect(&wanted, identity.geometry)?;
+    // Before anything is changed: if they are damaged, all is left as it is.
+    let witnesses = state.witnesses(seed()?)?;
     let mut sync = || store.sync();
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
-    let running = move_in(config, &wanted, store, source, map)?;
+    let running = move_in(config, &wanted, store, source, (map, witnesses))?;
     if wanted.handoff == HandoffPolicy::Now {
         running
             .volume
@@ -345,12 +357,20 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     Ok(running)
 }
 
+/// What draws the witnesses.
+fn seed() -> Result<u64, OpenError> {
+    let random: [u8; 16] = live::random()?;
+    Ok(u64::from_le_bytes(
+        random[..8].try_into().expect("eight of sixteen"),
+    ))
+}
+
 fn move_in(
     config: &ExportConfig,
     wanted: &SourceConfig,
     store: FileStore,
     source: Arc<dyn Source>,
-    map: OpenedMap,
+    (map, witnesses): (OpenedMap, Witnesses),
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
     let OpenedMap {
@@ -379,9 +399,6 @@ fn move_in(
         Phase::Arriving
     };
     let mover = Mover::new(geometry, phase, policy);
-    let seed: [u8; 16] = live::random()?;
-    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight of sixteen"));
-    let witnesses = state.witnesses(seed)?;
     let clock = system_clock();
     let (store, live) = (Arc::new(store), Arc::new(live));
     let image: Arc<dyn Store> = Arc::clone(&store) as Arc<dyn Store>;
@@ -636,6 +653,12 @@ fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> 
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,
     // nothing that is read is kept.
     config.several_without_promise = true;
+    if let SourceLoss::Error(after) = wanted.on_loss {
+        // A source that falls silent without hanging up is to be noticed in about that time too.
+        let silence = after.clamp(SHORTEST_SILENCE, config.dead_peer_timeout);
+        config.progress_timeout = Some(silence);
+        config.dead_peer_timeout = silence;
+    }
     Ok(config)
 }
 

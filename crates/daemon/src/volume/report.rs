@@ -127,6 +127,12 @@ impl Volume {
         })
     }
 
+    /// Whether reads wait for a source that is away.
+    pub fn waits_in_vain(&self) -> bool {
+        self.relocation()
+            .is_some_and(|r| !r.is_source_usable() && r.with_mover(|m| m.waiting()) > 0)
+    }
+
     fn counters(&self, relocation: Option<&Arc<Relocation>>) -> Counters {
         let get = |c: &std::sync::atomic::AtomicU64| c.load(Ordering::Relaxed);
         let traffic = relocation.map(|r| &r.traffic).unwrap_or(&self.last_traffic);

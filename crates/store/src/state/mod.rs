@@ -204,10 +204,16 @@ impl StateDir {
         epoch: u64,
         lock: Option<File>,
     ) -> Result<Self, StateError> {
-        let log = dir.open(LOG).map_err(|source| StateError::Io {
-            what: "opening",
-            path: dir.path(LOG),
-            source,
+        let log = dir.open(LOG).map_err(|source| {
+            let path = dir.path(LOG);
+            if source.kind() == io::ErrorKind::NotFound {
+                return StateError::Missing { path };
+            }
+            StateError::Io {
+                what: "opening",
+                path,
+                source,
+            }
         })?;
         Ok(Self {
             dir,
