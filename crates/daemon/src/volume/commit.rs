@@ -15,8 +15,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use hikkoshi_engine::geometry::BlockRange;
-use hikkoshi_engine::journal::Record;
 use hikkoshi_store::state::StateDir;
 
 use super::{Volume, lock};
@@ -25,7 +23,7 @@ use super::{Volume, lock};
 pub type FlushDone = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// Records that may gather before a commit is made without anyone asking: bounds memory.
-const MAX_PENDING_RECORDS: usize = 1 << 16;
+pub(super) const MAX_PENDING_RECORDS: usize = 1 << 16;
 
 /// How long records may gather: bounds what a power cut makes the background copy fetch again.
 pub const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(2);
@@ -38,38 +36,6 @@ const INLINE_SYNC_US: u64 = 30;
 pub struct Journal {
     /// Absent for a plain image that never had a source.
     pub state: Option<StateDir>,
-}
-
-/// Records of what became resident since the last commit, in the order of their writes.
-#[derive(Debug, Default)]
-pub struct Pending {
-    records: Mutex<Vec<Record>>,
-}
-
-impl Pending {
-    /// Leaves a record for the next commit. The data it speaks of must have been written.
-    /// True if a commit should be made soon.
-    pub fn leave(&self, record: Record) -> bool {
-        let mut records = lock(&self.records);
-        match (records.last_mut(), &record) {
-            (Some(Record::Owned(last)), Record::Owned(next))
-            | (Some(Record::Clean(last)), Record::Clean(next))
-                if last.end == next.start =>
-            {
-                *last = BlockRange::new(last.start, next.end);
-            }
-            _ => records.push(record),
-        }
-        records.len() >= MAX_PENDING_RECORDS
-    }
-
-    fn take(&self) -> Vec<Record> {
-        std::mem::take(&mut lock(&self.records))
-    }
-
-    fn is_empty(&self) -> bool {
-        lock(&self.records).is_empty()
-    }
 }
 
 /// Who waits for a commit, and the thread that makes it.
