@@ -28,6 +28,10 @@ pub(super) const MAX_PENDING_RECORDS: usize = 1 << 16;
 /// How long records may gather: bounds what a power cut makes the background copy fetch again.
 pub const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(2);
 
+/// How often the witnesses of the source's disk are written anew while they change: seldom, since
+/// flushes wait for it, and older ones serve as well.
+const KEEP_WITNESSES_AFTER: Duration = Duration::from_secs(30);
+
 /// A sync that takes less than this costs less than handing it to another thread.
 const INLINE_SYNC_US: u64 = 30;
 
@@ -155,6 +159,32 @@ impl Volume {
         }
     }
 
+    /// Keeps the witnesses of the source's disk, when there are new ones. `at_once`: the last chance.
+    pub(super) fn keep_witnesses(&self, at_once: bool) {
+        let journal = lock(&self.journal);
+        let (Some(relocation), Some(state)) = (self.relocation(), journal.state.as_ref()) else {
+            return;
+        };
+        let now = self.now();
+        let mut kept_at = lock(&self.witnesses_kept_at);
+        let soon = kept_at.is_some_and(|at| now.saturating_sub(at) < KEEP_WITNESSES_AFTER);
+        if soon && !at_once || self.poisoned.load(Ordering::Acquire) {
+            return;
+        }
+        let witnesses = {
+            let mut witnesses = lock(&relocation.witnesses);
+            if !witnesses.take_changed() {
+                return;
+            }
+            witnesses.clone()
+        };
+        *kept_at = Some(now);
+        if let Err(e) = state.keep_witnesses(&witnesses) {
+            // Nothing depends on it but the proof after a power cut; the next change tries again.
+            tracing::warn!(export = %self.name, "the source's witnesses are not kept: {e}");
+        }
+    }
+
     /// Ends the relocation: everything durable, recorded as complete, the source let go.
     ///
     /// # Errors
@@ -195,6 +225,7 @@ impl Volume {
             if !waiting.is_empty() || lazy || stop {
                 self.commit_for(waiting);
                 self.checkpoint_if_due();
+                self.keep_witnesses(stop);
             }
             if complete && let Err(e) = self.complete() {
                 tracing::error!(export = %self.name, "the move could not be completed: {e}");

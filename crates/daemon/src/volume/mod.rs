@@ -12,6 +12,9 @@ pub mod commit;
 mod extents;
 pub mod guest;
 pub mod open;
+pub mod proof;
+#[cfg(test)]
+mod proof_tests;
 pub mod relocation;
 mod report;
 #[cfg(test)]
@@ -75,6 +78,8 @@ pub struct Volume {
     relocation: RwLock<Option<Arc<Relocation>>>,
     journal: Mutex<Journal>,
     committer: Committer,
+    /// When the witnesses of the source's disk were written last.
+    witnesses_kept_at: Mutex<Option<Duration>>,
     clock: Clock,
     /// Whether the background copy was asked for.
     background: bool,

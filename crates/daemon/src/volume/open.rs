@@ -369,6 +369,9 @@ fn move_in(
         Phase::Arriving
     };
     let mover = Mover::new(geometry, phase, policy);
+    let seed: [u8; 16] = live::random()?;
+    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight of sixteen"));
+    let witnesses = state.witnesses(seed)?;
     let clock = system_clock();
     let (store, live) = (Arc::new(store), Arc::new(live));
     let image: Arc<dyn Store> = Arc::clone(&store) as Arc<dyn Store>;
@@ -380,7 +383,7 @@ fn move_in(
         had_source: true,
     };
     let volume = parts.moving(life, clock, |volume, store, clock| {
-        Relocation::new(volume, store, residency, source, mover, clock)
+        Relocation::new(volume, store, residency, source, mover, clock).with_witnesses(witnesses)
     });
     let memory = Arc::clone(&live);
     *lock(&volume.at_completion) = Some(Box::new(move || {
@@ -416,6 +419,7 @@ impl Parts<'_> {
             relocation: RwLock::new(None),
             journal: Mutex::new(Journal { state: self.state }),
             committer: Committer::default(),
+            witnesses_kept_at: Mutex::default(),
             clock,
             background: source.is_none_or(|s| s.background),
             had_source: self.had_source,

@@ -14,15 +14,17 @@ use std::time::Duration;
 
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
 use hikkoshi_engine::journal::{Pending, Record};
-use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, Phase, ReadFailure};
+use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, ReadFailure};
 use hikkoshi_engine::range_lock::RangeLocks;
 use hikkoshi_engine::residency::{BlockState, Residency};
+use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::{Store, ZeroMode};
 use hikkoshi_wan::{
     ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceWatcher,
 };
 
 use super::commit::MAX_PENDING_RECORDS;
+use super::proof::Proof;
 use super::{Clock, Volume, lock};
 
 /// Zeroes inside fetched data are looked for at this grain: the usual block of a file system.
@@ -84,9 +86,13 @@ pub struct Relocation {
     pub residency: Arc<Residency>,
     pub(super) locks: RangeLocks,
     pub(super) source: Arc<dyn Source>,
-    mover: Mutex<Mover<Reader>>,
+    /// Locked before the mover, where both are.
+    pub(super) proof: Mutex<Proof>,
+    /// What the source must still read the same.
+    pub(super) witnesses: Mutex<Witnesses>,
+    pub(super) mover: Mutex<Mover<Reader>>,
     pub(super) pending: Pending,
-    clock: Clock,
+    pub(super) clock: Clock,
     /// The volume, to ask it for commits. Weak: the volume owns the relocation.
     volume: Weak<Volume>,
     /// What is counted.
@@ -112,6 +118,8 @@ impl Relocation {
             residency,
             locks: RangeLocks::new(),
             source,
+            proof: Mutex::default(),
+            witnesses: Mutex::new(Witnesses::new(0)),
             mover: Mutex::new(mover),
             pending: Pending::default(),
             clock,
@@ -120,6 +128,13 @@ impl Relocation {
             trouble: Mutex::new(None),
             retired: AtomicBool::new(false),
         }
+    }
+
+    /// With the witnesses of an earlier run, and the seed that draws more.
+    #[must_use]
+    pub fn with_witnesses(mut self, witnesses: Witnesses) -> Self {
+        self.witnesses = Mutex::new(witnesses);
+        self
     }
 
     /// Listens to the source, and takes up the partial blocks of an earlier run.
@@ -132,9 +147,7 @@ impl Relocation {
             .collect();
         self.drive(|m, now, out| m.partial(now, blocks, &self.residency, out));
         self.source.watch(Arc::new(Watch(Arc::downgrade(self))));
-        if self.source.is_connected() {
-            self.drive(|m, now, out| m.source_up(now, &self.residency, out));
-        }
+        self.look_for_source();
     }
 
     /// Lets go of the source. Whatever still waits fails.
@@ -177,12 +190,13 @@ impl Relocation {
 
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
+        self.tick_proof();
         self.drive(|m, now, out| m.tick(now, &self.residency, out));
     }
 
     /// Worked off in a queue and not by recursion: installing zeroes lands at once and brings
     /// further actions.
-    fn carry_out(self: &Arc<Self>, actions: Vec<Action<Reader>>) {
+    pub(super) fn carry_out(self: &Arc<Self>, actions: Vec<Action<Reader>>) {
         let mut queue = VecDeque::from(actions);
         while let Some(action) = queue.pop_front() {
             match action {
@@ -242,9 +256,7 @@ impl Relocation {
     ) {
         match outcome {
             Ok(fetched) => {
-                self.traffic
-                    .wire_bytes
-                    .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+                self.count_wire(&fetched);
                 if keep {
                     let installed = self.install(range, &fetched);
                     self.tell_landed(flight, range, installed, fetched);
@@ -257,6 +269,12 @@ impl Relocation {
                 self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
             }
         }
+    }
+
+    pub(super) fn count_wire(&self, fetched: &Fetched) {
+        self.traffic
+            .wire_bytes
+            .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
     }
 
     fn note_failure(&self, error: &SourceError) -> FetchFailure {
@@ -400,6 +418,7 @@ impl Relocation {
             }
         }
         self.now_clean(run);
+        lock(&self.witnesses).came(self.geometry, run, data);
         Ok(())
     }
 
@@ -548,11 +567,6 @@ impl Relocation {
             .collect();
         self.drive(|m, now, out| m.extents(now, answered, &zeroes, &self.residency, out));
     }
-
-    /// Whether the handoff is behind us.
-    pub fn is_arriving(&self) -> bool {
-        lock(&self.mover).phase() != Phase::Standby
-    }
 }
 
 /// Neighbouring zero extents joined: a block may span two of them.
@@ -623,9 +637,7 @@ struct Watch(Weak<Relocation>);
 impl SourceWatcher for Watch {
     fn source_up(&self) {
         if let Some(relocation) = self.0.upgrade() {
-            *lock(&relocation.trouble) = None;
-            tracing::info!("the source is reachable");
-            relocation.drive(|m, now, out| m.source_up(now, &relocation.residency, out));
+            relocation.source_came();
         }
     }
 
@@ -635,7 +647,7 @@ impl SourceWatcher for Watch {
         {
             tracing::warn!("the source is gone: {error}; trying to reach it again");
             *lock(&relocation.trouble) = Some(error.clone());
-            lock(&relocation.mover).source_down((relocation.clock)());
+            relocation.source_went();
         }
     }
 }

@@ -73,7 +73,12 @@ impl Volume {
                 }
             });
         }
-        if !relocation.source.is_connected() {
+        if relocation.is_source_refused() {
+            notes.push(
+                "the source is not believed to be the same disk; reads of what is not here wait"
+                    .to_owned(),
+            );
+        } else if !relocation.source.is_connected() {
             notes.push("the source is unreachable; reads of what is not here wait".to_owned());
         }
         if let Some(trouble) = lock(&relocation.trouble).as_ref() {
@@ -139,7 +144,7 @@ impl Controlled for Volume {
             owned_bytes: r.map_or(size_bytes, |r| r.residency.owned_bytes()),
             absent_bytes,
             wire_bytes: wire.load(Ordering::Relaxed),
-            source_connected: r.map(|r| r.source.is_connected()),
+            source_connected: r.map(|r| r.is_source_usable()),
             background: self.background(r),
             rate_bytes_per_s: rate,
             eta_s: (rate > 0 && absent_bytes > 0).then(|| absent_bytes.div_ceil(rate)),

@@ -18,6 +18,7 @@ use hikkoshi_engine::journal::{
     self, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
 };
 use hikkoshi_engine::residency::Residency;
+use hikkoshi_engine::witness::Witnesses;
 
 use crate::medium::{Directory, DurableFile, FsDirectory};
 pub use identity::{Identity, IdentityError, Life, hex};
@@ -26,6 +27,7 @@ const VOLUME: &str = "volume";
 const MAP: &str = "map";
 const LOG: &str = "log";
 const LOCK: &str = "lock";
+const WITNESSES: &str = "witnesses";
 
 /// Bounds of the log, in bytes. It may grow to a quarter of the map before a snapshot is written,
 /// so that snapshots cost at most a few times what the commits do.
@@ -68,6 +70,17 @@ pub enum StateError {
     /// The snapshot or the log cannot be read.
     #[error("{path} cannot be believed: {source}; restore it, or discard it with the image")]
     Journal {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: JournalError,
+    },
+    /// What proves that a source is the right one cannot be read.
+    #[error(
+        "{path} cannot be believed: {source}; restore it, or, if you are sure of the source, remove \
+         this file alone: it only serves to recognise the source's disk"
+    )]
+    Witnesses {
         /// Which file.
         path: PathBuf,
         /// Why.
@@ -137,6 +150,12 @@ impl StateDir {
         lock: Option<File>,
     ) -> Result<Self, StateError> {
         let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
+        // Those of a volume that was here before would be taken for damage.
+        dir.remove(WITNESSES).map_err(|source| StateError::Io {
+            what: "removing",
+            path: dir.path(WITNESSES),
+            source,
+        })?;
         put(&*dir, LOG, &vec![0; PREALLOCATED_BYTES])?;
         put(&*dir, MAP, &map)?;
         // Last: with it the state counts as there.
@@ -229,6 +248,31 @@ impl StateDir {
         Ok(())
     }
 
+    /// The witnesses that were kept, with `seed` for those to come; none if none were kept.
+    ///
+    /// # Errors
+    /// They are damaged or of another volume.
+    pub fn witnesses(&self, seed: u64) -> Result<Witnesses, StateError> {
+        let path = self.dir.path(WITNESSES);
+        match self.dir.read(WITNESSES) {
+            Ok(None) => Ok(Witnesses::new(seed)),
+            Ok(Some(content)) => {
+                Witnesses::decode(&content, self.volume_id(), self.geometry(), seed)
+                    .map_err(|source| StateError::Witnesses { path, source })
+            }
+            Err(source) => Err(self.failed("reading", WITNESSES, source)),
+        }
+    }
+
+    /// Keeps witnesses. Nothing else depends on them, so that a failure spoils nothing: those kept
+    /// before are still there.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn keep_witnesses(&self, witnesses: &Witnesses) -> Result<(), StateError> {
+        put(&*self.dir, WITNESSES, &witnesses.encode(self.volume_id()))
+    }
+
     /// Whose state it is.
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -308,7 +352,7 @@ impl StateDir {
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
-        for name in [MAP, LOG] {
+        for name in [MAP, LOG, WITNESSES] {
             // Left-overs do no harm: the identity says that they do not count.
             let _ = self.dir.remove(name);
         }
