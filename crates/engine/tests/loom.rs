@@ -109,7 +109,7 @@ impl Disk {
     fn write_and_flush(&self) {
         self.write(1..2);
         assert!(
-            Self::is_known_by(&self.pending.take()),
+            Self::is_known_by(&self.pending.take().records),
             "the flush has no record of a block that was written before it"
         );
     }

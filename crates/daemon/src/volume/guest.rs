@@ -25,6 +25,7 @@ use hikkoshi_store::{Store, ZeroMode};
 use super::relocation::{ReadEnd, Relocation};
 use super::{Volume, lock};
 use crate::config::HandoffPolicy;
+use crate::events::EventKind;
 use crate::status::LifeState;
 
 /// How a read stands after the first look.
@@ -79,7 +80,9 @@ impl Volume {
                 return Ok(ReadNow::Missing);
             }
         }
-        Ok(if self.store.try_read(offset, buf)? {
+        let read = self.store.try_read(offset, buf);
+        let read = read.inspect_err(|error| self.note_disk_error("read", error));
+        Ok(if read? {
             ReadNow::Done
         } else {
             ReadNow::WouldBlock
@@ -98,13 +101,13 @@ impl Volume {
         data: &[u8],
     ) -> io::Result<()> {
         self.check_poison()?;
-        match relocation {
+        self.note_write(match relocation {
             None => self.store.write(offset, data),
             Some(relocation) => {
                 let bytes = ByteRange::at(offset, data.len() as u64);
                 self.mutate(relocation, bytes, &Change::Data { offset, data })
             }
-        }
+        })
     }
 
     /// Makes bytes zero.
@@ -119,14 +122,14 @@ impl Volume {
         mode: ZeroMode,
     ) -> io::Result<()> {
         self.check_poison()?;
-        match relocation {
+        self.note_write(match relocation {
             None => self.store.write_zeroes(offset, len, mode),
             Some(relocation) => self.mutate(
                 relocation,
                 ByteRange::at(offset, len),
                 &Change::Zeroes(mode),
             ),
-        }
+        })
     }
 
     /// Gives bytes up. They read as zeroes afterwards, except for parts of a block that is not
@@ -163,16 +166,17 @@ impl Volume {
             return Ok(());
         };
         if let Some(state) = journal.state.as_mut() {
-            state.record_arriving().map_err(|e| {
-                self.poison("recording the handoff", &e);
-                io::Error::other(e)
-            })?;
+            let outcome = state.record_arriving();
+            self.settle("recording the handoff", outcome)?;
         }
         // The mover first: as soon as a write is accepted, no read may pass by it to the source.
         relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         self.set_life(LifeState::Arriving);
         drop(journal);
-        tracing::info!(export = %self.name, "handoff: the disk lives here from now on");
+        self.event(
+            EventKind::Handoff,
+            "handoff: the disk lives here from now on",
+        );
         Ok(())
     }
 
@@ -332,6 +336,10 @@ impl Relocation {
         let mut result = lock(&outcome.0);
         loop {
             if let Some(result) = result.take() {
+                // Answered, but there was no space to keep it.
+                if result.is_ok() && !self.residency.all_resident(blocks) {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
                 return result;
             }
             result = outcome

@@ -24,8 +24,10 @@ use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
+use super::space::DiskTrouble;
 use super::{Clock, Tally, Volume, lock, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::events::{EventKind, EventLog};
 use crate::status::LifeState;
 
 /// Why an export cannot be opened. Each text says what to do.
@@ -111,6 +113,10 @@ impl Running {
                 .spawn(run)
                 .map_err(OpenError::Thread)
         };
+        volume.event(
+            EventKind::Opened,
+            format!("{} is served", volume.image.display()),
+        );
         threads.push(spawn(
             "commit",
             Box::new(move || committing.run_committer()),
@@ -173,8 +179,12 @@ fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
         volume.rate.sample(now, resident);
         if now.saturating_sub(committed) >= LAZY_COMMIT_AFTER {
             committed = now;
-            if volume.has_pending() {
+            if volume.has_pending() || volume.snapshot_is_due() {
                 volume.commit_soon();
+            }
+            // Its last step failed for want of space, say.
+            if relocation.with_mover(|m| m.phase() == Phase::Complete) {
+                volume.complete_soon();
             }
         }
         drop(relocation);
@@ -413,11 +423,14 @@ impl Parts<'_> {
             geometry: self.geometry,
             read_only: self.config.read_only,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
+            on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,
             life: AtomicU8::new(0),
             poisoned: AtomicBool::new(false),
+            disk: DiskTrouble::default(),
+            events: EventLog::default(),
             relocation: RwLock::new(None),
-            journal: Mutex::new(Journal { state: self.state }),
+            journal: Mutex::new(Journal::new(self.state)),
             committer: Committer::default(),
             witnesses_kept_at: Mutex::default(),
             clock,

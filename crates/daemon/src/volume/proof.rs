@@ -13,14 +13,16 @@
 //! stands, not at each further one.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hikkoshi_engine::mover::{Action, Phase};
 use hikkoshi_engine::witness::Witness;
 use hikkoshi_wan::{Fetched, Lane, SourceError, SourceErrorKind};
 
-use super::lock;
 use super::relocation::{Reader, Relocation};
+use super::{Tally, lock};
+use crate::events::EventKind;
 
 /// The pause before a source that was refused is looked at again; doubles up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -61,6 +63,10 @@ pub struct Proof {
     rounds: u64,
     /// Failures since the last success.
     failures: u32,
+    /// That the source is gone was told.
+    told_lost: bool,
+    /// That reads failed was told, in this outage.
+    told_failed: bool,
 }
 
 impl Proof {
@@ -80,6 +86,12 @@ impl Relocation {
     /// Whether another disk answers in the source's place.
     pub fn is_source_refused(&self) -> bool {
         matches!(lock(&self.proof).standing, Standing::Refused { .. })
+    }
+
+    /// For how long the source has been away, while it is.
+    pub fn source_down(&self) -> Option<Duration> {
+        let lost_at = lock(&self.mover).lost_at()?;
+        Some((self.clock)().saturating_sub(lost_at))
     }
 
     /// A connection stands (again): asks for the proof, or believes at once where there is nothing
@@ -130,10 +142,15 @@ impl Relocation {
         }
     }
 
-    /// The last connection is gone.
-    pub(super) fn source_went(&self) {
+    /// The last connection is gone, for the reason given.
+    pub(super) fn source_went(&self, error: &SourceError) {
         let mut proof = lock(&self.proof);
         proof.standing = Standing::Away;
+        if !std::mem::replace(&mut proof.told_lost, true) {
+            let text = format!("the source is gone: {error}; trying to reach it again");
+            self.event(EventKind::SourceLost, text);
+            self.count(|tally| &tally.source_losses);
+        }
         // Under the lock: an answer of the proof that comes now must not turn it round.
         lock(&self.mover).source_down((self.clock)());
     }
@@ -217,11 +234,10 @@ impl Relocation {
                  known whether it is the same disk; nothing is fetched from it; see why it fails"
             ),
         };
-        // Once at full voice: it is tried for as long as it takes.
+        // Once: it is tried for as long as it takes.
         if proof.failures == 1 {
-            tracing::error!("{why}");
-        } else {
-            tracing::debug!("{why}");
+            self.event(EventKind::SourceRefused, why.clone());
+            self.count(|tally| &tally.source_refusals);
         }
         *lock(&self.trouble) = Some(SourceError::new(SourceErrorKind::Untrusted, why));
     }
@@ -231,9 +247,32 @@ impl Relocation {
     fn believe(&self, proof: &mut Proof, actions: &mut Vec<Action<Reader>>) {
         proof.standing = Standing::Believed;
         proof.failures = 0;
+        proof.told_lost = false;
+        proof.told_failed = false;
         *lock(&self.trouble) = None;
-        tracing::info!("the source is reachable");
+        self.event(EventKind::SourceBack, "the source is reachable");
         lock(&self.mover).source_up((self.clock)(), &self.residency, actions);
+    }
+
+    /// Reads fail by policy: told once an outage, counted always.
+    pub(super) fn note_reads_failed(&self) {
+        if self.retired.load(Ordering::Acquire) {
+            return;
+        }
+        self.count(|tally| &tally.reads_failed);
+        if !std::mem::replace(&mut lock(&self.proof).told_failed, true) {
+            self.event(
+                EventKind::ReadsFailed,
+                "reads of what is not here fail: the source has been away for longer than \
+                 --on-source-loss allows",
+            );
+        }
+    }
+
+    fn count(&self, counter: impl Fn(&Tally) -> &AtomicU64) {
+        if let Some(volume) = self.volume.upgrade() {
+            counter(&volume.tally).fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Whether the handoff is behind us.

@@ -26,6 +26,7 @@ use hikkoshi_wan::{
 use super::commit::MAX_PENDING_RECORDS;
 use super::proof::Proof;
 use super::{Clock, Volume, lock};
+use crate::events::EventKind;
 
 /// Zeroes inside fetched data are looked for at this grain: the usual block of a file system.
 const ZERO_GRAIN_BYTES: usize = 4096;
@@ -94,12 +95,12 @@ pub struct Relocation {
     pub(super) pending: Pending,
     pub(super) clock: Clock,
     /// The volume, to ask it for commits. Weak: the volume owns the relocation.
-    volume: Weak<Volume>,
+    pub(super) volume: Weak<Volume>,
     /// What is counted.
     pub traffic: Traffic,
     /// Why the source is away, as it said last.
     pub(super) trouble: Mutex<Option<SourceError>>,
-    retired: AtomicBool,
+    pub(super) retired: AtomicBool,
 }
 
 impl Relocation {
@@ -216,7 +217,12 @@ impl Relocation {
                     self.note_wait(reader.since);
                     (reader.done)(ReadEnd::Resident);
                 }
-                Action::Fail(reader, why) => (reader.done)(ReadEnd::Failed(why)),
+                Action::Fail(reader, why) => {
+                    if why == ReadFailure::SourceLost {
+                        self.note_reads_failed();
+                    }
+                    (reader.done)(ReadEnd::Failed(why));
+                }
                 Action::Complete => {
                     if let Some(volume) = self.volume.upgrade() {
                         volume.complete_soon();
@@ -259,6 +265,7 @@ impl Relocation {
                 self.count_wire(&fetched);
                 if keep {
                     let installed = self.install(range, &fetched);
+                    let installed = self.note_write(installed);
                     self.tell_landed(flight, range, installed, fetched);
                 } else {
                     self.pass_through(flight, &fetched);
@@ -280,8 +287,12 @@ impl Relocation {
     fn note_failure(&self, error: &SourceError) -> FetchFailure {
         match error.kind {
             SourceErrorKind::Refused => {
-                tracing::warn!("the source refused a read: {error}");
-                *lock(&self.trouble) = Some(error.clone());
+                let known = lock(&self.trouble).replace(error.clone());
+                // A disk with a bad spot says the same again and again.
+                if known.is_none_or(|known| known.message != error.message) {
+                    let text = format!("the source refused a read: {error}");
+                    self.event(EventKind::SourceError, text);
+                }
                 FetchFailure::Refused
             }
             SourceErrorKind::Disconnected => FetchFailure::Disconnected,
@@ -289,6 +300,20 @@ impl Relocation {
                 *lock(&self.trouble) = Some(error.clone());
                 FetchFailure::Disconnected
             }
+        }
+    }
+
+    fn note_write<T>(&self, outcome: io::Result<T>) -> io::Result<T> {
+        match self.volume.upgrade() {
+            Some(volume) => volume.note_write(outcome),
+            None => outcome,
+        }
+    }
+
+    /// Tells everybody what happened.
+    pub(super) fn event(&self, kind: EventKind, text: impl Into<String>) {
+        if let Some(volume) = self.volume.upgrade() {
+            volume.event(kind, text);
         }
     }
 
@@ -308,15 +333,76 @@ impl Relocation {
                 }
                 self.carry_out(actions);
             }
+            Err(error) => self.not_kept(flight, range, &error, &fetched),
+        }
+    }
+
+    /// The local image did not take what was fetched: those who wait for it get it all the same.
+    fn not_kept(
+        self: &Arc<Self>,
+        flight: FlightId,
+        range: BlockRange,
+        error: &io::Error,
+        fetched: &Fetched,
+    ) {
+        let at = self.geometry.bytes(range).start;
+        tracing::debug!("keeping fetched blocks at offset {at} failed: {error}");
+        let mut actions = Vec::new();
+        let readers =
+            lock(&self.mover).unkept((self.clock)(), flight, &self.residency, &mut actions);
+        for reader in readers {
+            self.answer_unkept(reader, fetched);
+        }
+        self.carry_out(actions);
+    }
+
+    fn answer_unkept(&self, reader: Reader, fetched: &Fetched) {
+        self.note_wait(reader.since);
+        match self.assemble(reader.bytes, fetched) {
+            Ok(data) => (reader.done)(ReadEnd::Bytes(Cow::Owned(data))),
             Err(error) => {
-                let at = self.geometry.bytes(range).start;
-                tracing::warn!("keeping fetched blocks at offset {at} failed: {error}");
-                let message = format!("the local image refuses what the source sends: {error}");
-                *lock(&self.trouble) = Some(SourceError::new(SourceErrorKind::Refused, message));
-                let why = FetchFailure::StoreFailed;
-                self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
+                tracing::debug!("a read of fetched and local blocks failed: {error}");
+                (reader.done)(ReadEnd::Failed(ReadFailure::StoreFailed));
             }
         }
+    }
+
+    /// Bytes of now: the image's where they are here, the fetched ones where they are not.
+    fn assemble(&self, bytes: ByteRange, fetched: &Fetched) -> io::Result<Vec<u8>> {
+        let mut data = slice_of(fetched, bytes.start, bytes.len())?.to_vec();
+        let range = self.geometry.covering(bytes);
+        let mut overlay = |part: ByteRange| -> io::Result<()> {
+            let (start, end) = (part.start.max(bytes.start), part.end.min(bytes.end));
+            if start >= end {
+                return Ok(());
+            }
+            let at = usize::try_from(start - bytes.start).map_err(io::Error::other)?;
+            let len = usize::try_from(end - start).map_err(io::Error::other)?;
+            self.store.read(start, &mut data[at..at + len])
+        };
+        let guard = self.locks.lock(range);
+        for (run, state) in self.residency.runs(range) {
+            match state {
+                BlockState::Absent => {}
+                BlockState::Clean | BlockState::Owned => overlay(self.geometry.bytes(run))?,
+                BlockState::Partial => {
+                    for block in (run.start..run.end).map(BlockIndex) {
+                        let Some(mask) = self.residency.partial_mask(block) else {
+                            continue;
+                        };
+                        let base = self.geometry.bytes(BlockRange::one(block)).start;
+                        for sector in 0..self.geometry.sectors_in(block) {
+                            if mask.has(sector) {
+                                let at = base + u64::from(sector) * SECTOR_BYTES;
+                                overlay(ByteRange::at(at, SECTOR_BYTES))?;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        drop(guard);
+        Ok(data)
     }
 
     /// Answers readers from what was fetched, which saves reading it back. Only if all of it was
@@ -356,21 +442,13 @@ impl Relocation {
         *actions = rest;
     }
 
-    /// Before the handoff: the bytes go to those who asked, and nowhere else.
+    /// What may not be kept, before the handoff, or cannot be: the bytes go to those who asked, and
+    /// nowhere else.
     fn pass_through(self: &Arc<Self>, flight: FlightId, fetched: &Fetched) {
         let readers = lock(&self.mover).landed_unkept(flight);
         for reader in readers {
-            self.note_wait(reader.since);
-            let start = usize::try_from(reader.bytes.start - fetched.offset);
-            let len = usize::try_from(reader.bytes.len());
-            let bytes = match (start, len) {
-                (Ok(start), Ok(len)) => fetched.data.get(start..start.saturating_add(len)),
-                _ => None,
-            };
-            (reader.done)(match bytes {
-                Some(bytes) => ReadEnd::Bytes(Cow::Borrowed(bytes)),
-                None => ReadEnd::Failed(ReadFailure::SourceRefused),
-            });
+            // After the handoff, where there was no space to keep it: what is here is newer.
+            self.answer_unkept(reader, fetched);
         }
     }
 
@@ -472,13 +550,14 @@ impl Relocation {
 
     fn install_zero(self: &Arc<Self>, flight: FlightId, range: BlockRange) -> Vec<Action<Reader>> {
         let outcome = self.zero_missing(range);
+        let outcome = self.note_write(outcome);
         let mut out = Vec::new();
         let mut mover = lock(&self.mover);
         let now = (self.clock)();
         match outcome {
             Ok(()) => mover.landed(now, flight, &self.residency, &mut out),
             Err(error) => {
-                tracing::warn!("zeroing blocks that are zero at the source failed: {error}");
+                tracing::debug!("zeroing blocks that are zero at the source failed: {error}");
                 let why = FetchFailure::StoreFailed;
                 mover.failed(now, flight, why, &self.residency, &mut out);
             }
@@ -645,9 +724,8 @@ impl SourceWatcher for Watch {
         if let Some(relocation) = self.0.upgrade()
             && !relocation.retired.load(Ordering::Acquire)
         {
-            tracing::warn!("the source is gone: {error}; trying to reach it again");
             *lock(&relocation.trouble) = Some(error.clone());
-            relocation.source_went();
+            relocation.source_went(error);
         }
     }
 }

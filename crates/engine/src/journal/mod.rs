@@ -11,7 +11,7 @@ mod snapshot;
 mod tests;
 
 pub use frame::{FRAME_ALIGN, LogEnd, encode_frame, read_log};
-pub use pending::Pending;
+pub use pending::{Gathered, Pending};
 pub use record::Record;
 pub use snapshot::{apply_snapshot, empty_snapshot, encode_snapshot, snapshot_epoch};
 

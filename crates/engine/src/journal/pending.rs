@@ -10,10 +10,49 @@ use super::Record;
 use crate::geometry::BlockRange;
 use crate::sync::{Mutex, lock};
 
-/// Records that wait for the next commit, in the order of their writes.
+/// Records that gather while they cannot be written, for want of space. Beyond it they are let go:
+/// a snapshot of the residency has all that they say.
+const MAX_KEPT_RECORDS: usize = 1 << 20;
+
+/// What a commit has to make durable.
+#[derive(Debug, Default)]
+pub struct Gathered {
+    /// Records in the order of their writes.
+    pub records: Vec<Record>,
+    /// There were too many to keep: only a snapshot will do.
+    pub needs_snapshot: bool,
+}
+
+impl Gathered {
+    /// Whether there is nothing to make durable.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty() && !self.needs_snapshot
+    }
+
+    fn add(&mut self, record: Record) {
+        match (self.records.last_mut(), &record) {
+            (Some(Record::Owned(last)), Record::Owned(next))
+            | (Some(Record::Clean(last)), Record::Clean(next))
+                if last.end == next.start =>
+            {
+                *last = BlockRange::new(last.start, next.end);
+            }
+            _ => self.records.push(record),
+        }
+    }
+
+    fn bound(&mut self) {
+        if self.needs_snapshot || self.records.len() > MAX_KEPT_RECORDS {
+            self.needs_snapshot = true;
+            self.records = Vec::new();
+        }
+    }
+}
+
+/// Records that wait for the next commit.
 #[derive(Debug, Default)]
 pub struct Pending {
-    records: Mutex<Vec<Record>>,
+    gathered: Mutex<Gathered>,
 }
 
 impl Pending {
@@ -21,29 +60,32 @@ impl Pending {
     /// must have been written already where the mark makes a block resident. Gives back how many
     /// records wait now.
     pub fn leave(&self, mark: impl FnOnce() -> Option<Record>) -> usize {
-        let mut records = lock(&self.records);
+        let mut gathered = lock(&self.gathered);
         if let Some(record) = mark() {
-            match (records.last_mut(), &record) {
-                (Some(Record::Owned(last)), Record::Owned(next))
-                | (Some(Record::Clean(last)), Record::Clean(next))
-                    if last.end == next.start =>
-                {
-                    *last = BlockRange::new(last.start, next.end);
-                }
-                _ => records.push(record),
-            }
+            gathered.add(record);
         }
-        records.len()
+        let waiting = gathered.records.len();
+        gathered.bound();
+        waiting
     }
 
-    /// Takes all records. Of every mark that can be seen now, the record is among them or was
-    /// taken before.
-    pub fn take(&self) -> Vec<Record> {
-        std::mem::take(&mut lock(&self.records))
+    /// Takes all of it. Of every mark that can be seen now, the record is among them or was taken
+    /// before.
+    pub fn take(&self) -> Gathered {
+        std::mem::take(&mut lock(&self.gathered))
+    }
+
+    /// Puts back what could not be written, before what has gathered since.
+    pub fn put_back(&self, mut earlier: Gathered) {
+        let mut gathered = lock(&self.gathered);
+        earlier.records.append(&mut gathered.records);
+        earlier.needs_snapshot |= gathered.needs_snapshot;
+        earlier.bound();
+        *gathered = earlier;
     }
 
     /// Whether there is nothing to commit.
     pub fn is_empty(&self) -> bool {
-        lock(&self.records).is_empty()
+        lock(&self.gathered).is_empty()
     }
 }
