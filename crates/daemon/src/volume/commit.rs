@@ -15,8 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use hikkoshi_engine::geometry::BlockRange;
-use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::journal::Gathered;
 use hikkoshi_store::state::{StateDir, StateError};
 
 use super::relocation::Relocation;
@@ -27,7 +26,7 @@ use crate::events::EventKind;
 pub type FlushDone = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// Records that may gather before a commit is made without anyone asking: bounds memory.
-const MAX_PENDING_RECORDS: usize = 1 << 16;
+pub(super) const MAX_PENDING_RECORDS: usize = 1 << 16;
 
 /// How long records may gather: bounds what a power cut makes the background copy fetch again.
 pub const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(2);
@@ -38,10 +37,6 @@ const KEEP_WITNESSES_AFTER: Duration = Duration::from_secs(30);
 
 /// A sync that takes less than this costs less than handing it to another thread.
 const INLINE_SYNC_US: u64 = 30;
-
-/// Records that gather while they cannot be written, for want of space. Beyond it they are let go:
-/// a snapshot of the residency has all that they say.
-const MAX_KEPT_RECORDS: usize = 1 << 20;
 
 /// The pause before a snapshot that found no space is tried again: it may be large, and those who
 /// flush wait for it.
@@ -63,71 +58,6 @@ impl Journal {
             state,
             snapshot_rests_until: None,
         }
-    }
-}
-
-/// Records of what became resident since the last commit, in the order of their writes.
-#[derive(Debug, Default)]
-pub struct Pending {
-    gathered: Mutex<Gathered>,
-}
-
-/// What a commit has to make durable.
-#[derive(Debug, Default)]
-struct Gathered {
-    records: Vec<Record>,
-    /// There were too many to keep: only a snapshot will do.
-    needs_snapshot: bool,
-}
-
-impl Gathered {
-    fn is_empty(&self) -> bool {
-        self.records.is_empty() && !self.needs_snapshot
-    }
-
-    fn bound(&mut self) {
-        if self.needs_snapshot || self.records.len() > MAX_KEPT_RECORDS {
-            self.needs_snapshot = true;
-            self.records = Vec::new();
-        }
-    }
-}
-
-impl Pending {
-    /// Leaves a record for the next commit. The data it speaks of must have been written.
-    /// True if a commit should be made soon.
-    pub fn leave(&self, record: Record) -> bool {
-        let mut gathered = lock(&self.gathered);
-        let records = &mut gathered.records;
-        match (records.last_mut(), &record) {
-            (Some(Record::Owned(last)), Record::Owned(next))
-            | (Some(Record::Clean(last)), Record::Clean(next))
-                if last.end == next.start =>
-            {
-                *last = BlockRange::new(last.start, next.end);
-            }
-            _ => records.push(record),
-        }
-        let many = records.len() >= MAX_PENDING_RECORDS;
-        gathered.bound();
-        many
-    }
-
-    fn take(&self) -> Gathered {
-        std::mem::take(&mut lock(&self.gathered))
-    }
-
-    /// Puts back what could not be written, before what has gathered since.
-    fn put_back(&self, mut earlier: Gathered) {
-        let mut gathered = lock(&self.gathered);
-        earlier.records.append(&mut gathered.records);
-        earlier.needs_snapshot |= gathered.needs_snapshot;
-        earlier.bound();
-        *gathered = earlier;
-    }
-
-    fn is_empty(&self) -> bool {
-        lock(&self.gathered).is_empty()
     }
 }
 

@@ -1,12 +1,15 @@
 //! What guests ask of a volume: reads, writes, zeroes, trims.
 //!
 //! The order of a write, which makes a kill lose nothing and lets a fetch never overwrite it:
-//! - into blocks that are all here: (1) mark them owned, (2) leave the record, (3) write. Marking
+//! - into blocks that are all here: (1) mark them owned and leave the record, (2) write. Marking
 //!   first is safe, since a mark too many only costs a block sent on the way back, and no lock is
 //!   needed, since nobody installs into what is here.
 //! - into blocks of which some are missing: under the lock of the range, (1) write, (2) mark the
-//!   whole blocks owned and the sectors of partly written ones valid, (3) leave the records. The
+//!   whole blocks owned and the sectors of partly written ones valid, and leave the records. The
 //!   marks are in memory that outlives the process before the write is answered.
+//!
+//! A mark and its record are one step ([`hikkoshi_engine::journal::Pending`]): a write that finds
+//! nothing left to mark may count on the record.
 
 use std::io;
 use std::ops::Range;
@@ -192,9 +195,7 @@ impl Volume {
         let blocks = relocation.geometry.covering(bytes);
         loop {
             if relocation.residency.all_resident(blocks) {
-                if relocation.residency.own_resident(blocks) {
-                    relocation.leave(Record::Owned(blocks));
-                }
+                relocation.own(blocks);
                 return change.apply(&*self.store, bytes);
             }
             if relocation.change_missing(bytes, change)? {
@@ -216,6 +217,16 @@ impl Volume {
 }
 
 impl Relocation {
+    /// Takes blocks that are all here as owned. No lock if they are already.
+    fn own(&self, blocks: BlockRange) {
+        if !self.residency.all_owned(blocks) {
+            self.leave(|| {
+                let added = self.residency.own_resident(blocks);
+                added.then_some(Record::Owned(blocks))
+            });
+        }
+    }
+
     /// A mutation of blocks of which some are missing. `false` if it cannot be made before the
     /// blocks at its edges are here; nothing was changed then.
     fn change_missing(self: &Arc<Self>, bytes: ByteRange, change: &Change<'_>) -> io::Result<bool> {
@@ -229,7 +240,7 @@ impl Relocation {
             };
             // 1. the data
             change.apply(&*self.store, bytes)?;
-            // 2. the marks, 3. the records
+            // 2. the marks and the records
             let whole = self.geometry.within(bytes);
             if !whole.is_empty() {
                 self.now_owned(whole);
@@ -292,14 +303,18 @@ impl Relocation {
     /// The sectors are in the image: say so. Tells whether the block is whole by that; `None` if
     /// there is no room to remember it.
     fn now_partial(&self, block: BlockIndex, sectors: Range<u32>) -> Option<bool> {
-        let mask = self.residency.mark_partial(block, sectors).ok()?;
-        let whole = self.residency.state(block) == BlockState::Owned;
-        self.leave(if whole {
-            Record::Owned(BlockRange::one(block))
-        } else {
-            Record::Partial { block, mask }
+        let mut whole = None;
+        self.leave(|| {
+            let mask = self.residency.mark_partial(block, sectors).ok()?;
+            let is_whole = self.residency.state(block) == BlockState::Owned;
+            whole = Some(is_whole);
+            Some(if is_whole {
+                Record::Owned(BlockRange::one(block))
+            } else {
+                Record::Partial { block, mask }
+            })
         });
-        Some(whole)
+        whole
     }
 
     /// Waits until blocks are here.

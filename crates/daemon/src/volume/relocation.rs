@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
-use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::journal::{Pending, Record};
 use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, ReadFailure};
 use hikkoshi_engine::range_lock::RangeLocks;
 use hikkoshi_engine::residency::{BlockState, Residency};
@@ -23,7 +23,7 @@ use hikkoshi_wan::{
     ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceWatcher,
 };
 
-use super::commit::Pending;
+use super::commit::MAX_PENDING_RECORDS;
 use super::proof::Proof;
 use super::{Clock, Volume, lock};
 use crate::events::EventKind;
@@ -502,11 +502,13 @@ impl Relocation {
 
     /// The data is in the image: say so.
     fn now_clean(&self, run: BlockRange) {
-        self.residency.mark_clean(run);
+        self.leave(|| {
+            self.residency.mark_clean(run);
+            Some(Record::Clean(run))
+        });
         self.traffic
             .blocks_installed
             .fetch_add(run.len(), Ordering::Relaxed);
-        self.leave(Record::Clean(run));
     }
 
     /// Fills the sectors of a partially written block that the guest has not written, and leaves
@@ -531,12 +533,15 @@ impl Relocation {
 
     /// The blocks are all here and differ from the source: say so.
     pub(super) fn now_owned(&self, run: BlockRange) {
-        self.residency.mark_owned(run);
-        self.leave(Record::Owned(run));
+        self.leave(|| {
+            self.residency.mark_owned(run);
+            Some(Record::Owned(run))
+        });
     }
 
-    pub(super) fn leave(&self, record: Record) {
-        if self.pending.leave(record)
+    /// Marks blocks and leaves the record of it, as one step: see [`Pending`].
+    pub(super) fn leave(&self, mark: impl FnOnce() -> Option<Record>) {
+        if self.pending.leave(mark) >= MAX_PENDING_RECORDS
             && let Some(volume) = self.volume.upgrade()
         {
             volume.commit_soon();

@@ -4,12 +4,14 @@
 //! take any bytes and answer with an error, never with a guess.
 
 mod frame;
+mod pending;
 mod record;
 mod snapshot;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use frame::{FRAME_ALIGN, LogEnd, encode_frame, read_log};
+pub use pending::{Gathered, Pending};
 pub use record::Record;
 pub use snapshot::{apply_snapshot, empty_snapshot, encode_snapshot, snapshot_epoch};
 
