@@ -166,6 +166,10 @@ impl Volume {
             return Ok(());
         };
         if gathered.needs_snapshot {
+            let rests = |until| self.now() < until;
+            if journal.snapshot_rests_until.is_some_and(rests) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
             return self.snapshot(journal, relocation);
         }
         let outcome = state.append(&gathered.records);

@@ -270,3 +270,67 @@ fn zeroes_that_the_source_tells_are_never_fetched() {
     }
     assert_eq!(mover.phase(), Phase::Complete);
 }
+
+/// A fetch that the store could not keep answers those who need nothing else; a reader over several
+/// fetches is asked for anew, as a whole, and answered by what passes through.
+#[test]
+fn what_cannot_be_kept_is_handed_on() {
+    let (g, r) = disk(16);
+    let only_demand = Policy {
+        background: false,
+        ..policy()
+    };
+    let (mut mover, _) = arriving(g, &r, only_demand);
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(4, 8), &r, &mut out);
+    mover.read(MS, 2, BlockRange::new(6, 12), &r, &mut out);
+    let seen = sort(std::mem::take(&mut out));
+    let [(first, ..), (second, ..)] = seen.fetches[..] else {
+        panic!("two fetches: {:?}", seen.fetches);
+    };
+    assert_eq!(mover.unkept(MS * 2, first, &r, &mut out), [1]);
+    let [(whole, range, Lane::Demand)] = sort(std::mem::take(&mut out)).fetches[..] else {
+        panic!("the second reader is asked for anew");
+    };
+    assert_eq!(range, BlockRange::new(6, 12));
+    // The fetch that it waited for besides has nobody to answer any more.
+    assert!(mover.unkept(MS * 3, second, &r, &mut out).is_empty());
+    assert_eq!(mover.landed_unkept(whole), [2]);
+    assert_eq!(mover.waiting(), 0);
+}
+
+/// While the store takes nothing, one fetch at a time tries it, with pauses; when one lands, the
+/// background is back to what it was.
+#[test]
+fn the_background_rests_while_the_store_takes_nothing() {
+    let (g, r) = disk(16);
+    let (mut mover, seen) = arriving(g, &r, policy());
+    let mut now = MS;
+    assert!(seen.fetches.len() > 1);
+    let mut out = Vec::new();
+    for (flight, ..) in seen.fetches {
+        assert!(mover.unkept(now, flight, &r, &mut out).is_empty());
+    }
+    assert!(out.is_empty() && mover.store_rests());
+    for attempt in 0..3 {
+        for _ in 0..4 {
+            now += Duration::from_secs(1);
+            mover.tick(now, &r, &mut out);
+            assert!(out.is_empty(), "it does not rest");
+        }
+        now += Duration::from_secs(2);
+        mover.tick(now, &r, &mut out);
+        mover.tick(now + MS, &r, &mut out);
+        let [(flight, range, Lane::Bulk)] = sort(std::mem::take(&mut out)).fetches[..] else {
+            panic!("one fetch tries it");
+        };
+        if attempt < 2 {
+            assert!(mover.unkept(now, flight, &r, &mut out).is_empty());
+        } else {
+            r.mark_clean(range);
+            mover.landed(now + MS, flight, &r, &mut out);
+        }
+    }
+    assert!(!mover.store_rests());
+    assert!(sort(out).fetches.len() > 1, "the others follow");
+}
