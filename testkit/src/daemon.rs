@@ -125,6 +125,31 @@ impl Daemon {
         Ok(kill_process(pid, signal)?)
     }
 
+    /// Stops it with SIGSTOP, and waits until every thread stands still.
+    ///
+    /// # Errors
+    /// It is gone, or does not stop.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::STOP)?;
+        let start = Instant::now();
+        let stands = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat"));
+            // A thread that ended meanwhile does nothing either.
+            stat.map_or(true, |stat| {
+                stat.rsplit_once(')')
+                    .is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+            })
+        };
+        loop {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()))?;
+            if tasks.flatten().all(stands) {
+                return Ok(());
+            }
+            ensure!(start.elapsed() < LONG, "it does not stop");
+            std::thread::sleep(POLL);
+        }
+    }
+
     /// Waits for its end by itself and returns its exit status.
     ///
     /// # Errors

@@ -110,7 +110,7 @@ fn the_control_socket_is_removed() {
 fn a_stopped_daemon_is_an_error_in_bounded_time() {
     let dir = tempfile::tempdir().unwrap();
     let here = Daemon::start(dir.path(), "disk", &image(dir.path(), "disk.img"), &[]).unwrap();
-    here.signal(Signal::STOP).unwrap();
+    here.freeze().unwrap();
     let began = Instant::now();
     let output = here.try_command(&["status"]).unwrap();
     assert!(

@@ -192,11 +192,9 @@ impl<'a> Driver<'a> {
         let size = connections.iter().map(|c| c.size_bytes).min().unwrap_or(0);
         let places = size / u64::from(load.length);
         ensure!(places > 0, "the export is smaller than one request");
-        let fresh = load.pattern == Pattern::Fresh;
-        ensure!(
-            !fresh || places.is_power_of_two(),
-            "--size must be a power of two"
-        );
+        // A power of two, as fresh places need it. Images are of such a size, or end in a part that
+        // is to be left alone.
+        let places = 1 << places.ilog2();
         Ok(Self {
             load: *load,
             content: terms.content,

@@ -6,6 +6,7 @@
 mod cold;
 mod durable;
 mod memory;
+mod outage;
 mod throughput;
 
 use std::fs;
@@ -141,6 +142,7 @@ pub fn run(options: &Options) -> Result<()> {
     let mut memory = Vec::new();
     if bench.options.client == Client::Own {
         durable::run(&bench, &mut show)?;
+        outage::run(&bench, &mut show)?;
         cold::run(&bench, &mut show)?;
         memory = memory::run(&bench)?;
     }
