@@ -34,7 +34,7 @@ fn full_in_the_middle_of_a_move_then_space_again() {
         "--handoff",
         "now",
         "--max-rate",
-        "4MB/s",
+        "1MB/s",
     ];
     let here = Daemon::start(dir.path(), "new", &image, &extra).unwrap();
     let mut client = here.client().unwrap();
@@ -44,9 +44,11 @@ fn full_in_the_middle_of_a_move_then_space_again() {
         s["absent_bytes"].as_u64() < Some(37 * MIB)
     })
     .unwrap();
+    here.command(&["pause"]).unwrap();
     disk.fill().unwrap();
-    here.wait_event("disk-full").unwrap();
     here.command(&["limit", "none"]).unwrap();
+    here.command(&["resume"]).unwrap();
+    here.wait_event("disk-full").unwrap();
 
     // What is here is served; what is not is read through; what is allocated can be written.
     let far = 39 * MIB;

@@ -390,7 +390,7 @@ fn the_link_falls_silent_and_reads_wait() {
     let sites = Sites::new().unwrap();
     let _source = sites.serve_old().unwrap();
     // The background is at work when it happens, but slow enough not to be done before.
-    let here = sites.arrive(&["--max-rate", "1MB/s"]).unwrap();
+    let here = sites.arrive(&["--max-rate", "256kB/s"]).unwrap();
     let mut client = here.client().unwrap();
     client.read(0, BLOCK).unwrap();
     sites.link.cut();
