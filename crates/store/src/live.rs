@@ -45,9 +45,60 @@ pub enum Recovered {
     FromDisk,
 }
 
+/// Where the memory of a running volume lies: a seam, so that a simulator can end the process, or
+/// the boot, between any two of the steps.
+pub trait LivePlace {
+    /// The memory, while the process lasts.
+    type Memory: PlaneMemory + 'static;
+    /// What it is known by, to publish it and to remove it.
+    type Handle;
+
+    /// The memory that a killed process of this boot and incarnation left, if it did.
+    ///
+    /// # Errors
+    /// It is there and cannot be had.
+    fn find(&self, identity: &Identity) -> Result<Option<(Self::Handle, Self::Memory)>, StateError>;
+
+    /// Fresh memory, all of it allocated, that nobody believes yet. What was there before is gone.
+    ///
+    /// # Errors
+    /// There is not enough.
+    fn make(&self, identity: &Identity) -> Result<(Self::Handle, Self::Memory), StateError>;
+
+    /// Says whose memory it is. Not before it holds all that is durable: from here on the next
+    /// process believes it.
+    ///
+    /// # Errors
+    /// That could not be said.
+    fn publish(&self, handle: &Self::Handle, identity: &Identity) -> Result<(), StateError>;
+}
+
+/// Shared memory of this machine.
+struct SharedMemory<'a> {
+    live_dir: &'a Path,
+    state_dir: &'a Path,
+}
+
+impl LivePlace for SharedMemory<'_> {
+    type Memory = Mapping;
+    type Handle = LiveFile;
+
+    fn find(&self, identity: &Identity) -> Result<Option<(LiveFile, Mapping)>, StateError> {
+        find(self.live_dir, self.state_dir, identity)
+    }
+
+    fn make(&self, identity: &Identity) -> Result<(LiveFile, Mapping), StateError> {
+        make(self.live_dir, identity)
+    }
+
+    fn publish(&self, live: &LiveFile, identity: &Identity) -> Result<(), StateError> {
+        live.publish(self.state_dir, identity)
+    }
+}
+
 /// The residency of a volume and the state behind it, ready for use.
 #[derive(Debug)]
-pub struct OpenedMap {
+pub struct OpenedMap<L = LiveFile> {
     /// Which blocks are here.
     pub residency: Arc<Residency>,
     /// What makes that durable.
@@ -55,7 +106,7 @@ pub struct OpenedMap {
     /// How much of the past was found.
     pub recovered: Recovered,
     /// The file to be removed once everything is durable and the volume closes.
-    pub live: LiveFile,
+    pub live: L,
 }
 
 /// The file of the shared memory.
@@ -90,10 +141,24 @@ pub fn create_map(
     live_dir: &Path,
     identity: Identity,
 ) -> Result<OpenedMap, StateError> {
-    let state = StateDir::create(state_dir, identity)?;
-    let (live, memory) = make(live_dir, state.identity())?;
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    create_map_in(StateDir::create(state_dir, identity)?, &place)
+}
+
+/// [`create_map`] with memory from anywhere; `state` is fresh.
+///
+/// # Errors
+/// As [`create_map`].
+pub fn create_map_in<P: LivePlace>(
+    state: StateDir,
+    place: &P,
+) -> Result<OpenedMap<P::Handle>, StateError> {
+    let (live, memory) = place.make(state.identity())?;
     let residency = Residency::new(state.identity().geometry, Box::new(memory));
-    live.publish(state_dir, state.identity())?;
+    place.publish(&live, state.identity())?;
     Ok(OpenedMap {
         residency: Arc::new(residency),
         state,
@@ -108,13 +173,30 @@ pub fn create_map(
 /// # Errors
 /// The state is missing, damaged or in use, the medium fails, or there is not enough memory.
 pub fn open_map(
-    mut state: StateDir,
+    state: StateDir,
     state_dir: &Path,
     live_dir: &Path,
     sync_data: &mut dyn FnMut() -> io::Result<()>,
 ) -> Result<OpenedMap, StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    open_map_in(state, &place, random()?, sync_data)
+}
+
+/// [`open_map`] with memory from anywhere. `incarnation` is one that no memory has carried.
+///
+/// # Errors
+/// As [`open_map`].
+pub fn open_map_in<P: LivePlace>(
+    mut state: StateDir,
+    place: &P,
+    incarnation: [u8; 16],
+    sync_data: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<OpenedMap<P::Handle>, StateError> {
     let geometry = state.identity().geometry;
-    let (residency, recovered, live) = match find(live_dir, state_dir, state.identity())? {
+    let (residency, recovered, live) = match place.find(state.identity())? {
         Some((live, memory)) => {
             let residency = Residency::recover(geometry, Box::new(memory));
             (residency, Recovered::AfterKill, live)
@@ -122,12 +204,11 @@ pub fn open_map(
         None => {
             // The order matters: the new incarnation is durable before memory that carries it
             // exists, and memory of the old one is never believed again.
-            let incarnation = random()?;
             state.change(|identity| identity.incarnation = incarnation)?;
-            let (live, memory) = make(live_dir, state.identity())?;
+            let (live, memory) = place.make(state.identity())?;
             let residency = Residency::new(geometry, Box::new(memory));
             state.load(&residency)?;
-            live.publish(state_dir, state.identity())?;
+            place.publish(&live, state.identity())?;
             (residency, Recovered::FromDisk, live)
         }
     };

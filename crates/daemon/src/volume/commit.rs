@@ -13,10 +13,11 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hikkoshi_engine::geometry::BlockRange;
 use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::sync::wait;
 use hikkoshi_store::state::StateDir;
 
 use super::{Volume, lock};
@@ -75,25 +76,17 @@ impl Pending {
 /// Who waits for a commit, and the thread that makes it.
 #[derive(Default)]
 pub struct Committer {
-    pub(super) queue: Mutex<Queue>,
+    queue: Mutex<Queue>,
     wake: Condvar,
     last_sync_us: AtomicU64,
 }
 
 #[derive(Default)]
-pub(super) struct Queue {
+struct Queue {
     waiting: Vec<FlushDone>,
     lazy: bool,
-    pub(super) complete: bool,
+    complete: bool,
     stop: bool,
-}
-
-impl Committer {
-    /// Makes every wait end once `stop` was said and all who waited were served.
-    pub fn stop(&self) {
-        lock(&self.queue).stop = true;
-        self.wake.notify_all();
-    }
 }
 
 impl Volume {
@@ -142,7 +135,7 @@ impl Volume {
     fn commit_locked(&self, journal: &mut Journal) -> io::Result<()> {
         self.check_poison()?;
         let relocation = self.relocation();
-        let started = Instant::now();
+        let started = self.now();
         // 1. the records first: whatever is left after this waits for the next commit
         let records = relocation
             .as_ref()
@@ -160,7 +153,8 @@ impl Volume {
                 self.commit_soon();
             }
         }
-        let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let took = self.now().saturating_sub(started);
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let mean = self.committer.last_sync_us.load(Ordering::Relaxed);
         // Rises at once and falls slowly: one slow sync is enough to stop trying inline.
         self.committer
@@ -222,8 +216,8 @@ impl Volume {
         Ok(())
     }
 
-    /// The loop of the thread that commits. Returns after [`Committer::stop`].
-    pub(super) fn run_committer(self: Arc<Self>) {
+    /// The loop of the thread that commits. Returns after [`Volume::stop`].
+    pub fn run_committer(self: Arc<Self>) {
         loop {
             let (waiting, lazy, complete, stop) = self.await_duties();
             if !waiting.is_empty() || lazy || stop {
@@ -253,11 +247,7 @@ impl Volume {
                     queue.stop,
                 );
             }
-            queue = self
-                .committer
-                .wake
-                .wait(queue)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            queue = wait(&self.committer.wake, &self.committer.queue, queue);
         }
     }
 
@@ -274,9 +264,56 @@ impl Volume {
         }
     }
 
-    /// Whether records wait for a commit.
-    pub(super) fn has_pending(&self) -> bool {
-        self.relocation().is_some_and(|r| !r.pending.is_empty())
+    /// One beat of the thread that keeps the time, to be called every [`Mover::TICK`] or so: tells
+    /// the mover the time, and asks for a commit now and then. `committed` is when it last did.
+    /// `false` when there is nothing left to keep the time for.
+    ///
+    /// [`Mover::TICK`]: hikkoshi_engine::mover::Mover::TICK
+    pub fn keep_time(&self, committed: &mut Duration) -> bool {
+        let Some(relocation) = self.relocation() else {
+            return false;
+        };
+        relocation.tick();
+        let now = self.now();
+        let resident = self.geometry.size_bytes() - relocation.residency.missing_bytes();
+        self.rate.sample(now, resident);
+        if now.saturating_sub(*committed) >= LAZY_COMMIT_AFTER {
+            *committed = now;
+            if !relocation.pending.is_empty() {
+                self.commit_soon();
+            }
+        }
+        true
+    }
+
+    /// Begins the end: lets go of the source, and lets [`Volume::run_committer`] return once all
+    /// who waited were served.
+    pub fn stop(&self) {
+        if let Some(relocation) = self.relocation() {
+            relocation.retire();
+        }
+        lock(&self.committer.queue).stop = true;
+        self.committer.wake.notify_all();
+    }
+
+    /// Makes everything durable, after [`Volume::stop`] and the end of all that it ended. Then
+    /// what is durable says all that the memory that outlives a kill does.
+    ///
+    /// # Errors
+    /// It could not be made durable. What a guest flushed before is.
+    pub fn settle(&self) -> io::Result<()> {
+        self.commit()?;
+        let Some(relocation) = self.relocation() else {
+            return Ok(());
+        };
+        let mut journal = lock(&self.journal);
+        if let Some(state) = journal.state.as_mut() {
+            let mut sync = || self.store.sync();
+            state
+                .checkpoint(&relocation.residency, &mut sync)
+                .map_err(io::Error::other)?;
+        }
+        Ok(())
     }
 }
 

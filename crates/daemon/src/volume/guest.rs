@@ -17,6 +17,7 @@ use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, SECTOR_BYTES}
 use hikkoshi_engine::journal::Record;
 use hikkoshi_engine::mover::ReadFailure;
 use hikkoshi_engine::residency::BlockState;
+use hikkoshi_engine::sync::wait;
 use hikkoshi_store::{Store, ZeroMode};
 
 use super::relocation::{ReadEnd, Relocation};
@@ -319,10 +320,7 @@ impl Relocation {
             if let Some(result) = result.take() {
                 return result;
             }
-            result = outcome
-                .1
-                .wait(result)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            result = wait(&outcome.1, &outcome.0, result);
         }
     }
 }

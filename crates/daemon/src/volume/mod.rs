@@ -8,6 +8,7 @@
 //! The durability order is that of [`commit`]; the races between fetched blocks and guests' writes
 //! are settled in [`relocation`] and [`guest`].
 
+pub mod assemble;
 pub mod commit;
 mod extents;
 pub mod guest;
@@ -20,7 +21,7 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use hikkoshi_engine::geometry::Geometry;
@@ -94,13 +95,8 @@ const LIFE_LOCAL: u8 = 0;
 const LIFE_STANDBY: u8 = 1;
 const LIFE_ARRIVING: u8 = 2;
 
-/// Locks, and goes on after a panic elsewhere: every structure behind these locks is kept whole
-/// between statements that can panic.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-}
+// Every structure behind these locks is kept whole between statements that can panic.
+pub(crate) use hikkoshi_engine::sync::lock;
 
 impl Volume {
     /// The export's name.
