@@ -189,6 +189,20 @@ impl MemoryStore {
         Self::from_state(self.take())
     }
 
+    /// What a failed sync may leave: each write that was not synced yet for which `choose(2)` is 1
+    /// is read as before, but will never reach the medium, whatever syncs succeed later. (A kernel
+    /// takes pages that could not be written for clean.)
+    pub fn lose_unsynced(&self, choose: &mut Chooser<'_>) {
+        let mut state = self.write_lock();
+        let mut lost = 0;
+        state.unsynced.retain(|write| {
+            let loses = choose(2) % 2 == 1;
+            lost += if loses { write.weight() } else { 0 };
+            !loses
+        });
+        state.unsynced_bytes -= lost;
+    }
+
     fn take(&self) -> State {
         let mut state = self.write_lock();
         assert!(!state.gone, "a crash ends a store only once");
