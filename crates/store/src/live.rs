@@ -71,6 +71,9 @@ pub trait LivePlace {
     /// # Errors
     /// That could not be said.
     fn publish(&self, handle: &Self::Handle, identity: &Identity) -> Result<(), StateError>;
+
+    /// Removes the memory of a volume, if there is any.
+    fn discard(&self, identity: &Identity);
 }
 
 /// Shared memory of this machine.
@@ -93,6 +96,10 @@ impl LivePlace for SharedMemory<'_> {
 
     fn publish(&self, live: &LiveFile, identity: &Identity) -> Result<(), StateError> {
         live.publish(self.state_dir, identity)
+    }
+
+    fn discard(&self, identity: &Identity) {
+        let _ = fs::remove_file(self.live_dir.join(hex(&identity.volume_id)));
     }
 }
 
@@ -223,9 +230,32 @@ pub fn open_map_in<P: LivePlace>(
     })
 }
 
-/// Removes the memory of a volume that is complete, if any was left.
-pub fn discard(live_dir: &Path, identity: &Identity) {
-    let _ = fs::remove_file(live_dir.join(hex(&identity.volume_id)));
+/// The state of a volume that is complete: settles what a crash right after the completion left.
+///
+/// # Errors
+/// The medium fails.
+pub fn open_complete(
+    state: &mut StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+) -> Result<(), StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    open_complete_in(state, &place)
+}
+
+/// [`open_complete`] with memory from anywhere.
+///
+/// # Errors
+/// As [`open_complete`].
+pub fn open_complete_in<P: LivePlace>(state: &mut StateDir, place: &P) -> Result<(), StateError> {
+    // A process that was killed while it recorded the completion may have left that in the kernel
+    // alone. From here on people rely on it: the source is switched off.
+    state.change(|_| ())?;
+    place.discard(state.identity());
+    Ok(())
 }
 
 /// Sixteen random bytes.

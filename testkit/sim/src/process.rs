@@ -12,7 +12,7 @@ use hikkoshi_daemon::volume::relocation::Relocation;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange};
 use hikkoshi_engine::mover::Mover;
 use hikkoshi_store::Store;
-use hikkoshi_store::live::{OpenedMap, open_map_in};
+use hikkoshi_store::live::{OpenedMap, open_complete_in, open_map_in};
 use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
 use hikkoshi_wan::{Source, SourceInfo};
 
@@ -117,7 +117,7 @@ impl Opening {
             clock: self.sim.clock(),
         };
         if state.identity().life == Life::Local {
-            self.memory.remove();
+            open_complete_in(&mut state, &self.memory)?;
             return Ok(Some(parts(state).plain()));
         }
         let source = SimSource::new(&self.server, self.expected(), &self.sim);
@@ -385,7 +385,8 @@ impl World {
     pub fn is_ill(&self) -> bool {
         self.process
             .as_ref()
-            .is_some_and(|p| p.sync_failed_at.is_some())
+            .and_then(|p| p.volume.as_ref())
+            .is_some_and(|v| v.is_poisoned())
     }
 
     /// The source of the process, if it has one.

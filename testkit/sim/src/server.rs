@@ -158,8 +158,9 @@ impl Server {
                     || !aligned
                     || request.command == command::READ && request.len > self.max_read =>
             {
-                self.sim
-                    .fail("the client asked for what the server does not serve");
+                self.sim.fail(format!(
+                    "the client asked for what the server does not serve: {request:?}"
+                ));
                 return;
             }
             command::READ | command::BLOCK_STATUS
@@ -188,7 +189,10 @@ impl Server {
         let mut at = request.offset;
         let mut runs = Vec::new();
         while at < end {
-            let step = (u64::from(request.len) / pieces).max(1).min(end - at);
+            // A sector is never sent in halves, which might be of different times.
+            let sector = SECTOR as u64;
+            let step = (u64::from(request.len) / pieces).next_multiple_of(sector);
+            let step = step.max(sector).min(end - at);
             runs.push((at, step));
             at += step;
         }

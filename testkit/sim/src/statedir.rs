@@ -174,8 +174,9 @@ impl SimDirectory {
         name.before.get_or_insert(before);
     }
 
-    fn settle(&self, name: &str) {
-        if let Some(name) = self.names().get_mut(name) {
+    /// The directory is synced: all its names are durable.
+    fn settle(&self) {
+        for name in self.names().values_mut() {
             name.before = None;
         }
     }
@@ -211,7 +212,7 @@ impl Directory for SimDirectory {
             self.sim.note("state: sync fails", 0, 0);
             return Err(io::Error::from_raw_os_error(EIO));
         }
-        self.settle(name);
+        self.settle();
         self.sim.take_time();
         Ok(())
     }
@@ -227,7 +228,7 @@ impl Directory for SimDirectory {
     fn remove(&self, name: &str) -> io::Result<()> {
         self.sim.take_time();
         self.check(false)?;
-        // Not durable before the directory is synced, which nobody does.
+        // Not durable before the directory is synced.
         self.change(name, None);
         self.sim.take_time();
         Ok(())
@@ -377,6 +378,11 @@ impl LivePlace for SimMemory {
         });
         self.sim.take_time();
         Ok((self.clone(), self.words_of(&words)))
+    }
+
+    fn discard(&self, _: &Identity) {
+        self.sim.take_time();
+        self.remove();
     }
 
     fn publish(&self, _: &Self, identity: &Identity) -> Result<(), StateError> {

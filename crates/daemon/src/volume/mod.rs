@@ -155,9 +155,14 @@ impl Volume {
         (self.clock)()
     }
 
+    /// Whether a sync has failed, so that nothing can be made durable before a restart.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
     /// The error of everything that would have to be durable after a sync has failed.
     fn check_poison(&self) -> io::Result<()> {
-        if self.poisoned.load(Ordering::Acquire) {
+        if self.is_poisoned() {
             return Err(io::Error::other(
                 "an earlier sync failed, so nothing is known of what is durable; check the medium \
                  and restart the daemon",

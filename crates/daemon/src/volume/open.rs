@@ -180,7 +180,7 @@ fn engine(config: &ExportConfig) -> EngineChoice {
 /// An image that needs nobody: it never had a source, or has everything from it.
 fn open_plain(
     config: &ExportConfig,
-    state: Option<StateDir>,
+    mut state: Option<StateDir>,
     had_source: bool,
 ) -> Result<Running, OpenError> {
     let options = OpenOptions {
@@ -196,9 +196,8 @@ fn open_plain(
             config.image.display()
         ));
     }
-    if let Some(state) = state.as_ref().filter(|_| !config.read_only) {
-        // A crash right after the completion left these.
-        live::discard(&live::default_dir(), state.identity());
+    if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
+        live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
     }
     // A device may be larger than the disk that moved onto it.
