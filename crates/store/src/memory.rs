@@ -247,6 +247,7 @@ impl MemoryStore {
 impl State {
     fn record(&mut self, write: Write) {
         write.apply(&mut self.now);
+        let write = self.widened(write);
         self.unsynced_bytes += write.weight();
         self.unsynced.push_back(write);
         while self.unsynced_bytes > MAX_UNSYNCED_BYTES {
@@ -255,6 +256,19 @@ impl State {
             };
             self.unsynced_bytes -= oldest.weight();
             oldest.apply(&mut self.durable);
+        }
+    }
+
+    /// A medium gets whole sectors, with all that the cache holds of them.
+    fn widened(&self, write: Write) -> Write {
+        let start = write.offset / SECTOR * SECTOR;
+        let end = self.now.len().min(write.end().next_multiple_of(SECTOR));
+        if start == write.offset && end == write.end() {
+            return write;
+        }
+        Write {
+            offset: start,
+            data: Data::Bytes(self.now[start..end].into()),
         }
     }
 
