@@ -57,7 +57,8 @@ pub trait LivePlace {
     ///
     /// # Errors
     /// It is there and cannot be had.
-    fn find(&self, identity: &Identity) -> Result<Option<(Self::Handle, Self::Memory)>, StateError>;
+    fn find(&self, identity: &Identity)
+    -> Result<Option<(Self::Handle, Self::Memory)>, StateError>;
 
     /// Fresh memory, all of it allocated, that nobody believes yet. What was there before is gone.
     ///

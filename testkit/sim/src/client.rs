@@ -72,9 +72,7 @@ pub fn serve(
             call.finish(outcome, fua);
         }
         Ask::Zero(bytes, mode, fua) => {
-            let mut outcome = call
-                .volume
-                .zero(relocation, bytes.start, bytes.len(), mode);
+            let mut outcome = call.volume.zero(relocation, bytes.start, bytes.len(), mode);
             if mode == ZeroMode::FastOnly
                 && matches!(&outcome, Err(e) if e.kind() == io::ErrorKind::Unsupported)
             {

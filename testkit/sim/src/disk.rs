@@ -173,7 +173,9 @@ impl Store for Disk {
         if mode == ZeroMode::FastOnly && self.sim.below(4) == 0 {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        self.write_parts(offset, len, |at, len| self.inner.write_zeroes(at, len, mode))
+        self.write_parts(offset, len, |at, len| {
+            self.inner.write_zeroes(at, len, mode)
+        })
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -38,6 +38,7 @@ enum Event {
     Stall,
     Control,
     Resize,
+    Older,
 }
 
 impl World {
@@ -69,6 +70,7 @@ impl World {
             (Event::Stall, when(moving, t.stall)),
             (Event::Control, when(serves && moving, t.control)),
             (Event::Resize, when(moving, t.resize)),
+            (Event::Older, when(moving && self.touched, t.older)),
         ];
         let total = table.iter().map(|(_, weight)| weight).sum();
         let mut n = self.sim.below(total);
@@ -142,9 +144,20 @@ impl World {
                 sim.note("resized", u64::from(resized), 0);
                 self.server.set_resized(resized);
             }
+            Event::Older => self.come_back_older(),
         }
         self.go_on_closing();
         Ok(())
+    }
+
+    /// The server is started again over an older image, or over the right one.
+    fn come_back_older(&self) {
+        let older = self.sim.below(2) == 0;
+        self.sim.note("older", u64::from(older), 0);
+        self.server.set_older(older);
+        if let Some(source) = self.source() {
+            source.reset_all();
+        }
     }
 
     /// A medium ails for a while: that of the image, that of the state, or both.
@@ -226,7 +239,10 @@ impl World {
         }
         let Some(process) = &self.process else { return };
         if process::is(&process.stage, |s| matches!(s, Stage::Closing)) {
-            let ended = !self.fibers.iter().any(|f| matches!(f.name, "commit" | "tick"));
+            let ended = !self
+                .fibers
+                .iter()
+                .any(|f| matches!(f.name, "commit" | "tick"));
             if ended {
                 process::set(&process.stage, Stage::Stopped);
             }

@@ -52,6 +52,7 @@ impl World {
             *place.lock().unwrap_or_else(PoisonError::into_inner) = Ailing::default();
         }
         self.server.set_resized(false);
+        self.server.set_older(false);
         self.server.be_silent(0);
         if !self.complete {
             self.server.set_up(true);
@@ -106,7 +107,8 @@ impl World {
             _ => None,
         };
         let next = self.fibers.iter().filter_map(wakes).min();
-        self.sim.pass(next.map_or(20_000, |us| us.saturating_sub(now)).max(1));
+        self.sim
+            .pass(next.map_or(20_000, |us| us.saturating_sub(now)).max(1));
     }
 
     /// Does what a person would: the handoff, the copy resumed, its cap lifted; and reads what
@@ -148,7 +150,11 @@ impl World {
                 let fetched = round % 2 == 0;
                 self.ask(
                     0,
-                    if fetched { Ask::Cache(bytes) } else { Ask::Read(bytes) },
+                    if fetched {
+                        Ask::Cache(bytes)
+                    } else {
+                        Ask::Read(bytes)
+                    },
                     false,
                 );
                 at = bytes.end;
@@ -163,7 +169,9 @@ impl World {
         self.oracle.found(&image, false, now)?;
         if !self.is_ill() {
             self.ask(0, Ask::Flush, true);
-            self.live_until("the last flush is never answered", |w| w.requests.is_empty())?;
+            self.live_until("the last flush is never answered", |w| {
+                w.requests.is_empty()
+            })?;
         }
         self.finishing = false;
         self.crash(true);

@@ -11,6 +11,7 @@ pub mod disk;
 mod events;
 pub mod fiber;
 mod finish;
+pub mod hunt;
 pub mod oracle;
 pub mod plan;
 mod process;
@@ -22,4 +23,4 @@ pub mod source;
 pub mod statedir;
 mod world;
 
-pub use world::{Outcome, Tally, play};
+pub use world::{Options, Outcome, Tally, play};

@@ -210,9 +210,7 @@ impl Oracle {
         }
         // What it does not show, of all that had ended before it began, is replaced: for readers
         // at once, and for a flush if what replaced it is itself complete.
-        let settled = seen
-            .iter()
-            .all(|&n| past[n].done && past[n].ended < began);
+        let settled = seen.iter().all(|&n| past[n].done && past[n].ended < began);
         for entry in past.iter_mut() {
             if entry.ended < began && !shows(entry) {
                 entry.unseen_from = entry.unseen_from.min(now);

@@ -46,6 +46,8 @@ pub struct Trouble {
     pub control: u64,
     /// The source comes back at another size for a while.
     pub resize: u64,
+    /// The source comes back older than it was, for a while: see [`crate::Options`].
+    pub older: u64,
     /// Threads lose the processor even between two marks of the residency.
     pub torn_marks: u64,
 }
@@ -160,6 +162,7 @@ impl Trouble {
         stall: 0,
         control: 0,
         resize: 0,
+        older: 0,
         torn_marks: 0,
     };
 
@@ -185,6 +188,7 @@ impl Trouble {
             stall: maybe(300, 1, 12),
             control: maybe(300, 2, 12),
             resize: maybe(150, 1, 5),
+            older: 0,
             torn_marks: maybe(250, 1, 1),
         }
     }

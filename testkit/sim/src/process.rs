@@ -217,9 +217,7 @@ impl World {
             let mut guard = process.stage.lock().unwrap_or_else(PoisonError::into_inner);
             match &*guard {
                 Stage::Opened(_) => std::mem::replace(&mut *guard, Stage::Checked),
-                Stage::Failed(_) | Stage::Refused | Stage::Closed(_) => {
-                    std::mem::take(&mut *guard)
-                }
+                Stage::Failed(_) | Stage::Refused | Stage::Closed(_) => std::mem::take(&mut *guard),
                 _ => return Ok(()),
             }
         };
@@ -319,7 +317,10 @@ impl World {
             if !standby && relocation.residency.state(index).is_resident() {
                 continue;
             }
-            let mask = relocation.residency.partial_mask(index).filter(|_| !standby);
+            let mask = relocation
+                .residency
+                .partial_mask(index)
+                .filter(|_| !standby);
             let bytes = geometry.bytes(BlockRange::one(index));
             let start = usize::try_from(bytes.start).unwrap_or(0);
             for sector in 0..geometry.sectors_in(index) {

@@ -186,12 +186,16 @@ impl World {
         let mut writes = Vec::new();
         for sector in sectors {
             let (n, at) = (index(sector), sector * SECTOR_BYTES);
-            writes.push((n, at < sure.start / SECTOR_BYTES * SECTOR_BYTES || at >= sure.end));
+            writes.push((
+                n,
+                at < sure.start / SECTOR_BYTES * SECTOR_BYTES || at >= sure.end,
+            ));
             match ask {
                 Ask::Write(_, data, _) if part(sector) => {
                     self.torn.insert(n);
                     for value in self.oracle.candidates(n, now) {
-                        self.oracle.begin(n, id, merge(&value, at, bytes, data), now);
+                        self.oracle
+                            .begin(n, id, merge(&value, at, bytes, data), now);
                     }
                 }
                 Ask::Write(_, data, _) => {
@@ -220,7 +224,8 @@ impl World {
         match answer {
             Answer::Failed(errno) => {
                 self.tally.failed += 1;
-                self.sim.note("failed", id, u64::from(errno.unwrap_or(0).unsigned_abs()));
+                self.sim
+                    .note("failed", id, u64::from(errno.unwrap_or(0).unsigned_abs()));
                 if request.must_succeed {
                     return Err(format!(
                         "{:?} failed ({errno:?}) when nothing was wrong any more",
@@ -243,10 +248,16 @@ impl World {
 
     fn read_answered(&mut self, id: u64, request: &Request, data: &[u8]) -> Result<(), String> {
         let Ask::Read(bytes) = request.ask else {
-            return Err(format!("request {id} was no read and was answered with data"));
+            return Err(format!(
+                "request {id} was no read and was answered with data"
+            ));
         };
         if data.len() as u64 != bytes.len() {
-            return Err(format!("{} bytes for a read of {}", data.len(), bytes.len()));
+            return Err(format!(
+                "{} bytes for a read of {}",
+                data.len(),
+                bytes.len()
+            ));
         }
         let sum = data.iter().fold(0_u64, |sum, b| {
             sum.wrapping_mul(31).wrapping_add(u64::from(*b))

@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hikkoshi_nbd::client::{BlockSizes, Negotiated};
 use hikkoshi_nbd::server::reply::{
-    data_header, done_chunk, hole_chunk, push_block_status, simple_reply, Last,
+    Last, data_header, done_chunk, hole_chunk, push_block_status, simple_reply,
 };
 use hikkoshi_nbd::server::{ReplyStyle, Request};
 use hikkoshi_nbd::wire::{Errno, REQUEST_BYTES, allocation, command, export};
 
 use crate::plan::{Plan, SECTOR};
 use crate::sim::Sim;
+use crate::world::sector_of;
 
 /// The number of `base:allocation` here.
 const CONTEXT: u32 = 7;
@@ -35,6 +36,8 @@ struct State {
     up: bool,
     /// It says that the disk has another size.
     resized: bool,
+    /// The right disk, while an older one is served in its place.
+    right: Option<Vec<u8>>,
     silent_until_us: u64,
 }
 
@@ -71,6 +74,7 @@ impl Server {
                 disk,
                 up: true,
                 resized: false,
+                right: None,
                 silent_until_us: 0,
             }),
         })
@@ -80,9 +84,32 @@ impl Server {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The disk's bytes.
+    /// The right disk's bytes.
     pub fn disk(&self) -> Vec<u8> {
-        self.state().disk.clone()
+        let state = self.state();
+        state.right.as_ref().unwrap_or(&state.disk).clone()
+    }
+
+    /// From now on an older disk is served in place of the right one, or that again. To be called
+    /// between two connections.
+    pub fn set_older(&self, older: bool) {
+        let mut state = self.state();
+        match (older, state.right.take()) {
+            (true, None) => {
+                let sectors = state.disk.len() / SECTOR;
+                let mut old = state.disk.clone();
+                for sector in 0..sectors {
+                    if self.sim.below(8) == 0 {
+                        let value = sector_of(self.sim.chance(|rng| rng.next()));
+                        old[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(&value);
+                    }
+                }
+                state.right = Some(std::mem::replace(&mut state.disk, old));
+            }
+            (true, right) => state.right = right,
+            (false, Some(right)) => state.disk = right,
+            (false, None) => {}
+        }
     }
 
     /// The VM, still here, writes.

@@ -220,11 +220,7 @@ impl SimSource {
             sim: Arc::clone(&self.sim),
             state: Mutex::default(),
         });
-        let bare = BareConnection::new(
-            Arc::clone(&wire) as Arc<dyn Wire>,
-            negotiated,
-            &config(),
-        );
+        let bare = BareConnection::new(Arc::clone(&wire) as Arc<dyn Wire>, negotiated, &config());
         if !bare.info().may_succeed(&state.info) {
             self.sim.note("source: another disk", 0, 0);
             return false;
@@ -252,7 +248,8 @@ impl SimSource {
     }
 
     fn lost(&self, slot: usize, why: SourceError, undone: Vec<Undone>) {
-        self.sim.note("source: lost", slot as u64, undone.len() as u64);
+        self.sim
+            .note("source: lost", slot as u64, undone.len() as u64);
         let mut state = self.state();
         state.told.push_back(Told::Failed(undone, why.clone()));
         if state.connections[slot].take().is_some() {

@@ -115,15 +115,29 @@ pub struct World {
     seed: u64,
 }
 
-/// Plays the world of a seed. With `steps`, trouble ends after so many instead of when the plan
-/// says so. `shown`: the trace is printed.
-pub fn play(seed: u64, steps: Option<u64>, shown: bool) -> Outcome {
+/// How a world is played.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Trouble ends after so many steps instead of when the plan says so.
+    pub steps: Option<u64>,
+    /// The trace is printed.
+    pub shown: bool,
+    /// The source comes back older, or as another disk of the same size. Off as long as the
+    /// product has no means of noticing it.
+    pub older: bool,
+}
+
+/// Plays the world of a seed.
+pub fn play(seed: u64, options: Options) -> Outcome {
     pause_instead(Some(fiber::pause_for_others));
-    let mut world = World::new(seed, shown);
-    if let Some(steps) = steps {
+    let mut world = World::new(seed, options.shown);
+    if let Some(steps) = options.steps {
         world.plan.steps = steps;
     }
-    if shown {
+    if options.older && world.plan.trouble.resize > 0 {
+        world.plan.trouble.older = world.plan.trouble.resize;
+    }
+    if options.shown {
         println!("{:#?}", world.plan);
     }
     let result = catch_unwind(AssertUnwindSafe(|| world.run()));
@@ -274,9 +288,8 @@ impl World {
         self.sim.note(fiber.name, n as u64, 0);
         let waited = fiber.wait == Wait::Others;
         let outcome = catch_unwind(AssertUnwindSafe(|| fiber.resume()));
-        let ended = outcome.map_err(|panic| {
-            format!("a panic in {}: {}", self.fibers[n].name, text_of(&*panic))
-        })?;
+        let ended = outcome
+            .map_err(|panic| format!("a panic in {}: {}", self.fibers[n].name, text_of(&*panic)))?;
         if ended {
             self.progress += 1;
             self.fibers.swap_remove(n);

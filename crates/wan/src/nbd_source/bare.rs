@@ -79,7 +79,12 @@ impl BareConnection {
     ) -> Vec<Undone> {
         let limits = (self.info.min_block_bytes, self.info.size_bytes);
         let job = Job::status(lane, offset, len, limits, done);
-        self.line.submit(job).err().map(Undone).into_iter().collect()
+        self.line
+            .submit(job)
+            .err()
+            .map(Undone)
+            .into_iter()
+            .collect()
     }
 
     /// Receives and answers until the connection ends; then says why it did, and what is left.

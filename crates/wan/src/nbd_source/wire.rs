@@ -57,11 +57,7 @@ impl Wire for SocketWire {
     }
 
     fn send_politely(&self, bytes: &[u8]) {
-        let _ = rustix::net::send(
-            &self.0,
-            bytes,
-            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        );
+        let _ = rustix::net::send(&self.0, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     }
 
     fn hang_up(&self) {
