@@ -21,6 +21,7 @@ Usage: hikkoshi-sim [OPTIONS]
   --from SEED           play worlds from this seed on (with --count, so many)
   --count N             how many
   --threads T           on so many threads; all cores when not said
+  --no-shortest         do not look for the shortest beginning that fails
   --older               the source may also come back as an older disk
 
 Worlds that failed once are played before new ones. The first that fails ends the run; it is told
@@ -34,6 +35,7 @@ struct Arguments {
     count: Option<u64>,
     seconds: Option<u64>,
     threads: Option<u64>,
+    no_shortest: bool,
     options: Options,
 }
 
@@ -55,6 +57,7 @@ fn parse() -> Result<Option<Arguments>, String> {
             "--threads" => parsed.threads = Some(number()?),
             "--steps" => parsed.options.steps = Some(number()?),
             "--trace" => parsed.options.shown = true,
+            "--no-shortest" => parsed.no_shortest = true,
             "--older" => parsed.options.older = true,
             "--help" | "-h" => return Ok(None),
             _ => return Err(format!("unknown argument {word:?}; --help lists them")),
@@ -134,7 +137,9 @@ fn play_many(arguments: &Arguments) -> ExitCode {
     };
     let command = "cargo run --profile sim --package hikkoshi-sim --";
     println!("again: {command} --seed {seed}{older}");
-    if let Some((steps, shortest)) = shorten(seed, arguments.options) {
+    if !arguments.no_shortest
+        && let Some((steps, shortest)) = shorten(seed, arguments.options)
+    {
         println!(
             "shortest: {command} --seed {seed}{older} --steps {steps} --trace\n  {}",
             shortest.failure.unwrap_or_default()
