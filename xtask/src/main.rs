@@ -4,6 +4,7 @@
 //! [`debian`] sees to the packages it needs. Nothing here is part of the product.
 
 mod debian;
+mod mutants;
 mod report;
 mod runner;
 mod steps;
@@ -27,12 +28,16 @@ Commands:
                         fixed, every step has a time limit
   interop [ARG]...      other people's clients and test suites against the release binary;
                         the arguments go to tests/interop/run.py (--list names the tests)
+  mutants [--all | --list | NAME...]
+                        breaks the product on purpose, in a copy, and sees the simulator notice:
+                        five ways, all of them, or those whose names contain NAME
   packages [--install]  the Debian packages that the tests need, and which are missing
   deny                  licences, advisories and duplicate crates (installs cargo-deny if missing)
 
 Options of test:
   --quick               only fmt, clippy and test: no packages, no release build
-  --only STEP           only this step (repeatable): fmt clippy test loom doc build e2e interop
+  --only STEP           only this step (repeatable): fmt clippy test loom doc sim mutants
+                        build e2e interop
   --no-install          never install packages, even as root
 ";
 
@@ -64,6 +69,10 @@ fn run(arguments: &[String]) -> Result<bool> {
             let session =
                 Session::new(std::env::var_os("CI").is_some_and(|value| value == "true"))?;
             steps::interop(&session, rest)
+        }
+        "mutants" => {
+            let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+            mutants::run(&Session::new(ci)?, rest)
         }
         "packages" => packages(rest),
         "deny" => steps::deny(&Session::new(false)?),

@@ -7,7 +7,7 @@
 //! tree.
 
 use crate::geometry::BlockRange;
-use crate::sync::{Condvar, Mutex, lock};
+use crate::sync::{Condvar, Mutex, lock, wait};
 
 /// The runs of blocks that are locked now.
 #[derive(Debug)]
@@ -35,10 +35,7 @@ impl RangeLocks {
     pub fn lock(&self, range: BlockRange) -> RangeGuard<'_> {
         let mut held = lock(&self.held);
         while held.iter().any(|other| other.overlaps(range)) {
-            held = self
-                .freed
-                .wait(held)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            held = wait(&self.freed, &self.held, held);
         }
         held.push(range);
         RangeGuard { locks: self, range }

@@ -45,9 +45,70 @@ pub enum Recovered {
     FromDisk,
 }
 
+/// The memory of a volume, and what it is known by.
+pub type Found<P> = (<P as LivePlace>::Handle, <P as LivePlace>::Memory);
+
+/// Where the memory of a running volume lies: a seam, so that a simulator can end the process, or
+/// the boot, between any two of the steps.
+pub trait LivePlace {
+    /// The memory, while the process lasts.
+    type Memory: PlaneMemory + 'static;
+    /// What it is known by, to publish it and to remove it.
+    type Handle;
+
+    /// The memory that a killed process of this boot and incarnation left, if it did.
+    ///
+    /// # Errors
+    /// It is there and cannot be had.
+    fn find(&self, identity: &Identity) -> Result<Option<Found<Self>>, StateError>;
+
+    /// Fresh memory, all of it allocated, that nobody believes yet. What was there before is gone.
+    ///
+    /// # Errors
+    /// There is not enough.
+    fn make(&self, identity: &Identity) -> Result<Found<Self>, StateError>;
+
+    /// Says whose memory it is. Not before it holds all that is durable: from here on the next
+    /// process believes it.
+    ///
+    /// # Errors
+    /// That could not be said.
+    fn publish(&self, handle: &Self::Handle, identity: &Identity) -> Result<(), StateError>;
+
+    /// Removes the memory of a volume, if there is any.
+    fn discard(&self, identity: &Identity);
+}
+
+/// Shared memory of this machine.
+struct SharedMemory<'a> {
+    live_dir: &'a Path,
+    state_dir: &'a Path,
+}
+
+impl LivePlace for SharedMemory<'_> {
+    type Memory = Mapping;
+    type Handle = LiveFile;
+
+    fn find(&self, identity: &Identity) -> Result<Option<(LiveFile, Mapping)>, StateError> {
+        find(self.live_dir, self.state_dir, identity)
+    }
+
+    fn make(&self, identity: &Identity) -> Result<(LiveFile, Mapping), StateError> {
+        make(self.live_dir, identity)
+    }
+
+    fn publish(&self, live: &LiveFile, identity: &Identity) -> Result<(), StateError> {
+        live.publish(self.state_dir, identity)
+    }
+
+    fn discard(&self, identity: &Identity) {
+        let _ = fs::remove_file(self.live_dir.join(hex(&identity.volume_id)));
+    }
+}
+
 /// The residency of a volume and the state behind it, ready for use.
 #[derive(Debug)]
-pub struct OpenedMap {
+pub struct OpenedMap<L = LiveFile> {
     /// Which blocks are here.
     pub residency: Arc<Residency>,
     /// What makes that durable.
@@ -55,7 +116,7 @@ pub struct OpenedMap {
     /// How much of the past was found.
     pub recovered: Recovered,
     /// The file to be removed once everything is durable and the volume closes.
-    pub live: LiveFile,
+    pub live: L,
 }
 
 /// The file of the shared memory.
@@ -90,10 +151,24 @@ pub fn create_map(
     live_dir: &Path,
     identity: Identity,
 ) -> Result<OpenedMap, StateError> {
-    let state = StateDir::create(state_dir, identity)?;
-    let (live, memory) = make(live_dir, state.identity())?;
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    create_map_in(StateDir::create(state_dir, identity)?, &place)
+}
+
+/// [`create_map`] with memory from anywhere; `state` is fresh.
+///
+/// # Errors
+/// As [`create_map`].
+pub fn create_map_in<P: LivePlace>(
+    state: StateDir,
+    place: &P,
+) -> Result<OpenedMap<P::Handle>, StateError> {
+    let (live, memory) = place.make(state.identity())?;
     let residency = Residency::new(state.identity().geometry, Box::new(memory));
-    live.publish(state_dir, state.identity())?;
+    place.publish(&live, state.identity())?;
     Ok(OpenedMap {
         residency: Arc::new(residency),
         state,
@@ -108,30 +183,46 @@ pub fn create_map(
 /// # Errors
 /// The state is missing, damaged or in use, the medium fails, or there is not enough memory.
 pub fn open_map(
-    mut state: StateDir,
+    state: StateDir,
     state_dir: &Path,
     live_dir: &Path,
     sync_data: &mut dyn FnMut() -> io::Result<()>,
 ) -> Result<OpenedMap, StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    open_map_in(state, &place, random()?, sync_data)
+}
+
+/// [`open_map`] with memory from anywhere. `incarnation` is one that no memory has carried.
+///
+/// # Errors
+/// As [`open_map`].
+pub fn open_map_in<P: LivePlace>(
+    mut state: StateDir,
+    place: &P,
+    incarnation: [u8; 16],
+    sync_data: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<OpenedMap<P::Handle>, StateError> {
     let geometry = state.identity().geometry;
-    let (residency, recovered, live) = match find(live_dir, state_dir, state.identity())? {
+    let (residency, recovered, live) = match place.find(state.identity())? {
         Some((live, memory)) => {
             let residency = Residency::recover(geometry, Box::new(memory));
             (residency, Recovered::AfterKill, live)
         }
         None => {
-            let (live, memory) = make(live_dir, state.identity())?;
+            let (live, memory) = place.make(state.identity())?;
             let residency = Residency::new(geometry, Box::new(memory));
             // A state that is refused is left exactly as it was.
             if let Err(error) = state.load(&residency) {
-                live.remove();
+                place.discard(state.identity());
                 return Err(error);
             }
             // The order matters: the new incarnation is durable before memory that carries it is
             // published, and memory of the old one is never believed again.
-            let incarnation = random()?;
             state.change(|identity| identity.incarnation = incarnation)?;
-            live.publish(state_dir, state.identity())?;
+            place.publish(&live, state.identity())?;
             (residency, Recovered::FromDisk, live)
         }
     };
@@ -146,9 +237,32 @@ pub fn open_map(
     })
 }
 
-/// Removes the memory of a volume that is complete, if any was left.
-pub fn discard(live_dir: &Path, identity: &Identity) {
-    let _ = fs::remove_file(live_dir.join(hex(&identity.volume_id)));
+/// The state of a volume that is complete: settles what a crash right after the completion left.
+///
+/// # Errors
+/// The medium fails.
+pub fn open_complete(
+    state: &mut StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+) -> Result<(), StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    open_complete_in(state, &place)
+}
+
+/// [`open_complete`] with memory from anywhere.
+///
+/// # Errors
+/// As [`open_complete`].
+pub fn open_complete_in<P: LivePlace>(state: &mut StateDir, place: &P) -> Result<(), StateError> {
+    // A process that was killed while it recorded the completion may have left that in the kernel
+    // alone. From here on people rely on it: the source is switched off.
+    state.change(|_| ())?;
+    place.discard(state.identity());
+    Ok(())
 }
 
 /// Sixteen random bytes.

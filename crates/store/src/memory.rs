@@ -195,6 +195,20 @@ impl MemoryStore {
         Self::from_state(self.take())
     }
 
+    /// What a failed sync may leave: each write that was not synced yet for which `choose(2)` is 1
+    /// is read as before, but will never reach the medium, whatever syncs succeed later. (A kernel
+    /// takes pages that could not be written for clean.)
+    pub fn lose_unsynced(&self, choose: &mut Chooser<'_>) {
+        let mut state = self.write_lock();
+        let mut lost = 0;
+        state.unsynced.retain(|write| {
+            let loses = choose(2) % 2 == 1;
+            lost += if loses { write.weight() } else { 0 };
+            !loses
+        });
+        state.unsynced_bytes -= lost;
+    }
+
     fn take(&self) -> State {
         let mut state = self.write_lock();
         assert!(!state.gone, "a crash ends a store only once");
@@ -248,6 +262,7 @@ impl State {
 
     fn record(&mut self, write: Write) {
         write.apply(&mut self.now);
+        let write = self.widened(write);
         self.unsynced_bytes += write.weight();
         self.unsynced.push_back(write);
         while self.unsynced_bytes > MAX_UNSYNCED_BYTES {
@@ -256,6 +271,19 @@ impl State {
             };
             self.unsynced_bytes -= oldest.weight();
             oldest.apply(&mut self.durable);
+        }
+    }
+
+    /// A medium gets whole sectors, with all that the cache holds of them.
+    fn widened(&self, write: Write) -> Write {
+        let start = write.offset / SECTOR * SECTOR;
+        let end = self.now.len().min(write.end().next_multiple_of(SECTOR));
+        if start == write.offset && end == write.end() {
+            return write;
+        }
+        Write {
+            offset: start,
+            data: Data::Bytes(self.now[start..end].into()),
         }
     }
 

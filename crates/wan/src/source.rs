@@ -22,6 +22,14 @@ pub struct SourceInfo {
     pub uri: String,
 }
 
+impl SourceInfo {
+    /// Whether the source that was as `before` may be back as this. Its manners may change while
+    /// it is away (another program serves the same disk, or serves it read-only); its size may not.
+    pub fn may_succeed(&self, before: &Self) -> bool {
+        self.size_bytes == before.size_bytes
+    }
+}
+
 /// In which queue a request travels. Demand never waits behind bulk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {

@@ -13,9 +13,11 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hikkoshi_engine::journal::Gathered;
+use hikkoshi_engine::mover::Phase;
+use hikkoshi_engine::sync::wait;
 use hikkoshi_store::state::{StateDir, StateError};
 
 use super::relocation::Relocation;
@@ -77,14 +79,6 @@ pub(super) struct Queue {
     stop: bool,
 }
 
-impl Committer {
-    /// Makes every wait end once `stop` was said and all who waited were served.
-    pub fn stop(&self) {
-        lock(&self.queue).stop = true;
-        self.wake.notify_all();
-    }
-}
-
 impl Volume {
     /// Makes all completed writes durable and then calls `done`, on another thread.
     pub fn flush(&self, done: FlushDone) {
@@ -131,7 +125,7 @@ impl Volume {
     fn commit_locked(&self, journal: &mut Journal) -> io::Result<()> {
         self.check_poison()?;
         let relocation = self.relocation();
-        let started = Instant::now();
+        let started = self.now();
         // 1. the records first: whatever is left after this waits for the next commit
         let gathered = relocation
             .as_ref()
@@ -147,7 +141,8 @@ impl Volume {
             relocation.pending.put_back(gathered);
             return Err(error);
         }
-        let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let took = self.now().saturating_sub(started);
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let mean = self.committer.last_sync_us.load(Ordering::Relaxed);
         // Rises at once and falls slowly: one slow sync is enough to stop trying inline.
         self.committer
@@ -173,7 +168,7 @@ impl Volume {
             return self.snapshot(journal, relocation);
         }
         let outcome = state.append(&gathered.records);
-        self.settle("writing the durable state", outcome)?;
+        self.note_state("writing the durable state", outcome)?;
         if state.needs_checkpoint() {
             self.commit_soon();
         }
@@ -182,7 +177,7 @@ impl Volume {
 
     /// What becomes of a step of the durable state: for want of space it is refused, and may be
     /// tried again; whatever else goes wrong poisons the volume.
-    pub(super) fn settle(&self, what: &str, outcome: Result<(), StateError>) -> io::Result<()> {
+    pub(super) fn note_state(&self, what: &str, outcome: Result<(), StateError>) -> io::Result<()> {
         let outcome = outcome.map_err(|error| {
             if !error.is_no_space() {
                 self.poison(what, &error);
@@ -201,7 +196,7 @@ impl Volume {
         let outcome = state.checkpoint(&relocation.residency, &mut sync);
         let full = matches!(&outcome, Err(error) if error.is_no_space());
         journal.snapshot_rests_until = full.then(|| self.now() + SNAPSHOT_PAUSE);
-        self.settle("writing a snapshot of the durable state", outcome)
+        self.note_state("writing a snapshot of the durable state", outcome)
     }
 
     fn sync_image(&self) -> io::Result<()> {
@@ -282,7 +277,7 @@ impl Volume {
         self.commit_locked(&mut journal)?;
         if let Some(state) = journal.state.as_mut() {
             let outcome = state.record_local();
-            self.settle("recording that the move is complete", outcome)?;
+            self.note_state("recording that the move is complete", outcome)?;
         }
         self.set_life(crate::status::LifeState::Local);
         let old = self
@@ -304,8 +299,8 @@ impl Volume {
         Ok(())
     }
 
-    /// The loop of the thread that commits. Returns after [`Committer::stop`].
-    pub(super) fn run_committer(self: Arc<Self>) {
+    /// The loop of the thread that commits. Returns after [`Volume::stop`].
+    pub fn run_committer(self: Arc<Self>) {
         loop {
             let (waiting, lazy, complete, stop) = self.await_duties();
             if !waiting.is_empty() || lazy || stop {
@@ -336,11 +331,7 @@ impl Volume {
                     queue.stop,
                 );
             }
-            queue = self
-                .committer
-                .wake
-                .wait(queue)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            queue = wait(&self.committer.wake, &self.committer.queue, queue);
         }
     }
 
@@ -357,9 +348,60 @@ impl Volume {
         }
     }
 
-    /// Whether records wait for a commit.
-    pub(super) fn has_pending(&self) -> bool {
-        self.relocation().is_some_and(|r| !r.pending.is_empty())
+    /// One beat of the thread that keeps the time, to be called every [`Mover::TICK`] or so: tells
+    /// the mover the time, and asks for a commit now and then. `committed` is when it last did.
+    /// `false` when there is nothing left to keep the time for.
+    ///
+    /// [`Mover::TICK`]: hikkoshi_engine::mover::Mover::TICK
+    pub fn keep_time(&self, committed: &mut Duration) -> bool {
+        let Some(relocation) = self.relocation() else {
+            return false;
+        };
+        relocation.tick();
+        let now = self.now();
+        let resident = self.geometry.size_bytes() - relocation.residency.missing_bytes();
+        self.rate.sample(now, resident);
+        if now.saturating_sub(*committed) >= LAZY_COMMIT_AFTER {
+            *committed = now;
+            if !relocation.pending.is_empty() || self.snapshot_is_due() {
+                self.commit_soon();
+            }
+            // Its last step failed for want of space, say.
+            if relocation.with_mover(|m| m.phase() == Phase::Complete) {
+                self.complete_soon();
+            }
+        }
+        true
+    }
+
+    /// Begins the end: lets go of the source, and lets [`Volume::run_committer`] return once all
+    /// who waited were served.
+    pub fn stop(&self) {
+        if let Some(relocation) = self.relocation() {
+            relocation.retire();
+        }
+        lock(&self.committer.queue).stop = true;
+        self.committer.wake.notify_all();
+    }
+
+    /// Makes everything durable, after [`Volume::stop`] and the end of all that it ended. Then
+    /// what is durable says all that the memory that outlives a kill does.
+    ///
+    /// # Errors
+    /// It could not be made durable. What a guest flushed before is.
+    pub fn settle(&self) -> io::Result<()> {
+        self.commit()?;
+        let Some(relocation) = self.relocation() else {
+            return Ok(());
+        };
+        let mut journal = lock(&self.journal);
+        if let Some(state) = journal.state.as_mut() {
+            let mut sync = || self.store.sync();
+            state
+                .checkpoint(&relocation.residency, &mut sync)
+                .map_err(io::Error::other)?;
+        }
+        Ok(())
     }
 }
 

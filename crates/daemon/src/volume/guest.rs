@@ -20,6 +20,7 @@ use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, SECTOR_BYTES}
 use hikkoshi_engine::journal::Record;
 use hikkoshi_engine::mover::ReadFailure;
 use hikkoshi_engine::residency::BlockState;
+use hikkoshi_engine::sync::wait;
 use hikkoshi_store::{Store, ZeroMode};
 
 use super::relocation::{ReadEnd, Relocation};
@@ -167,7 +168,7 @@ impl Volume {
         };
         if let Some(state) = journal.state.as_mut() {
             let outcome = state.record_arriving();
-            self.settle("recording the handoff", outcome)?;
+            self.note_state("recording the handoff", outcome)?;
         }
         // The mover first: as soon as a write is accepted, no read may pass by it to the source.
         relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
@@ -342,10 +343,7 @@ impl Relocation {
                 }
                 return result;
             }
-            result = outcome
-                .1
-                .wait(result)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            result = wait(&outcome.1, &outcome.0, result);
         }
     }
 }

@@ -8,6 +8,7 @@
 //! The durability order is that of [`commit`]; the races between fetched blocks and guests' writes
 //! are settled in [`relocation`] and [`guest`].
 
+pub mod assemble;
 pub mod commit;
 mod extents;
 #[cfg(test)]
@@ -26,7 +27,7 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use hikkoshi_engine::geometry::Geometry;
@@ -116,13 +117,8 @@ const LIFE_LOCAL: u8 = 0;
 const LIFE_STANDBY: u8 = 1;
 const LIFE_ARRIVING: u8 = 2;
 
-/// Locks, and goes on after a panic elsewhere: every structure behind these locks is kept whole
-/// between statements that can panic.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-}
+// Every structure behind these locks is kept whole between statements that can panic.
+pub(crate) use hikkoshi_engine::sync::lock;
 
 impl Volume {
     /// The export's name.
@@ -186,9 +182,14 @@ impl Volume {
         (self.clock)()
     }
 
+    /// Whether a sync has failed, so that nothing can be made durable before a restart.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
     /// The error of everything that would have to be durable after a sync has failed.
     fn check_poison(&self) -> io::Result<()> {
-        if self.poisoned.load(Ordering::Acquire) {
+        if self.is_poisoned() {
             return Err(io::Error::other(
                 "an earlier sync failed, so nothing is known of what is durable; check the medium \
                  and restart the daemon",

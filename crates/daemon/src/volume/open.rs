@@ -6,13 +6,13 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
-use hikkoshi_engine::mover::{Mover, Phase, Policy};
+use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
@@ -22,14 +22,10 @@ use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 
-use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
-use super::relocation::{Relocation, Traffic};
-use super::report::RateMeter;
-use super::space::DiskTrouble;
-use super::{Clock, Tally, Volume, lock, system_clock};
+use super::assemble::{Moving, Parts};
+use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
-use crate::events::{EventKind, EventLog};
-use crate::status::LifeState;
+use crate::events::EventKind;
 
 /// Why an export cannot be opened. Each text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -144,24 +140,11 @@ impl Running {
     /// It could not be made durable. What a guest flushed before is.
     pub fn close(mut self) -> io::Result<()> {
         self.stop.store(true, Ordering::Release);
-        let relocation = self.volume.relocation();
-        if let Some(relocation) = &relocation {
-            relocation.retire();
-        }
-        self.volume.committer.stop();
+        self.volume.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.volume.commit()?;
-        if let Some(relocation) = relocation {
-            let mut journal = lock(&self.volume.journal);
-            if let Some(state) = journal.state.as_mut().filter(|_| !self.volume.is_local()) {
-                let mut sync = || self.volume.store.sync();
-                state
-                    .checkpoint(&relocation.residency, &mut sync)
-                    .map_err(io::Error::other)?;
-            }
-        }
+        self.volume.settle()?;
         // Only now: while it is there, it is what a restart believes.
         if let Some(live) = &self.live {
             live.remove();
@@ -170,28 +153,10 @@ impl Running {
     }
 }
 
-/// The thread that tells the mover the time, and makes a commit now and then.
+/// The thread that keeps the time.
 fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
     let mut committed = Duration::ZERO;
-    while !stop.load(Ordering::Acquire) {
-        let Some(relocation) = volume.relocation() else {
-            return;
-        };
-        relocation.tick();
-        let now = volume.now();
-        let resident = volume.geometry.size_bytes() - relocation.residency.missing_bytes();
-        volume.rate.sample(now, resident);
-        if now.saturating_sub(committed) >= LAZY_COMMIT_AFTER {
-            committed = now;
-            if volume.has_pending() || volume.snapshot_is_due() {
-                volume.commit_soon();
-            }
-            // Its last step failed for want of space, say.
-            if relocation.with_mover(|m| m.phase() == Phase::Complete) {
-                volume.complete_soon();
-            }
-        }
-        drop(relocation);
+    while !stop.load(Ordering::Acquire) && volume.keep_time(&mut committed) {
         std::thread::sleep(Mover::<()>::TICK);
     }
 }
@@ -224,7 +189,7 @@ fn engine(config: &ExportConfig) -> EngineChoice {
 /// An image that needs nobody: it never had a source, or has everything from it.
 fn open_plain(
     config: &ExportConfig,
-    state: Option<StateDir>,
+    mut state: Option<StateDir>,
     had_source: bool,
 ) -> Result<Running, OpenError> {
     let options = OpenOptions {
@@ -240,9 +205,8 @@ fn open_plain(
             config.image.display()
         ));
     }
-    if let Some(state) = state.as_ref().filter(|_| !config.read_only) {
-        // A crash right after the completion left these.
-        live::discard(&live::default_dir(), state.identity());
+    if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
+        live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
     }
     // A device may be larger than the disk that moved onto it.
@@ -261,11 +225,9 @@ fn open_plain(
         store: Arc::new(store),
         state,
         had_source,
+        clock: system_clock(),
     };
-    Running::start(
-        Arc::new(parts.volume(LifeState::Local, system_clock())),
-        None,
-    )
+    Running::start(parts.plain(), None)
 }
 
 /// The first start of a move.
@@ -379,104 +341,29 @@ fn move_in(
         live,
         ..
     } = map;
-    let life = match state.identity().life {
-        Life::Standby => LifeState::Standby,
-        Life::Arriving | Life::Local => LifeState::Arriving,
-    };
-    let geometry = residency.geometry();
-    let policy = Policy {
-        background: wanted.background,
-        max_rate: wanted.max_rate,
-        loss_timeout: match wanted.on_loss {
-            SourceLoss::Wait => None,
-            SourceLoss::Error(after) => Some(after),
-        },
-        has_extents: source.info().has_extents,
-    };
-    let phase = if life == LifeState::Standby {
-        Phase::Standby
-    } else {
-        Phase::Arriving
-    };
-    let mover = Mover::new(geometry, phase, policy);
-    let clock = system_clock();
     let (store, live) = (Arc::new(store), Arc::new(live));
-    let image: Arc<dyn Store> = Arc::clone(&store) as Arc<dyn Store>;
     let parts = Parts {
         config,
-        geometry,
-        store: image,
+        geometry: residency.geometry(),
+        store: Arc::clone(&store) as Arc<dyn Store>,
         state: Some(state),
         had_source: true,
+        clock: system_clock(),
     };
-    let volume = parts.moving(life, clock, |volume, store, clock| {
-        Relocation::new(volume, store, residency, source, mover, clock).with_witnesses(witnesses)
-    });
     let memory = Arc::clone(&live);
-    *lock(&volume.at_completion) = Some(Box::new(move || {
-        memory.remove();
-        if let Err(e) = set_tag(&store, &[]) {
-            tracing::warn!("the mark of a move could not be taken off the image: {e}");
-        }
-    }));
+    let volume = parts.moving(Moving {
+        wanted,
+        source,
+        residency,
+        witnesses,
+        at_completion: Box::new(move || {
+            memory.remove();
+            if let Err(e) = set_tag(&store, &[]) {
+                tracing::warn!("the mark of a move could not be taken off the image: {e}");
+            }
+        }),
+    });
     Running::start(volume, Some(live))
-}
-
-/// What a volume is made of.
-pub(super) struct Parts<'a> {
-    pub config: &'a ExportConfig,
-    pub geometry: Geometry,
-    pub store: Arc<dyn Store>,
-    pub state: Option<StateDir>,
-    pub had_source: bool,
-}
-
-impl Parts<'_> {
-    pub(super) fn volume(self, life: LifeState, clock: Clock) -> Volume {
-        let source = self.config.source.as_ref();
-        let volume = Volume {
-            name: self.config.name.clone(),
-            image: self.config.image.clone(),
-            geometry: self.geometry,
-            read_only: self.config.read_only,
-            handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
-            on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
-            store: self.store,
-            life: AtomicU8::new(0),
-            poisoned: AtomicBool::new(false),
-            disk: DiskTrouble::default(),
-            events: EventLog::default(),
-            relocation: RwLock::new(None),
-            journal: Mutex::new(Journal::new(self.state)),
-            committer: Committer::default(),
-            witnesses_kept_at: Mutex::default(),
-            clock,
-            background: source.is_none_or(|s| s.background),
-            had_source: self.had_source,
-            rate: RateMeter::default(),
-            at_completion: Mutex::new(None),
-            last_traffic: Traffic::default(),
-            tally: Tally::default(),
-        };
-        volume.set_life(life);
-        volume
-    }
-
-    /// A volume with a relocation, each of which knows the other.
-    pub(super) fn moving(
-        self,
-        life: LifeState,
-        clock: Clock,
-        make: impl FnOnce(std::sync::Weak<Volume>, Arc<dyn Store>, Clock) -> Relocation,
-    ) -> Arc<Volume> {
-        Arc::new_cyclic(|weak| {
-            let store = Arc::clone(&self.store);
-            let relocation = make(weak.clone(), store, Arc::clone(&clock));
-            let mut volume = self.volume(life, clock);
-            volume.relocation = RwLock::new(Some(Arc::new(relocation)));
-            volume
-        })
-    }
 }
 
 // The image

@@ -16,7 +16,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hikkoshi_engine::geometry::{ByteRange, Geometry};
-use hikkoshi_engine::mover::{Mover, Phase, Policy};
 use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::MemoryDirectory;
@@ -25,8 +24,8 @@ use hikkoshi_store::{MemoryStore, Store, ZeroMode};
 use hikkoshi_wan::{MemorySource, Source, SourceErrorKind};
 use proptest::prelude::*;
 
+use super::assemble::{Moving, Parts};
 use super::guest::ReadNow;
-use super::open::Parts;
 use super::relocation::{ReadEnd, Relocation};
 use super::{Clock, Volume, lock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
@@ -463,43 +462,27 @@ fn assemble(
     residency: Residency,
     clock_ms: &Arc<StdAtomicU64>,
 ) -> Arc<Volume> {
-    let life = match state.identity().life {
-        Life::Standby => LifeState::Standby,
-        Life::Arriving => LifeState::Arriving,
-        Life::Local => LifeState::Local,
-    };
-    let clock: Clock = {
-        let ms = Arc::clone(clock_ms);
-        Arc::new(move || Duration::from_millis(ms.load(Ordering::Relaxed)))
-    };
-    let policy = Policy {
-        background: true,
-        max_rate: None,
-        loss_timeout: None,
-        has_extents: source.info().has_extents,
-    };
-    let phase = if life == LifeState::Standby {
-        Phase::Standby
-    } else {
-        Phase::Arriving
-    };
-    let geometry = residency.geometry();
+    let is_local = state.identity().life == Life::Local;
+    let ms = Arc::clone(clock_ms);
+    let clock: Clock = Arc::new(move || Duration::from_millis(ms.load(Ordering::Relaxed)));
     let witnesses = state.witnesses(1).unwrap();
     let parts = Parts {
         config,
-        geometry,
+        geometry: residency.geometry(),
         store: Arc::clone(store) as Arc<dyn Store>,
         state: Some(state),
         had_source: true,
+        clock,
     };
-    if life == LifeState::Local {
-        return Arc::new(parts.volume(life, clock));
+    if is_local {
+        return parts.plain();
     }
-    let mover = Mover::new(geometry, phase, policy);
-    let source = Arc::clone(source) as Arc<dyn Source>;
-    let volume = parts.moving(life, clock, |volume, store, clock| {
-        Relocation::new(volume, store, Arc::new(residency), source, mover, clock)
-            .with_witnesses(witnesses)
+    let volume = parts.moving(Moving {
+        wanted: config.source.as_ref().unwrap(),
+        source: Arc::clone(source) as Arc<dyn Source>,
+        residency: Arc::new(residency),
+        witnesses,
+        at_completion: Box::new(|| ()),
     });
     volume.relocation().unwrap().start();
     volume

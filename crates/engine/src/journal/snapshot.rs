@@ -29,6 +29,9 @@ pub fn empty_snapshot(volume: VolumeId, epoch: u64, geometry: Geometry) -> Vec<u
 /// The snapshot of a residency as it is now, partial blocks included.
 pub fn encode_snapshot(volume: VolumeId, epoch: u64, residency: &Residency) -> Vec<u8> {
     let geometry = residency.geometry();
+    // The partial blocks before the pages: one that is completed in between is in both then, and
+    // not in neither.
+    let partials = residency.partials();
     let mut out = header(volume, epoch, geometry);
     let words = geometry.blocks().div_ceil(64);
     for page in 0..geometry.blocks().div_ceil(PAGE_BLOCKS) {
@@ -42,7 +45,7 @@ pub fn encode_snapshot(volume: VolumeId, epoch: u64, residency: &Residency) -> V
         );
     }
     out.push(END);
-    for (block, mask) in residency.partials() {
+    for (block, mask) in partials {
         Record::Partial { block, mask }.encode(&mut out);
     }
     seal(out)

@@ -122,11 +122,14 @@ impl Flights {
     /// Kept flights that were not handed to the source yet.
     pub fn unsent(&self) -> Vec<FlightId> {
         let kept = |f: &Flight| !f.sent && f.purpose != Purpose::PassThrough;
-        self.all
+        let mut unsent: Vec<FlightId> = self
+            .all
             .iter()
             .filter(|(_, f)| kept(f))
             .map(|(id, _)| *id)
-            .collect()
+            .collect();
+        unsent.sort_unstable();
+        unsent
     }
 
     pub fn range(&self, id: FlightId) -> Option<BlockRange> {

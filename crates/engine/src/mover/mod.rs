@@ -3,7 +3,8 @@
 //! The [`Mover`] is the one owner of a relocation's state. Events are method calls that carry the
 //! time; what is to be done comes back as [`Action`]s. It does no I/O and holds no data, so that a
 //! seeded test can drive every interleaving. Callers keep it behind a lock, call it for a moment,
-//! and carry the actions out after the lock is released.
+//! and carry the actions out after the lock is released. The same events give the same actions in
+//! the same order: nothing is told in the order of a hash map.
 //!
 //! It must never be told that a fetch landed before the residency shows it: a read that comes in
 //! between looks there first.
@@ -627,12 +628,13 @@ impl<W> Mover<W> {
             self.send_held(now, out);
         }
         if let (Some(limit), Some(lost_at)) = (self.policy.loss_timeout, self.lost_at) {
-            let expired: Vec<u64> = self
+            let mut expired: Vec<u64> = self
                 .waiters
                 .iter()
                 .filter(|(_, w)| now.saturating_sub(w.since.max(lost_at)) >= limit)
                 .map(|(id, _)| *id)
                 .collect();
+            expired.sort_unstable();
             for id in expired {
                 self.fail_waiter(id, ReadFailure::SourceLost, out);
             }
@@ -645,7 +647,9 @@ impl<W> Mover<W> {
 
     /// Ends every wait; for a daemon that goes down.
     pub fn abandon(&mut self, out: &mut Vec<Action<W>>) {
-        for (_, waiter) in self.waiters.drain() {
+        let mut waiters: Vec<_> = self.waiters.drain().collect();
+        waiters.sort_unstable_by_key(|(id, _)| *id);
+        for (_, waiter) in waiters {
             out.push(Action::Fail(waiter.who, ReadFailure::SourceLost));
         }
     }

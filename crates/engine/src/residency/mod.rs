@@ -251,7 +251,8 @@ impl Residency {
         let stop = self
             .next_with(start, end, |resident| resident)
             .unwrap_or(end);
-        Some(BlockRange::new(start, stop))
+        // A block that comes in between the two looks is told as it was at the first one.
+        Some(BlockRange::new(start, stop.max(start + 1)))
     }
 
     /// The first block from `from` on, before `end`, whose resident bits, seen through `wanted`,
@@ -400,11 +401,13 @@ impl Residency {
             return 0;
         };
         let short = self.geometry.block_bytes() - self.geometry.bytes(BlockRange::one(last)).len();
-        if counts(self.state(last)) {
+        let bytes = if counts(self.state(last)) {
             full.saturating_sub(short)
         } else {
             full
-        }
+        };
+        // The last block may have changed its state after the count was taken.
+        bytes.min(self.geometry.size_bytes())
     }
 }
 

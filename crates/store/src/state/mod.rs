@@ -137,6 +137,8 @@ pub struct StateDir {
     epoch: u64,
     seq: u64,
     log_bytes: u64,
+    /// A log of so many bytes is due for a snapshot.
+    log_limit: u64,
     poisoned: bool,
     /// Held, not read: the lock ends with it.
     _lock: Option<File>,
@@ -216,6 +218,7 @@ impl StateDir {
             }
         })?;
         Ok(Self {
+            log_limit: log_limit(identity.geometry),
             dir,
             identity,
             log,
@@ -250,6 +253,7 @@ impl StateDir {
         if identity.life == Life::Local {
             return Ok(Self {
                 log: Box::new(NoLog),
+                log_limit: log_limit(identity.geometry),
                 dir,
                 identity,
                 epoch: 0,
@@ -334,7 +338,7 @@ impl StateDir {
     pub fn append(&mut self, records: &[Record]) -> Result<(), StateError> {
         self.guarded(|this| {
             let frame = encode_frame(this.volume_id(), this.epoch, this.seq, records);
-            if this.log_bytes + frame.len() as u64 > LOG_PATIENCE * this.log_bound() {
+            if this.log_bytes + frame.len() as u64 > LOG_PATIENCE * this.log_limit {
                 let full = io::Error::from(io::ErrorKind::StorageFull);
                 return Err(this.failed("making room (for a snapshot) in", LOG, full));
             }
@@ -355,12 +359,12 @@ impl StateDir {
 
     /// Whether the log is so long that a snapshot should be made.
     pub fn needs_checkpoint(&self) -> bool {
-        self.log_bytes >= self.log_bound()
+        self.log_bytes >= self.log_limit
     }
 
-    fn log_bound(&self) -> u64 {
-        let map_bytes = self.geometry().blocks() / 4;
-        (map_bytes / 4).clamp(MIN_LOG_BYTES, MAX_LOG_BYTES)
+    /// Has snapshots made of a log of so many bytes already, however small the disk is.
+    pub fn limit_log(&mut self, bytes: u64) {
+        self.log_limit = bytes;
     }
 
     /// Begins a new epoch with a snapshot of `residency`, in this order:
@@ -450,6 +454,11 @@ impl StateDir {
             source,
         }
     }
+}
+
+fn log_limit(geometry: Geometry) -> u64 {
+    let map_bytes = geometry.blocks() / 4;
+    (map_bytes / 4).clamp(MIN_LOG_BYTES, MAX_LOG_BYTES)
 }
 
 const _: () = assert!(PREALLOCATED_BYTES.is_multiple_of(FRAME_ALIGN));

@@ -15,6 +15,8 @@ use hikkoshi_nbd::client::{
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
 use super::address::{Address, NbdSourceConfig};
+use super::line::Line;
+use super::wire::SocketWire;
 use crate::source::{SourceError, SourceErrorKind};
 
 /// How many addresses of a host name are tried.
@@ -28,6 +30,13 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Dialed {
     pub(super) socket: Arc<Socket>,
     pub(super) negotiated: Negotiated,
+}
+
+impl Dialed {
+    /// The connection, ready for requests.
+    pub(super) fn into_line(self, config: &NbdSourceConfig) -> Arc<Line> {
+        Line::new(Arc::new(SocketWire(self.socket)), self.negotiated, config)
+    }
 }
 
 /// Connects and shakes hands. `opened` is told of each socket before it is connected, so that

@@ -37,7 +37,7 @@ pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>
         let epoch = shared.epoch();
         let failed = match dial(&shared.config, &|socket| shared.dialing(slot, socket)) {
             Ok(dialed) => {
-                let fresh = Line::new(dialed, &shared.config);
+                let fresh = dialed.into_line(&shared.config);
                 match shared.install(slot, &fresh, true) {
                     Installed::Yes => {
                         line = Some(fresh);

@@ -5,18 +5,16 @@
 //! reader hold no lock of it when they do.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use hikkoshi_nbd::client::{Negotiated, encode_request};
 use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
-use socket2::Socket;
 
 use super::address::NbdSourceConfig;
-use super::dial::{Dialed, send_all};
 use super::job::Job;
+use super::wire::Wire;
 use crate::source::Lane;
 
 /// How many requests wait on one connection at most, those in flight not counted. Callers bound
@@ -25,7 +23,7 @@ const MAX_QUEUED: usize = 1 << 16;
 
 /// One connection.
 pub(super) struct Line {
-    pub(super) socket: Arc<Socket>,
+    pub(super) wire: Arc<dyn Wire>,
     pub(super) negotiated: Negotiated,
     in_flight_max: usize,
     bulk_max: usize,
@@ -52,10 +50,14 @@ struct State {
 }
 
 impl Line {
-    pub(super) fn new(dialed: Dialed, config: &NbdSourceConfig) -> Arc<Self> {
+    pub(super) fn new(
+        wire: Arc<dyn Wire>,
+        negotiated: Negotiated,
+        config: &NbdSourceConfig,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            socket: dialed.socket,
-            negotiated: dialed.negotiated,
+            wire,
+            negotiated,
             in_flight_max: config.in_flight,
             bulk_max: config.bulk_in_flight,
             dead: AtomicBool::new(false),
@@ -126,9 +128,9 @@ impl Line {
             state.waiting_since.get_or_insert_with(Instant::now);
             state.unanswered.insert(cookie, job);
         }
-        if !output.is_empty() && send_all(&self.socket, &output).is_err() {
+        if !output.is_empty() && self.wire.send(&output).is_err() {
             // The reader notices, and fails these requests with all the others.
-            self.hang_up();
+            self.wire.hang_up();
         }
     }
 
@@ -180,8 +182,10 @@ impl Line {
         let mut guard = self.state();
         let state = &mut *guard;
         state.closed = true;
-        self.hang_up();
-        let mut jobs: Vec<Job> = state.unanswered.drain().map(|(_, job)| job).collect();
+        self.wire.hang_up();
+        let mut sent: Vec<(u64, Job)> = state.unanswered.drain().collect();
+        sent.sort_unstable_by_key(|(cookie, _)| *cookie);
+        let mut jobs: Vec<Job> = sent.into_iter().map(|(_, job)| job).collect();
         jobs.extend(state.demand.drain(..));
         jobs.extend(state.bulk.drain(..));
         jobs
@@ -195,18 +199,8 @@ impl Line {
             self.dead.store(true, Ordering::Release);
             let goodbye = encode_request(0, command::DISC, state.next_cookie, 0, 0);
             // Only politeness: nothing depends on its arrival.
-            let _ = rustix::net::send(
-                &self.socket,
-                &goodbye,
-                rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT,
-            );
+            self.wire.send_politely(&goodbye);
         }
-        self.hang_up();
-    }
-
-    /// Ends both directions, which wakes the reader.
-    fn hang_up(&self) {
-        // It fails only where the peer was faster.
-        let _ = self.socket.shutdown(Shutdown::Both);
+        self.wire.hang_up();
     }
 }

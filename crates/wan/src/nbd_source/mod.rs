@@ -5,6 +5,7 @@
 //! and must lead to the same disk. The volume submits and is called back; no lock is held then.
 
 mod address;
+mod bare;
 mod dial;
 mod herald;
 mod job;
@@ -12,6 +13,7 @@ mod keeper;
 mod line;
 mod reader;
 mod shared;
+mod wire;
 
 use std::cell::Cell;
 use std::sync::mpsc::channel;
@@ -20,6 +22,8 @@ use std::thread;
 use std::time::Duration;
 
 pub use address::{Address, MAX_CONNECTIONS, MAX_IN_FLIGHT, NbdSourceConfig};
+pub use bare::{BareConnection, Undone};
+pub use wire::Wire;
 
 use self::herald::News;
 use self::job::Job;
@@ -52,7 +56,7 @@ impl NbdSource {
         let config = config.clamped();
         let dialed = dial::dial(&config, &|_| true)?;
         let info = info_of(&config.shown_uri(), &dialed.negotiated);
-        let line = Line::new(dialed, &config);
+        let line = dialed.into_line(&config);
         Self::start(config, info, Some(line))
     }
 

@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 
 use hikkoshi_nbd::client::{ClientError, ClientErrorKind, Header, Outcome, Reply, Step};
 use hikkoshi_nbd::wire::{CHUNK_BYTES, REQUEST_BYTES};
-use rustix::net::RecvFlags;
-use socket2::Socket;
 
 use super::job::Job;
 use super::line::Line;
+use super::wire::Wire;
 use crate::source::{SourceError, SourceErrorKind};
 
 /// Bytes received at a time while looking for headers: several small replies at once, and little
@@ -68,11 +67,11 @@ impl<'a> Reader<'a> {
     pub(super) fn new(line: &'a Line, progress_timeout: Option<Duration>) -> io::Result<Self> {
         // Often enough to notice a stall in good time, seldom enough to cost nothing.
         let tick = progress_timeout.map(|limit| (limit / 4).max(Duration::from_millis(10)));
-        line.socket.set_read_timeout(tick)?;
+        line.wire.set_patience(tick)?;
         Ok(Self {
             line,
             receiver: Receiver {
-                socket: &line.socket,
+                wire: &*line.wire,
                 line,
                 progress_timeout,
                 last_byte: Instant::now(),
@@ -97,7 +96,9 @@ impl<'a> Reader<'a> {
 
     /// The jobs whose replies have begun and will not end.
     pub(super) fn take_unfinished(&mut self) -> Vec<Job> {
-        let active = self.active.drain().map(|(_, active)| active.job);
+        let mut active: Vec<(u64, Active)> = self.active.drain().collect();
+        active.sort_unstable_by_key(|(cookie, _)| *cookie);
+        let active = active.into_iter().map(|(_, active)| active.job);
         self.broken.take().into_iter().chain(active).collect()
     }
 
@@ -215,9 +216,9 @@ fn size(len: u32) -> Result<usize, ReadError> {
     usize::try_from(len).map_err(|_| ReadError::Answer("a length beyond this machine"))
 }
 
-/// A socket with a small buffer in front.
+/// A wire with a small buffer in front.
 struct Receiver<'a> {
-    socket: &'a Socket,
+    wire: &'a dyn Wire,
     line: &'a Line,
     progress_timeout: Option<Duration>,
     last_byte: Instant,
@@ -263,8 +264,8 @@ impl Receiver<'_> {
         self.start = 0;
         loop {
             let room = &mut self.buffer[self.end..];
-            match rustix::net::recv(self.socket, room, RecvFlags::empty()) {
-                Ok((_, received)) => {
+            match self.wire.receive(room, false) {
+                Ok(received) => {
                     self.end += received;
                     return self.progress(received);
                 }
@@ -284,8 +285,8 @@ impl Receiver<'_> {
             let mut filled = at + buffered;
             while filled < at + len {
                 let room = &mut data[filled..at + len];
-                match rustix::net::recv(self.socket, room, RecvFlags::WAITALL) {
-                    Ok((_, received)) => {
+                match self.wire.receive(room, true) {
+                    Ok(received) => {
                         filled += received;
                         self.progress(received)?;
                     }
@@ -298,15 +299,8 @@ impl Receiver<'_> {
         data.extend_from_slice(bytes);
         while data.len() < at + len {
             let missing = at + len - data.len();
-            let room = &mut data.spare_capacity_mut()[..missing];
-            match rustix::net::recv(self.socket, room, RecvFlags::WAITALL) {
-                Ok(((received, _), _)) => {
-                    let received = received.len();
-                    // SAFETY: `received` bytes after the old end, inside the capacity, were
-                    // initialised by the kernel just now.
-                    unsafe { data.set_len(data.len() + received) };
-                    self.progress(received)?;
-                }
+            match self.wire.receive_more(data, missing) {
+                Ok(received) => self.progress(received)?,
                 Err(error) => self.pause(error)?,
             }
         }

@@ -207,10 +207,8 @@ impl Shared {
         // Requests are cut for the block sizes known; they may change only while nothing stands.
         let same_sizes = fresh.min_block_bytes == state.info.min_block_bytes
             && fresh.max_read_bytes == state.info.max_read_bytes;
-        // Its manners may change while it is away (another program serves the same disk, or serves
-        // it read-only); its size may not.
         let same = if state.standing == 0 {
-            fresh.size_bytes == state.info.size_bytes
+            fresh.may_succeed(&state.info)
         } else {
             same_disk(&fresh, &state.info) && same_sizes
         };

@@ -1,0 +1,129 @@
+//! Putting a volume together from its parts.
+//!
+//! Opens nothing and starts nothing: [`super::open`] does, with files and threads, and so does
+//! whoever brings other parts and runs the duties ([`Volume::run_committer`],
+//! [`Volume::keep_time`]) in its own way.
+
+use std::sync::atomic::{AtomicBool, AtomicU8};
+use std::sync::{Arc, Mutex, RwLock};
+
+use hikkoshi_engine::geometry::Geometry;
+use hikkoshi_engine::mover::{Mover, Phase, Policy};
+use hikkoshi_engine::residency::Residency;
+use hikkoshi_engine::witness::Witnesses;
+use hikkoshi_store::Store;
+use hikkoshi_store::state::{Life, StateDir};
+use hikkoshi_wan::Source;
+
+use super::commit::{Committer, Journal};
+use super::relocation::{Relocation, Traffic};
+use super::report::RateMeter;
+use super::space::DiskTrouble;
+use super::{AtCompletion, Clock, Tally, Volume};
+use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::events::EventLog;
+use crate::status::LifeState;
+
+/// What every volume is made of.
+pub struct Parts<'a> {
+    /// What was asked for.
+    pub config: &'a ExportConfig,
+    /// The shape of the disk.
+    pub geometry: Geometry,
+    /// The image.
+    pub store: Arc<dyn Store>,
+    /// The durable state. A plain image that never had a source has none.
+    pub state: Option<StateDir>,
+    /// It came from elsewhere, now or once.
+    pub had_source: bool,
+    /// The time.
+    pub clock: Clock,
+}
+
+/// What a volume has besides while its blocks are still coming.
+pub struct Moving<'a> {
+    /// Where they come from, as it was asked for.
+    pub wanted: &'a SourceConfig,
+    /// The same, to be asked.
+    pub source: Arc<dyn Source>,
+    /// What is here.
+    pub residency: Arc<Residency>,
+    /// What the source must still read the same, and the seed that draws more.
+    pub witnesses: Witnesses,
+    /// Called once all is here and that is durable.
+    pub at_completion: AtCompletion,
+}
+
+impl Parts<'_> {
+    /// An image that needs nobody.
+    pub fn plain(self) -> Arc<Volume> {
+        Arc::new(self.volume(LifeState::Local))
+    }
+
+    /// A volume with a relocation, which stands where the durable state says. Nothing comes before
+    /// [`Relocation::start`].
+    pub fn moving(self, moving: Moving<'_>) -> Arc<Volume> {
+        let (life, phase) = match self.state.as_ref().map(|state| state.identity().life) {
+            Some(Life::Standby) => (LifeState::Standby, Phase::Standby),
+            Some(Life::Arriving | Life::Local) | None => (LifeState::Arriving, Phase::Arriving),
+        };
+        let Moving {
+            wanted,
+            source,
+            residency,
+            witnesses,
+            at_completion,
+        } = moving;
+        let policy = Policy {
+            background: wanted.background,
+            max_rate: wanted.max_rate,
+            loss_timeout: match wanted.on_loss {
+                SourceLoss::Wait => None,
+                SourceLoss::Error(after) => Some(after),
+            },
+            has_extents: source.info().has_extents,
+        };
+        let mover = Mover::new(self.geometry, phase, policy);
+        // Each knows the other.
+        Arc::new_cyclic(|weak| {
+            let (store, clock) = (Arc::clone(&self.store), Arc::clone(&self.clock));
+            let relocation = Relocation::new(weak.clone(), store, residency, source, mover, clock)
+                .with_witnesses(witnesses);
+            Volume {
+                relocation: RwLock::new(Some(Arc::new(relocation))),
+                at_completion: Mutex::new(Some(at_completion)),
+                ..self.volume(life)
+            }
+        })
+    }
+
+    fn volume(self, life: LifeState) -> Volume {
+        let source = self.config.source.as_ref();
+        let volume = Volume {
+            name: self.config.name.clone(),
+            image: self.config.image.clone(),
+            geometry: self.geometry,
+            read_only: self.config.read_only,
+            handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
+            on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
+            store: self.store,
+            life: AtomicU8::new(0),
+            poisoned: AtomicBool::new(false),
+            disk: DiskTrouble::default(),
+            events: EventLog::default(),
+            relocation: RwLock::new(None),
+            journal: Mutex::new(Journal::new(self.state)),
+            committer: Committer::default(),
+            witnesses_kept_at: Mutex::default(),
+            clock: self.clock,
+            background: source.is_none_or(|s| s.background),
+            had_source: self.had_source,
+            rate: RateMeter::default(),
+            at_completion: Mutex::new(None),
+            last_traffic: Traffic::default(),
+            tally: Tally::default(),
+        };
+        volume.set_life(life);
+        volume
+    }
+}

@@ -1,0 +1,276 @@
+//! The mutations: what a careless hand might do to the order on which everything rests.
+//!
+//! Each must make the simulator fail. One that changes nothing a client could ever notice does not
+//! belong here.
+
+/// One mutation: edits of one file.
+#[derive(Debug)]
+pub struct Mutation {
+    /// Its name.
+    pub name: &'static str,
+    /// The file, from the workspace's root.
+    pub file: &'static str,
+    /// Pieces of text, each found exactly once, and what takes their place.
+    pub edits: &'static [(&'static str, &'static str)],
+}
+
+const COMMIT: &str = "crates/daemon/src/volume/commit.rs";
+const GUEST: &str = "crates/daemon/src/volume/guest.rs";
+const RELOCATION: &str = "crates/daemon/src/volume/relocation.rs";
+const VOLUME: &str = "crates/daemon/src/volume/mod.rs";
+const STATE: &str = "crates/store/src/state/mod.rs";
+const LIVE: &str = "crates/store/src/live.rs";
+const RESIDENCY: &str = "crates/engine/src/residency/mod.rs";
+const SNAPSHOT: &str = "crates/engine/src/journal/snapshot.rs";
+
+/// The five that every run of CI tries.
+pub const FIRST: usize = 5;
+
+/// All of them; the first [`FIRST`] are the ones without which a simulator is none.
+pub const MUTATIONS: &[Mutation] = &[
+    Mutation {
+        name: "record before data",
+        file: COMMIT,
+        edits: &[
+            (
+                "        // 2. their data\n        self.sync_image()?;\n",
+                "",
+            ),
+            (
+                "        let took = self.now()",
+                "        self.sync_image()?;\n        let took = self.now()",
+            ),
+        ],
+    },
+    Mutation {
+        name: "no second look before installing",
+        file: RELOCATION,
+        edits: &[(
+            "                // bytes are the older ones.\n                \
+             BlockState::Clean | BlockState::Owned => {}",
+            "                BlockState::Clean | BlockState::Owned => {\n                    \
+             self.install_absent(run, fetched)?;\n                }",
+        )],
+    },
+    Mutation {
+        name: "flush acknowledged early",
+        file: COMMIT,
+        edits: &[(
+            "        let outcome = self.commit();\n",
+            "        for done in waiting {\n            done(Ok(()));\n        }\n        \
+             let waiting: Vec<FlushDone> = Vec::new();\n        let outcome = self.commit();\n",
+        )],
+    },
+    Mutation {
+        name: "Clean record ahead of its data",
+        file: RELOCATION,
+        edits: &[(
+            "        for (offset, piece, zero) in zero_runs(bytes.start, data) {",
+            "        self.leave(Record::Clean(run));\n        \
+             for (offset, piece, zero) in zero_runs(bytes.start, data) {",
+        )],
+    },
+    Mutation {
+        name: "partial block merged the wrong way",
+        file: RELOCATION,
+        edits: &[(
+            "            self.store.write(at, data(at, len)?)?;\n        }\n",
+            "            let _ = (at, len);\n        }\n        \
+             let all = self.geometry.bytes(BlockRange::one(block));\n        \
+             self.store.write(base, data(base, all.len())?)?;\n",
+        )],
+    },
+    // The rest, by file.
+    Mutation {
+        name: "records taken after the sync",
+        file: COMMIT,
+        edits: &[
+            (
+                "        // 1. the records first",
+                "        self.sync_image()?;\n        // 1. the records first",
+            ),
+            (
+                "        // 2. their data\n        self.sync_image()?;\n",
+                "",
+            ),
+        ],
+    },
+    Mutation {
+        name: "inline flush without records",
+        file: COMMIT,
+        edits: &[(
+            "        let mut journal = self.journal.try_lock().ok()?;\n        \
+             Some(self.commit_locked(&mut journal))",
+            "        let _journal = self.journal.try_lock().ok()?;\n        \
+             Some(self.check_poison().and_then(|()| self.sync_image()))",
+        )],
+    },
+    Mutation {
+        name: "completion without a last commit",
+        file: COMMIT,
+        edits: &[(
+            "        self.commit_locked(&mut journal)?;\n        if let",
+            "        if let",
+        )],
+    },
+    Mutation {
+        name: "poison ignored",
+        file: VOLUME,
+        edits: &[(
+            "        if self.is_poisoned() {\n            return Err",
+            "        if false {\n            return Err",
+        )],
+    },
+    Mutation {
+        name: "handoff not durable",
+        file: GUEST,
+        edits: &[(
+            "        if let Some(state) = journal.state.as_mut() {\n            \
+             state.record_arriving()",
+            "        if let Some(state) = journal.state.as_mut().filter(|_| false) {\n            \
+             state.record_arriving()",
+        )],
+    },
+    Mutation {
+        name: "marks before data",
+        file: GUEST,
+        edits: &[
+            ("            change.apply(&*self.store, bytes)?;\n", ""),
+            (
+                "        self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));\n        \
+                 Ok(true)",
+                "        change.apply(&*self.store, bytes)?;\n        \
+                 self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));\n        \
+                 Ok(true)",
+            ),
+        ],
+    },
+    Mutation {
+        name: "write into missing blocks without their lock",
+        file: GUEST,
+        edits: &[(
+            "let _guard = self.locks.lock(blocks);",
+            "let _guard = self.locks.lock(BlockRange::new(0, 0));",
+        )],
+    },
+    Mutation {
+        name: "trim zeroes parts of blocks",
+        file: GUEST,
+        edits: &[(
+            "bytes = relocation.geometry.bytes(relocation.geometry.within(bytes));",
+            "bytes = relocation.geometry.bytes(relocation.geometry.covering(bytes));",
+        )],
+    },
+    Mutation {
+        name: "no record of a partial block",
+        file: GUEST,
+        edits: &[(
+            "        self.leave(if whole {\n            Record::Owned(BlockRange::one(block))\n        \
+             } else {\n            Record::Partial { block, mask }\n        });\n",
+            "        let _ = mask;\n        if whole {\n            \
+             self.leave(Record::Owned(BlockRange::one(block)));\n        }\n",
+        )],
+    },
+    Mutation {
+        name: "install without the lock",
+        file: RELOCATION,
+        edits: &[(
+            "    fn install(&self, range: BlockRange, fetched: &Fetched) -> io::Result<bool> {\n        \
+             let guard = self.locks.lock(range);",
+            "    fn install(&self, range: BlockRange, fetched: &Fetched) -> io::Result<bool> {\n        \
+             let guard = self.locks.lock(BlockRange::new(0, 0));",
+        )],
+    },
+    Mutation {
+        name: "no record of an owned block",
+        file: RELOCATION,
+        edits: &[("        self.leave(Record::Owned(run));\n", "")],
+    },
+    Mutation {
+        name: "what passes through is kept",
+        file: RELOCATION,
+        edits: &[(
+            "                if keep {",
+            "                if keep || true {",
+        )],
+    },
+    Mutation {
+        name: "answered from what was not installed",
+        file: RELOCATION,
+        edits: &[(
+            "                if whole {",
+            "                if whole || true {",
+        )],
+    },
+    Mutation {
+        name: "log not synced",
+        file: STATE,
+        edits: &[("                .and_then(|()| this.log.sync());", ";")],
+    },
+    Mutation {
+        name: "snapshot in place before its data is durable",
+        file: STATE,
+        edits: &[
+            (
+                "            sync_data().map_err(|source| this.failed(\"syncing the image of\", VOLUME, source))?;\n",
+                "",
+            ),
+            (
+                "            put(&*this.dir, MAP, &map)?;\n            this.epoch += 1;",
+                "            put(&*this.dir, MAP, &map)?;\n            \
+                 sync_data().map_err(|source| this.failed(\"syncing\", VOLUME, source))?;\n            \
+                 this.epoch += 1;",
+            ),
+        ],
+    },
+    Mutation {
+        name: "memory of a killed process forgotten",
+        file: LIVE,
+        edits: &[(
+            "match place.find(state.identity())? {",
+            "match place.find(state.identity())?.filter(|_| false) {",
+        )],
+    },
+    Mutation {
+        name: "memory believed before it is filled",
+        file: LIVE,
+        edits: &[(
+            "            state.load(&residency)?;\n            \
+             place.publish(&live, state.identity())?;\n",
+            "            place.publish(&live, state.identity())?;\n            \
+             state.load(&residency)?;\n",
+        )],
+    },
+    Mutation {
+        name: "no new epoch at the opening",
+        file: LIVE,
+        edits: &[(
+            "    state.checkpoint(&residency, sync_data)?;\n",
+            "    let _ = sync_data;\n",
+        )],
+    },
+    Mutation {
+        name: "completion that a kill cut short believed",
+        file: LIVE,
+        edits: &[("    state.change(|_| ())?;\n", "")],
+    },
+    Mutation {
+        name: "kill forgets the masks",
+        file: RESIDENCY,
+        edits: &[(
+            "let mut index = Index::recover(this.layout, &*this.memory, keep);",
+            "let mut index = Index::recover(this.layout, &*this.memory, |b| keep(b) && false);",
+        )],
+    },
+    Mutation {
+        name: "snapshot reads partial blocks last",
+        file: SNAPSHOT,
+        edits: &[
+            ("    let partials = residency.partials();\n", ""),
+            (
+                "    for (block, mask) in partials {",
+                "    for (block, mask) in residency.partials() {",
+            ),
+        ],
+    },
+];
