@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config::{DaemonConfig, Listen};
 use crate::control;
 use crate::front::{Front, Table};
+use crate::heat::Keeper;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::volume::open::{OpenError, Running};
 
@@ -54,6 +55,8 @@ pub struct Daemon {
     control: Option<control::Server>,
     running: Vec<Running>,
     table: Arc<Table>,
+    /// Ended before the volumes are closed, which write their heat down for the last time.
+    heat: Option<Keeper>,
 }
 
 impl fmt::Debug for Daemon {
@@ -95,11 +98,19 @@ impl Daemon {
                 }
             },
         };
+        let heat = match Keeper::start(table.volumes.clone()) {
+            Ok(keeper) => Some(keeper),
+            Err(error) => {
+                tracing::warn!("reads and writes are not kept count of over a restart: {error}");
+                None
+            }
+        };
         Ok(Self {
             front,
             control,
             running,
             table,
+            heat,
         })
     }
 
@@ -120,6 +131,7 @@ impl Daemon {
     pub fn shutdown(mut self) -> Result<(), DaemonError> {
         drop(self.control.take());
         self.front.stop(STOP_PATIENCE);
+        drop(self.heat.take());
         let mut outcome = Ok(());
         for running in self.running.drain(..) {
             let export = running.volume().name().to_owned();

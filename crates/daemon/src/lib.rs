@@ -4,6 +4,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod front;
+mod heat;
 pub mod registry;
 pub mod status;
 pub mod volume;

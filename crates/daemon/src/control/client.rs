@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use hikkoshi_engine::heat::HeatMap;
+
 use crate::status::ExportStatus;
 
 /// Bytes the head of an answer may have.
@@ -109,6 +111,16 @@ impl ControlClient {
         let target = format!("/v1/export?name={}", encode(name));
         let body = self.request("GET", &target, ASK_TIMEOUT)?;
         self.parse(&body)
+    }
+
+    /// How much an export is read and written, region by region.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn heat(&self, name: &str) -> Result<HeatMap, ClientError> {
+        let target = format!("/v1/heat?name={}", encode(name));
+        let body = self.request("GET", &target, ASK_TIMEOUT)?;
+        HeatMap::decode(&body).map_err(|error| self.garbled(error.to_string()))
     }
 
     /// Commands an export and tells how it stands then.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -21,6 +22,7 @@ hikkoshi control interface
 
 GET  /v1/status                          all exports, a JSON array
 GET  /v1/export?name=NAME                one export
+GET  /v1/heat?name=NAME                  how much it is read and written where, a heat map
 POST /v1/pause?name=NAME                 stop the background copy
 POST /v1/resume?name=NAME                let it go on
 POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts the cap
@@ -38,6 +40,7 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/", get(async || INDEX))
         .route("/v1/status", get(status))
         .route("/v1/export", get(export))
+        .route("/v1/heat", get(heat))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
         .route("/v1/handoff", post(handoff))
@@ -123,6 +126,13 @@ async fn export(
 ) -> Result<Json<ExportStatus>, Refusal> {
     let Query(query) = query?;
     Ok(Json(exports.find(&query.name)?.status()))
+}
+
+/// The map as `docs/on-disk.md` has it: what `serve --heat` takes.
+async fn heat(State(exports): State<Shared>, query: NameQuery) -> Result<Response, Refusal> {
+    let Query(query) = query?;
+    let map = exports.find(&query.name)?.heat().encode();
+    Ok(([(CONTENT_TYPE, "application/octet-stream")], map).into_response())
 }
 
 async fn pause(

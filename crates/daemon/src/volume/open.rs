@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
+use hikkoshi_engine::heat::Heat;
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
@@ -26,6 +27,7 @@ use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::{Clock, Tally, Volume, lock, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::heat::{self, HeatFileError};
 use crate::status::LifeState;
 
 /// Why an export cannot be opened. Each text says what to do.
@@ -56,6 +58,9 @@ pub enum OpenError {
         /// What happened.
         source: io::Error,
     },
+    /// The heat map that was named.
+    #[error(transparent)]
+    Heat(#[from] HeatFileError),
     /// A thread could not be started.
     #[error("a thread could not be started: {0}")]
     Thread(io::Error),
@@ -152,6 +157,9 @@ impl Running {
                     .map_err(io::Error::other)?;
             }
         }
+        if let Err(error) = self.volume.save_heat() {
+            tracing::warn!("what was counted of reads and writes is not kept: {error}");
+        }
         // Only now: while it is there, it is what a restart believes.
         if let Some(live) = &self.live {
             live.remove();
@@ -195,6 +203,10 @@ fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
     let mut name = name.to_owned();
     name.push(".hikkoshi");
     Ok(config.image.with_file_name(name))
+}
+
+fn heat_place(config: &ExportConfig) -> Result<Option<PathBuf>, OpenError> {
+    Ok(heat::place_of(config, &state_path(config)?))
 }
 
 fn engine(config: &ExportConfig) -> EngineChoice {
@@ -247,6 +259,7 @@ fn open_plain(
         store: Arc::new(store),
         state,
         had_source,
+        heat_place: heat_place(config)?,
     };
     Running::start(
         Arc::new(parts.volume(LifeState::Local, system_clock())),
@@ -378,10 +391,17 @@ fn move_in(
         store: image,
         state: Some(state),
         had_source: true,
+        heat_place: heat_place(config)?,
     };
     let volume = parts.moving(life, clock, |volume, store, clock| {
         Relocation::new(volume, store, residency, source, mover, clock)
     });
+    if let Some(recorded) = &wanted.heat {
+        heat::replay(volume.heat(), recorded)?;
+    }
+    if let Some(relocation) = volume.relocation() {
+        relocation.set_order(volume.heat().map().order(geometry));
+    }
     let memory = Arc::clone(&live);
     *lock(&volume.at_completion) = Some(Box::new(move || {
         memory.remove();
@@ -399,6 +419,8 @@ pub(super) struct Parts<'a> {
     pub store: Arc<dyn Store>,
     pub state: Option<StateDir>,
     pub had_source: bool,
+    /// Where the heat is kept over a restart.
+    pub heat_place: Option<PathBuf>,
 }
 
 impl Parts<'_> {
@@ -423,7 +445,12 @@ impl Parts<'_> {
             at_completion: Mutex::new(None),
             last_traffic: Traffic::default(),
             tally: Tally::default(),
+            heat: Heat::new(self.geometry.size_bytes()),
+            heat_place: self.heat_place,
         };
+        if let Some(place) = &volume.heat_place {
+            heat::restore(&volume.heat, place);
+        }
         volume.set_life(life);
         volume
     }

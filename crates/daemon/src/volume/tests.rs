@@ -489,6 +489,7 @@ fn assemble(
         store: Arc::clone(store) as Arc<dyn Store>,
         state: Some(state),
         had_source: true,
+        heat_place: None,
     };
     if life == LifeState::Local {
         return Arc::new(parts.volume(life, clock));
