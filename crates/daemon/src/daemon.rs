@@ -53,6 +53,7 @@ pub enum DaemonError {
 pub struct Daemon {
     front: Front,
     control: Option<control::Server>,
+    metrics: Option<control::Server>,
     running: Vec<Running>,
     table: Arc<Table>,
     /// Ended before the volumes are closed, which write their heat down for the last time.
@@ -105,9 +106,23 @@ impl Daemon {
                 None
             }
         };
+        let metrics = match &config.metrics {
+            None => None,
+            Some(address) => {
+                match control::serve_metrics(address, Arc::clone(&table) as Arc<dyn Exports>) {
+                    Ok(server) => Some(server),
+                    Err(source) => {
+                        front.stop(Duration::ZERO);
+                        let address = format!("{address} for metrics");
+                        return Err(DaemonError::Listen { address, source });
+                    }
+                }
+            }
+        };
         Ok(Self {
             front,
             control,
+            metrics,
             running,
             table,
             heat,
@@ -117,6 +132,11 @@ impl Daemon {
     /// Where clients are listened for, with the real ports.
     pub fn listening(&self) -> Vec<Listen> {
         self.front.listening().to_vec()
+    }
+
+    /// Where metrics can be read over TCP, with the real port.
+    pub fn metrics(&self) -> Option<&str> {
+        self.metrics.as_ref().map(control::Server::place)
     }
 
     /// The exports.
@@ -130,6 +150,7 @@ impl Daemon {
     /// Something could not be made durable. What was flushed before is.
     pub fn shutdown(mut self) -> Result<(), DaemonError> {
         drop(self.control.take());
+        drop(self.metrics.take());
         self.front.stop(STOP_PATIENCE);
         drop(self.heat.take());
         let mut outcome = Ok(());

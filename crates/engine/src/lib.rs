@@ -11,3 +11,4 @@ pub mod range_lock;
 pub mod readahead;
 pub mod residency;
 pub mod sync;
+pub mod witness;

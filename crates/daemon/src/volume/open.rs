@@ -25,8 +25,10 @@ use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
+use super::space::DiskTrouble;
 use super::{Clock, Tally, Volume, lock, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::events::{EventKind, EventLog};
 use crate::heat::{self, HeatFileError};
 use crate::status::LifeState;
 
@@ -116,6 +118,10 @@ impl Running {
                 .spawn(run)
                 .map_err(OpenError::Thread)
         };
+        volume.event(
+            EventKind::Opened,
+            format!("{} is served", volume.image.display()),
+        );
         threads.push(spawn(
             "commit",
             Box::new(move || committing.run_committer()),
@@ -181,8 +187,12 @@ fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
         volume.rate.sample(now, resident);
         if now.saturating_sub(committed) >= LAZY_COMMIT_AFTER {
             committed = now;
-            if volume.has_pending() {
+            if volume.has_pending() || volume.snapshot_is_due() {
                 volume.commit_soon();
+            }
+            // Its last step failed for want of space, say.
+            if relocation.with_mover(|m| m.phase() == Phase::Complete) {
+                volume.complete_soon();
             }
         }
         drop(relocation);
@@ -382,6 +392,9 @@ fn move_in(
         Phase::Arriving
     };
     let mover = Mover::new(geometry, phase, policy);
+    let seed: [u8; 16] = live::random()?;
+    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight of sixteen"));
+    let witnesses = state.witnesses(seed)?;
     let clock = system_clock();
     let (store, live) = (Arc::new(store), Arc::new(live));
     let image: Arc<dyn Store> = Arc::clone(&store) as Arc<dyn Store>;
@@ -394,7 +407,7 @@ fn move_in(
         heat_place: heat_place(config)?,
     };
     let volume = parts.moving(life, clock, |volume, store, clock| {
-        Relocation::new(volume, store, residency, source, mover, clock)
+        Relocation::new(volume, store, residency, source, mover, clock).with_witnesses(witnesses)
     });
     if let Some(recorded) = &wanted.heat {
         heat::replay(volume.heat(), recorded)?;
@@ -432,12 +445,16 @@ impl Parts<'_> {
             geometry: self.geometry,
             read_only: self.config.read_only,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
+            on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,
             life: AtomicU8::new(0),
             poisoned: AtomicBool::new(false),
+            disk: DiskTrouble::default(),
+            events: EventLog::default(),
             relocation: RwLock::new(None),
-            journal: Mutex::new(Journal { state: self.state }),
+            journal: Mutex::new(Journal::new(self.state)),
             committer: Committer::default(),
+            witnesses_kept_at: Mutex::default(),
             clock,
             background: source.is_none_or(|s| s.background),
             had_source: self.had_source,

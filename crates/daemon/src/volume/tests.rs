@@ -32,12 +32,12 @@ use super::{Clock, Volume, lock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
 use crate::status::LifeState;
 
-const DISK: u64 = 96 * 4096 + 512;
+pub(super) const DISK: u64 = 96 * 4096 + 512;
 const SECTOR: usize = 512;
 
 /// Words that outlive the volume, as a shared mapping outlives a process.
 #[derive(Clone)]
-struct SharedWords(Arc<Vec<AtomicU64>>);
+pub(super) struct SharedWords(Arc<Vec<AtomicU64>>);
 
 impl PlaneMemory for SharedWords {
     fn words(&self) -> &[AtomicU64] {
@@ -54,7 +54,7 @@ fn words(g: Geometry) -> SharedWords {
 }
 
 /// What a byte range may hold.
-struct Oracle {
+pub(super) struct Oracle {
     /// What a read must give: the last write that was answered.
     now: Vec<u8>,
     /// What every sector held at the last flush, and everything that was written to it since.
@@ -104,33 +104,33 @@ impl Oracle {
 }
 
 /// How a read ended: in the image, with bytes of its own, or not at all.
-enum End {
+pub(super) enum End {
     Resident,
     Bytes(Vec<u8>),
     Failed,
 }
 
 /// A read that waits, and how it ended.
-struct Waiting {
+pub(super) struct Waiting {
     bytes: ByteRange,
     /// What may be read: what was there when it was asked, and each later state of it.
     allowed: Vec<Vec<u8>>,
     end: Arc<Mutex<Option<End>>>,
 }
 
-struct World {
-    geometry: Geometry,
-    config: ExportConfig,
-    store: Arc<MemoryStore>,
-    dir: MemoryDirectory,
-    words: SharedWords,
-    source: Arc<MemorySource>,
-    volume: Arc<Volume>,
-    clock_ms: Arc<StdAtomicU64>,
-    oracle: Oracle,
-    waiting: Vec<Waiting>,
-    original: Vec<u8>,
-    granularity: Option<u32>,
+pub(super) struct World {
+    pub(super) geometry: Geometry,
+    pub(super) config: ExportConfig,
+    pub(super) store: Arc<MemoryStore>,
+    pub(super) dir: MemoryDirectory,
+    pub(super) words: SharedWords,
+    pub(super) source: Arc<MemorySource>,
+    pub(super) volume: Arc<Volume>,
+    pub(super) clock_ms: Arc<StdAtomicU64>,
+    pub(super) oracle: Oracle,
+    pub(super) waiting: Vec<Waiting>,
+    pub(super) original: Vec<u8>,
+    pub(super) granularity: Option<u32>,
 }
 
 fn config(handoff: HandoffPolicy) -> ExportConfig {
@@ -157,7 +157,7 @@ fn original() -> Vec<u8> {
 }
 
 impl World {
-    fn new(granularity: Option<u32>, handoff: HandoffPolicy) -> Self {
+    pub(super) fn new(granularity: Option<u32>, handoff: HandoffPolicy) -> Self {
         let geometry = Geometry::new(DISK, 4096).unwrap();
         let dir = MemoryDirectory::default();
         let life = if handoff == HandoffPolicy::Now {
@@ -203,19 +203,20 @@ impl World {
         }
     }
 
-    fn relocation(&self) -> Option<Arc<Relocation>> {
+    pub(super) fn relocation(&self) -> Option<Arc<Relocation>> {
         self.volume.relocation()
     }
 
     /// What the committing thread would do.
-    fn duties(&self) {
+    pub(super) fn duties(&self) {
         let due = std::mem::take(&mut lock(&self.volume.committer.queue).complete);
         if due {
             self.volume.complete().unwrap();
         }
+        self.volume.keep_witnesses(false);
     }
 
-    fn pass_time(&mut self, ms: u64) {
+    pub(super) fn pass_time(&mut self, ms: u64) {
         self.clock_ms.fetch_add(ms, Ordering::Relaxed);
         if let Some(relocation) = self.relocation() {
             relocation.tick();
@@ -233,7 +234,7 @@ impl World {
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
         self.mutate(ByteRange::at(offset, data.len() as u64), data, |v, r| {
             v.write(r, offset, data)
         });
@@ -270,7 +271,7 @@ impl World {
         self.duties();
     }
 
-    fn read(&mut self, offset: u64, len: usize) {
+    pub(super) fn read(&mut self, offset: u64, len: usize) {
         let bytes = ByteRange::at(offset, len as u64);
         let relocation = self.relocation();
         let mut buf = vec![0; len];
@@ -311,7 +312,7 @@ impl World {
 
     /// Reads that have ended must have seen one of the states that were there in between, in
     /// every sector.
-    fn check_reads(&mut self) {
+    pub(super) fn check_reads(&mut self) {
         let store = Arc::clone(&self.store);
         self.waiting.retain(|waiting| {
             let Some(end) = lock(&waiting.end).take() else {
@@ -336,7 +337,7 @@ impl World {
         });
     }
 
-    fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         self.volume.commit().unwrap();
         self.oracle.flushed();
         self.duties();
@@ -378,13 +379,13 @@ impl World {
         );
     }
 
-    fn kill(&mut self) {
+    pub(super) fn kill(&mut self) {
         let (store, dir) = (self.store.kill(), self.dir.kill());
         self.restart(store, dir, true);
         // Nothing was lost and nothing is durable that was not: the oracle stays as it is.
     }
 
-    fn power_cut(&mut self, mut seed: u64) {
+    pub(super) fn power_cut(&mut self, mut seed: u64) {
         let mut choose = move |n: u32| {
             seed ^= seed << 13;
             seed ^= seed >> 7;
@@ -429,7 +430,7 @@ impl World {
     }
 
     /// Lets everything come in, and compares every byte.
-    fn finish(&mut self) {
+    pub(super) fn finish(&mut self) {
         self.source.set_connected(true);
         if let Some(relocation) = self.relocation() {
             relocation.drive(|m, now, out| m.resume(now, &relocation.residency, out));
@@ -483,6 +484,7 @@ fn assemble(
         Phase::Arriving
     };
     let geometry = residency.geometry();
+    let witnesses = state.witnesses(1).unwrap();
     let parts = Parts {
         config,
         geometry,
@@ -498,6 +500,7 @@ fn assemble(
     let source = Arc::clone(source) as Arc<dyn Source>;
     let volume = parts.moving(life, clock, |volume, store, clock| {
         Relocation::new(volume, store, Arc::new(residency), source, mover, clock)
+            .with_witnesses(witnesses)
     });
     volume.relocation().unwrap().start();
     volume

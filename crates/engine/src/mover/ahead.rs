@@ -207,7 +207,7 @@ impl<W> Mover<W> {
     ) {
         let mut idle = 0;
         while idle < self.streams.all.len() {
-            if !self.pacer.may_send() {
+            if self.must_rest(now) || !self.pacer.may_send() {
                 return;
             }
             let Some(mut stream) = self.streams.all.pop_front() else {
@@ -233,7 +233,9 @@ impl<W> Mover<W> {
         out: &mut Vec<Action<W>>,
     ) {
         let mut at = blocks.start;
-        while let Some(run) = self.next_wanted(at, blocks.end, residency) {
+        while !self.must_rest(now)
+            && let Some(run) = self.next_wanted(at, blocks.end, residency)
+        {
             self.launch(now, run, Purpose::Ahead, out);
             at = run.end;
         }

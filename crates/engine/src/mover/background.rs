@@ -80,7 +80,7 @@ impl<W> Mover<W> {
             }
             return;
         }
-        if !self.connected {
+        if !self.connected || self.must_rest(now) {
             return;
         }
         self.pump_rests(now, residency, out);
@@ -92,8 +92,21 @@ impl<W> Mover<W> {
         self.pump_bulk(now, residency, out);
     }
 
+    /// Whether nothing may be fetched that nobody waits for. While the store is in trouble, one
+    /// fetch at a time tries it once the pause is over.
+    pub(super) fn must_rest(&self, now: Duration) -> bool {
+        self.store_rests_until
+            .is_some_and(|until| now < until || self.own_flights() > 0)
+    }
+
+    /// Fetches under way that nobody asked for.
+    fn own_flights(&self) -> usize {
+        let own = [Purpose::Rest, Purpose::Ahead, Purpose::Bulk];
+        own.into_iter().map(|p| self.flights.count(p)).sum()
+    }
+
     fn pump_rests(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        while self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
+        while !self.must_rest(now) && self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
             let Some(block) = self.rests.pop_first() else {
                 return;
             };
@@ -125,7 +138,7 @@ impl<W> Mover<W> {
     fn pump_bulk(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         let chunk = self.blocks_in(self.pacer.chunk_bytes());
         loop {
-            if !self.pacer.may_send() || !self.bucket.has_room(now) {
+            if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
             let Some(range) = self.next_bulk(chunk, residency) else {

@@ -53,6 +53,10 @@ const MAX_REST_FLIGHTS: usize = 32;
 /// How long a range that the source or the local store refused is left alone by the background.
 const REFUSED_PAUSE: Duration = Duration::from_secs(5);
 
+/// How long the background copy rests after the local store could not take what was fetched. Its
+/// disk is full, most likely: whatever else were fetched would be thrown away as well.
+const STORE_PAUSE: Duration = Duration::from_secs(5);
+
 /// The most refused ranges remembered; beyond it the background as a whole rests.
 const MAX_REFUSED: usize = 1024;
 
@@ -176,6 +180,9 @@ pub struct Mover<W> {
     rests: BTreeSet<BlockIndex>,
     /// Ranges the background leaves alone, and until when.
     refused: Vec<(BlockRange, Duration)>,
+    /// The local store could not take a fetch: until when nothing is fetched that nobody waits
+    /// for. After that a single fetch tries it, and only when it lands do others follow.
+    store_rests_until: Option<Duration>,
 }
 
 impl<W> Mover<W> {
@@ -199,6 +206,7 @@ impl<W> Mover<W> {
             scanning: false,
             rests: BTreeSet::new(),
             refused: Vec::new(),
+            store_rests_until: None,
         }
     }
 
@@ -215,6 +223,16 @@ impl<W> Mover<W> {
     /// The cap on the background copy, bytes per second.
     pub fn limit(&self) -> Option<u64> {
         self.bucket.rate()
+    }
+
+    /// Whether the background rests because the local store could not take what was fetched.
+    pub fn store_rests(&self) -> bool {
+        self.store_rests_until.is_some()
+    }
+
+    /// Since when the source is away, while it is.
+    pub fn lost_at(&self) -> Option<Duration> {
+        self.lost_at
     }
 
     /// Readers that wait.
@@ -294,6 +312,9 @@ impl<W> Mover<W> {
         let Some(done) = self.flights.remove(flight) else {
             return;
         };
+        if done.purpose != Purpose::Zero {
+            self.store_rests_until = None;
+        }
         if done.is_charged() {
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
@@ -315,6 +336,42 @@ impl<W> Mover<W> {
             .filter_map(|id| self.waiters.remove(&id))
             .map(|w| w.who)
             .collect()
+    }
+
+    /// A fetch came, but the local store could not keep it. Returns the readers that need nothing
+    /// else: they are to be answered from its data, together with what is here. Those that need
+    /// more are asked for anew, as reads that pass through.
+    pub fn unkept(
+        &mut self,
+        now: Duration,
+        flight: FlightId,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) -> Vec<W> {
+        let Some(mut lost) = self.flights.remove(flight) else {
+            return Vec::new();
+        };
+        if lost.is_charged() {
+            self.pacer.lost(self.geometry.bytes(lost.range).len());
+        }
+        let mut answered = Vec::new();
+        for id in std::mem::take(&mut lost.waiters) {
+            let Some(waiter) = self.waiters.get_mut(&id) else {
+                continue;
+            };
+            let range = waiter.range;
+            if lost.range.start <= range.start && range.end <= lost.range.end {
+                answered.extend(self.waiters.remove(&id).map(|w| w.who));
+            } else {
+                waiter.outstanding = 0;
+                self.flights.detach(id, range);
+                self.launch_for(now, id, range, Purpose::PassThrough, out);
+            }
+        }
+        self.forget(residency, &lost);
+        self.store_rests_until = Some(now + STORE_PAUSE);
+        self.pump(now, residency, out);
+        answered
     }
 
     /// A fetch came to nothing.
@@ -352,7 +409,11 @@ impl<W> Mover<W> {
                     self.fail_waiter(id, why, out);
                 }
                 if lost.purpose != Purpose::PassThrough {
-                    self.refuse(now, lost.range);
+                    if why == ReadFailure::StoreFailed {
+                        self.store_rests_until = Some(now + STORE_PAUSE);
+                    } else {
+                        self.refuse(now, lost.range);
+                    }
                     self.forget(residency, &lost);
                 }
             }

@@ -14,8 +14,8 @@ use crate::residency::Residency;
 #[derive(Debug)]
 pub(super) struct Waiter<W> {
     pub who: W,
-    range: BlockRange,
-    outstanding: usize,
+    pub range: BlockRange,
+    pub outstanding: usize,
     pub since: Duration,
 }
 
@@ -79,7 +79,7 @@ impl<W> Mover<W> {
         }
     }
 
-    fn launch_for(
+    pub(super) fn launch_for(
         &mut self,
         now: Duration,
         id: u64,
