@@ -448,6 +448,23 @@ mod tests {
         assert_eq!(order.late(), [BlockRange::new(20 * 256, 21 * 256)]);
     }
 
+    /// A file of the first version must open for ever.
+    #[test]
+    fn the_first_version_is_read() {
+        let mut bytes = b"HKKHEAT1".to_vec();
+        for word in [64 * MIB, MIB, 1_700_000_000, 2] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        // Region 2: 16 reads, 0 writes; two passed over; region 5: 0 reads, 300 writes.
+        bytes.extend_from_slice(&[2, 16, 0, 2, 0, 0xac, 0x02]);
+        bytes.extend_from_slice(&[0xc0, 0xff, 0x20, 0xee]);
+        let map = HeatMap::decode(&bytes).unwrap();
+        assert_eq!(map.decayed_at_s, 1_700_000_000);
+        let seen = map.regions.iter().map(|r| (r.region, r.reads, r.writes));
+        assert_eq!(seen.collect::<Vec<_>>(), [(2, 16, 0), (5, 0, 300)]);
+        assert_eq!(map.encode(), bytes);
+    }
+
     proptest! {
         #[test]
         fn maps_survive_being_written_down(

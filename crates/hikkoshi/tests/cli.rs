@@ -102,6 +102,15 @@ fn path(dir: &Path, name: &str) -> String {
     dir.join(name).display().to_string()
 }
 
+/// A disk of 16 MiB with 3 MiB of data at 5 MiB.
+fn old_disk(dir: &Path) -> String {
+    let old = path(dir, "old.img");
+    let file = std::fs::File::create_new(&old).unwrap();
+    file.set_len(16 << 20).unwrap();
+    file.write_all_at(&vec![0x5a; 3 << 20], 5 << 20).unwrap();
+    old
+}
+
 #[test]
 fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
@@ -234,10 +243,7 @@ fn a_control_socket_or_an_address_in_use_is_refused() {
 #[test]
 fn a_disk_moves_by_the_commands_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
-    let file = std::fs::File::create_new(&old).unwrap();
-    file.set_len(16 << 20).unwrap();
-    file.write_all_at(&vec![0x5a; 3 << 20], 5 << 20).unwrap();
+    let (old, new) = (old_disk(dir.path()), path(dir.path(), "new.img"));
     let socket = path(dir.path(), "old.sock");
     let listen = format!("unix:{socket}");
     let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
@@ -281,10 +287,7 @@ fn a_disk_moves_by_the_commands_alone() {
 #[test]
 fn heat_is_counted_kept_exported_and_replayed() {
     let dir = tempfile::tempdir().unwrap();
-    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
-    let file = std::fs::File::create_new(&old).unwrap();
-    file.set_len(16 << 20).unwrap();
-    file.write_all_at(&vec![0x5a; 3 << 20], 5 << 20).unwrap();
+    let (old, new) = (old_disk(dir.path()), path(dir.path(), "new.img"));
     let socket = path(dir.path(), "old.sock");
     let listen = format!("unix:{socket}");
     let serve = || Served::start(dir.path(), "source", &[&old, "--listen", &listen]);

@@ -320,7 +320,7 @@ mod tests {
                 pacer.sent(4096);
                 pacer.landed(now, link.rtt + wait, 4096);
             }
-            let (at, sent_at, chunk) = under_way.pop_front().unwrap();
+            let (at, sent_at, chunk) = under_way.pop_front().expect("a window has room for one");
             now = now.max(at);
             bytes += chunk;
             pacer.landed(now, now - sent_at, chunk);
@@ -330,6 +330,14 @@ mod tests {
         }
         let could = link.rate as f64 * (now - from).as_secs_f64();
         (bytes as f64 / could, queue / looks)
+    }
+
+    fn link(mbit: u64, rtt_ms: u64) -> Link {
+        Link {
+            rate: mbit * 125_000,
+            rtt: Duration::from_millis(rtt_ms),
+            free_at: Duration::ZERO,
+        }
     }
 
     fn time_of(bytes: u64, rate: u64) -> Duration {
@@ -342,11 +350,7 @@ mod tests {
         for rtt_ms in [1, 10, 50, 200] {
             for mbit in [20, 400, 1000] {
                 let mut pacer = Pacer::new();
-                let mut link = Link {
-                    rate: mbit * 125_000,
-                    rtt: Duration::from_millis(rtt_ms),
-                    free_at: Duration::ZERO,
-                };
+                let mut link = link(mbit, rtt_ms);
                 let warm = Duration::from_secs(4);
                 drive(&mut pacer, &mut link, Duration::ZERO, warm);
                 let (share, queue) = drive(&mut pacer, &mut link, warm, warm * 4);
@@ -364,11 +368,7 @@ mod tests {
     #[test]
     fn a_change_of_the_link_is_found() {
         let mut pacer = Pacer::new();
-        let mut link = Link {
-            rate: 100 * 125_000,
-            rtt: Duration::from_millis(50),
-            free_at: Duration::ZERO,
-        };
+        let mut link = link(100, 50);
         let second = Duration::from_secs(1);
         drive(&mut pacer, &mut link, Duration::ZERO, second * 3);
         link.rate *= 4;
@@ -386,11 +386,7 @@ mod tests {
     #[test]
     fn a_quiet_time_does_not_shrink_the_window() {
         let mut pacer = Pacer::new();
-        let mut link = Link {
-            rate: 400 * 125_000,
-            rtt: Duration::from_millis(50),
-            free_at: Duration::ZERO,
-        };
+        let mut link = link(400, 50);
         let second = Duration::from_secs(1);
         drive(&mut pacer, &mut link, Duration::ZERO, second * 5);
         let before = pacer.window_bytes();
