@@ -12,6 +12,7 @@ mod config_file;
 mod demo;
 mod events;
 mod failure;
+mod heat;
 mod pages;
 mod quantity;
 mod serve;
@@ -58,6 +59,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Pause(target) => command::run(&target, Control::Pause),
         Command::Resume(target) => command::run(&target, Control::Resume),
         Command::Handoff(target) => command::run(&target, Control::Handoff),
+        Command::Heat(args) => heat::run(&args),
         Command::Limit(args) => command::limit(args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => pages::completions(&args),

@@ -133,6 +133,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         on_loss: args.on_source_loss,
         overwrite: args.overwrite,
         moved: args.source_moved,
+        heat: args.heat,
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use hikkoshi_engine::heat::HeatMap;
+
 use super::dial;
 use crate::events::Event;
 use crate::status::ExportStatus;
@@ -117,6 +119,16 @@ impl ControlClient {
         let target = format!("/v1/export?name={}", encode(name));
         let body = self.request("GET", &target, ASK_TIMEOUT)?;
         self.parse(&body)
+    }
+
+    /// How much an export is read and written, region by region.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn heat(&self, name: &str) -> Result<HeatMap, ClientError> {
+        let target = format!("/v1/heat?name={}", encode(name));
+        let body = self.request("GET", &target, ASK_TIMEOUT)?;
+        HeatMap::decode(&body).map_err(|error| self.garbled(error.to_string()))
     }
 
     /// What has happened to an export, with numbers above `since`.

@@ -473,6 +473,7 @@ fn assemble(
         state: Some(state),
         had_source: true,
         clock,
+        heat_place: None,
     };
     if is_local {
         return parts.plain();
