@@ -218,19 +218,20 @@ impl Volume {
 
     /// The loop of the thread that commits. Returns after [`Volume::stop`].
     pub fn run_committer(self: Arc<Self>) {
-        loop {
-            let (waiting, lazy, complete, stop) = self.await_duties();
-            if !waiting.is_empty() || lazy || stop {
-                self.commit_for(waiting);
-                self.checkpoint_if_due();
-            }
-            if complete && let Err(e) = self.complete() {
-                tracing::error!(export = %self.name, "the move could not be completed: {e}");
-            }
-            if stop {
-                return;
-            }
+        while self.do_duties() {}
+    }
+
+    /// Waits for something to do and does it. `false` after [`Volume::stop`].
+    pub(super) fn do_duties(&self) -> bool {
+        let (waiting, lazy, complete, stop) = self.await_duties();
+        if !waiting.is_empty() || lazy || stop {
+            self.commit_for(waiting);
+            self.checkpoint_if_due();
         }
+        if complete && let Err(e) = self.complete() {
+            tracing::error!(export = %self.name, "the move could not be completed: {e}");
+        }
+        !stop
     }
 
     fn await_duties(&self) -> (Vec<FlushDone>, bool, bool, bool) {
