@@ -57,14 +57,13 @@ pub trait LivePlace {
     ///
     /// # Errors
     /// It is there and cannot be had.
-    fn find(&self, identity: &Identity)
-    -> Result<Option<(Self::Handle, Self::Memory)>, StateError>;
+    fn find(&self, identity: &Identity) -> Result<Option<Had<Self>>, StateError>;
 
     /// Fresh memory, all of it allocated, that nobody believes yet. What was there before is gone.
     ///
     /// # Errors
     /// There is not enough.
-    fn make(&self, identity: &Identity) -> Result<(Self::Handle, Self::Memory), StateError>;
+    fn make(&self, identity: &Identity) -> Result<Had<Self>, StateError>;
 
     /// Says whose memory it is. Not before it holds all that is durable: from here on the next
     /// process believes it.
@@ -76,6 +75,9 @@ pub trait LivePlace {
     /// Removes the memory of a volume, if there is any.
     fn discard(&self, identity: &Identity);
 }
+
+/// Memory, and what it is known by.
+pub type Had<P> = (<P as LivePlace>::Handle, <P as LivePlace>::Memory);
 
 /// Shared memory of this machine.
 struct SharedMemory<'a> {
