@@ -112,6 +112,8 @@ pub struct DaemonConfig {
     pub listen: Vec<Listen>,
     /// The control socket; `None` for none.
     pub control: Option<PathBuf>,
+    /// A TCP address, HOST:PORT, at which metrics alone can be read; `None` for none.
+    pub metrics: Option<String>,
     /// The exports, at least one, of distinct names.
     pub exports: Vec<ExportConfig>,
     /// Most client connections at once.

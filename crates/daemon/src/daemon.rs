@@ -52,6 +52,7 @@ pub enum DaemonError {
 pub struct Daemon {
     front: Front,
     control: Option<control::Server>,
+    metrics: Option<control::Server>,
     running: Vec<Running>,
     table: Arc<Table>,
 }
@@ -95,9 +96,23 @@ impl Daemon {
                 }
             },
         };
+        let metrics = match &config.metrics {
+            None => None,
+            Some(address) => {
+                match control::serve_metrics(address, Arc::clone(&table) as Arc<dyn Exports>) {
+                    Ok(server) => Some(server),
+                    Err(source) => {
+                        front.stop(Duration::ZERO);
+                        let address = format!("{address} for metrics");
+                        return Err(DaemonError::Listen { address, source });
+                    }
+                }
+            }
+        };
         Ok(Self {
             front,
             control,
+            metrics,
             running,
             table,
         })
@@ -106,6 +121,11 @@ impl Daemon {
     /// Where clients are listened for, with the real ports.
     pub fn listening(&self) -> Vec<Listen> {
         self.front.listening().to_vec()
+    }
+
+    /// Where metrics can be read over TCP, with the real port.
+    pub fn metrics(&self) -> Option<&str> {
+        self.metrics.as_ref().map(control::Server::place)
     }
 
     /// The exports.
@@ -119,6 +139,7 @@ impl Daemon {
     /// Something could not be made durable. What was flushed before is.
     pub fn shutdown(mut self) -> Result<(), DaemonError> {
         drop(self.control.take());
+        drop(self.metrics.take());
         self.front.stop(STOP_PATIENCE);
         let mut outcome = Ok(());
         for running in self.running.drain(..) {

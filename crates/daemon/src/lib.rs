@@ -3,6 +3,7 @@
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod events;
 pub mod front;
 pub mod registry;
 pub mod status;

@@ -1,5 +1,6 @@
 //! The exports of a daemon by name, as the control interface and the front end see them.
 
+use crate::events::Event;
 use crate::status::ExportStatus;
 
 /// Why a command to an export was refused. The text says what to do.
@@ -40,6 +41,8 @@ pub trait Controlled: Send + Sync {
     /// # Errors
     /// The export has no source, or the record could not be made durable.
     fn handoff(&self) -> Result<(), CommandError>;
+    /// What has happened to it, with numbers above `since`, as far as it is kept. Never waits.
+    fn events(&self, since: u64) -> Vec<Event>;
 }
 
 /// The exports of a daemon.

@@ -47,6 +47,18 @@ pub struct ExportStatus {
     pub wire_bytes: u64,
     /// Whether the source is reachable; `null` when there is none.
     pub source_connected: Option<bool>,
+    /// For how many seconds the source has been away; `null` while it is there, or with none.
+    #[serde(default)]
+    pub source_down_s: Option<u64>,
+    /// Reads that wait for the source now.
+    #[serde(default)]
+    pub reads_waiting: u64,
+    /// A sync failed: writes and flushes are refused until a restart.
+    #[serde(default)]
+    pub poisoned: bool,
+    /// Something did not fit onto the disk a short while ago.
+    #[serde(default)]
+    pub disk_full: bool,
     /// The background copy.
     pub background: BackgroundState,
     /// How fast blocks become resident, bytes per second, over the last seconds.
@@ -86,4 +98,16 @@ pub struct Counters {
     pub zero_bytes_skipped: u64,
     /// The longest a guest read waited for the source, in microseconds.
     pub longest_remote_read_us: u64,
+    /// Times that the source was lost.
+    #[serde(default)]
+    pub source_losses: u64,
+    /// Times that what answered in the source's place was not believed.
+    #[serde(default)]
+    pub source_refusals: u64,
+    /// Reads that failed because the source was away for longer than the policy allows.
+    #[serde(default)]
+    pub reads_failed: u64,
+    /// Requests that the image's medium failed.
+    #[serde(default)]
+    pub disk_errors: u64,
 }

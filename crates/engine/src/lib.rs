@@ -9,3 +9,4 @@ pub mod mover;
 pub mod range_lock;
 pub mod residency;
 pub mod sync;
+pub mod witness;

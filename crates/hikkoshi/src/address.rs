@@ -58,6 +58,17 @@ pub fn parse_control(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// `HOST:PORT`, for metrics.
+///
+/// # Errors
+/// There is no port, or no host.
+pub fn parse_metrics(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(text.into()),
+        _ => Err("an address is HOST:PORT, such as 127.0.0.1:9109".into()),
+    }
+}
+
 /// Where a disk moves from: an NBD URI, or a path to a Unix socket that speaks NBD.
 ///
 /// # Errors

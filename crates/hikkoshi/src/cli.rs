@@ -33,6 +33,8 @@ pub enum Command {
     Status(Status),
     /// Wait until a disk has come as far as asked
     Wait(Wait),
+    /// Show what has happened to an export: source lost and found, disk full, handoff
+    Events(Events),
     /// Stop the background copy; what the VM reads still comes
     Pause(Target),
     /// Let the background copy go on
@@ -77,6 +79,21 @@ pub struct Status {
     /// Again every second, until interrupted
     #[arg(long)]
     pub watch: bool,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+/// `events`.
+#[derive(Args, Debug)]
+pub struct Events {
+    /// The export [default: the one that is moving, or the only one]
+    pub export: Option<String>,
+    /// Go on and show what happens, until interrupted
+    #[arg(long)]
+    pub follow: bool,
+    /// One JSON object per event, one per line
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub control: Control,
 }
@@ -231,6 +248,9 @@ pub struct Serve {
     /// [default: a socket of its own in the user's runtime directory]
     #[arg(long, value_name = "unix:PATH|none", value_parser = ControlPlace::parse)]
     pub control: Option<ControlPlace>,
+    /// Let metrics be read (by anyone) at this TCP address, in the format of Prometheus
+    #[arg(long, value_name = "HOST:PORT", value_parser = address::parse_metrics)]
+    pub metrics: Option<String>,
     /// Log more (RUST_LOG overrides it)
     #[arg(long, short)]
     pub verbose: bool,

@@ -28,6 +28,7 @@ struct File {
     #[serde(default)]
     listen: Vec<String>,
     control: Option<String>,
+    metrics: Option<String>,
     max_clients: Option<usize>,
     #[serde(rename = "export")]
     exports: Vec<Export>,
@@ -104,6 +105,7 @@ fn parse(text: &str) -> Result<Plan, String> {
     Ok(Plan {
         listen,
         control,
+        metrics: value("metrics", &file.metrics, address::parse_metrics)?,
         exports,
         new_images,
         max_clients: file.max_clients.unwrap_or(DEFAULT_MAX_CLIENTS),
@@ -237,6 +239,7 @@ mod tests {
             ("[[export]]\nimage='a'\nfrom='ftp://x/'", "from"),
             ("[[export]]\nimage='a'\nfrom='nbd://x/'\nsize='1G'", "size"),
             ("listen=['x']\n[[export]]\nimage='a'", "listen"),
+            ("metrics='9109'\n[[export]]\nimage='a'", "metrics"),
             ("control='x'\n[[export]]\nimage='a'", "control"),
         ] {
             let error = parse(text)

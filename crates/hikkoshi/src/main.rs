@@ -10,6 +10,7 @@ mod cli;
 mod command;
 mod config_file;
 mod demo;
+mod events;
 mod failure;
 mod pages;
 mod quantity;
@@ -53,6 +54,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Serve(args) => serve::run(*args),
         Command::Status(args) => status::run(&args),
         Command::Wait(args) => wait::run(&args),
+        Command::Events(args) => events::run(&args),
         Command::Pause(target) => command::run(&target, Control::Pause),
         Command::Resume(target) => command::run(&target, Control::Resume),
         Command::Handoff(target) => command::run(&target, Control::Handoff),

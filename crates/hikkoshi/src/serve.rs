@@ -33,6 +33,8 @@ pub struct Plan {
     pub listen: Vec<Listen>,
     /// Where the daemon is controlled; `None` for the default place.
     pub control: Option<ControlPlace>,
+    /// Where metrics can be read over TCP.
+    pub metrics: Option<String>,
     /// The exports.
     pub exports: Vec<ExportConfig>,
     /// Images to create.
@@ -54,6 +56,7 @@ pub fn run(args: Serve) -> Result<(), Failure> {
     let config = DaemonConfig {
         listen: plan.listen,
         control: control_socket(plan.control),
+        metrics: plan.metrics,
         exports: plan.exports,
         max_clients: plan.max_clients,
     };
@@ -86,6 +89,7 @@ fn plan(args: Serve) -> Result<Plan, Failure> {
         None => Plan {
             listen: Vec::new(),
             control: None,
+            metrics: None,
             max_clients: DEFAULT_MAX_CLIENTS,
             new_images: Vec::new(),
             exports: Vec::new(),
@@ -96,6 +100,9 @@ fn plan(args: Serve) -> Result<Plan, Failure> {
     }
     if args.control.is_some() {
         plan.control.clone_from(&args.control);
+    }
+    if args.metrics.is_some() {
+        plan.metrics.clone_from(&args.metrics);
     }
     if args.config.is_none() {
         let (export, new_image) = one_export(args)?;
@@ -215,6 +222,9 @@ fn announce(daemon: &Daemon) {
         }
         // Nobody may be reading; the disk is served all the same.
         let _ = out.write_all(lines.as_bytes());
+    }
+    if let Some(place) = daemon.metrics() {
+        let _ = writeln!(out, "metrics at http://{place}/metrics");
     }
     let _ = out.flush();
 }

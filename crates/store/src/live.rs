@@ -45,6 +45,9 @@ pub enum Recovered {
     FromDisk,
 }
 
+/// The memory of a volume, and what it is known by.
+pub type Found<P> = (<P as LivePlace>::Handle, <P as LivePlace>::Memory);
+
 /// Where the memory of a running volume lies: a seam, so that a simulator can end the process, or
 /// the boot, between any two of the steps.
 pub trait LivePlace {
@@ -57,13 +60,13 @@ pub trait LivePlace {
     ///
     /// # Errors
     /// It is there and cannot be had.
-    fn find(&self, identity: &Identity) -> Result<Option<Had<Self>>, StateError>;
+    fn find(&self, identity: &Identity) -> Result<Option<Found<Self>>, StateError>;
 
     /// Fresh memory, all of it allocated, that nobody believes yet. What was there before is gone.
     ///
     /// # Errors
     /// There is not enough.
-    fn make(&self, identity: &Identity) -> Result<Had<Self>, StateError>;
+    fn make(&self, identity: &Identity) -> Result<Found<Self>, StateError>;
 
     /// Says whose memory it is. Not before it holds all that is durable: from here on the next
     /// process believes it.
@@ -75,9 +78,6 @@ pub trait LivePlace {
     /// Removes the memory of a volume, if there is any.
     fn discard(&self, identity: &Identity);
 }
-
-/// Memory, and what it is known by.
-pub type Had<P> = (<P as LivePlace>::Handle, <P as LivePlace>::Memory);
 
 /// Shared memory of this machine.
 struct SharedMemory<'a> {

@@ -7,6 +7,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+/// Whether an error says that there is no room: it may go away by itself, and what was not written
+/// is known.
+pub fn is_no_space(error: &io::Error) -> bool {
+    use io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
+}
+
 /// A directory of small files.
 pub trait Directory: Send + fmt::Debug {
     /// All of a file; `None` if there is none of this name.
@@ -19,7 +26,9 @@ pub trait Directory: Send + fmt::Debug {
     /// power cut there is the old one or the new one, and after `Ok` the new one.
     ///
     /// # Errors
-    /// The error of the medium.
+    /// The error of the medium. One for which [`is_no_space`] holds says besides that the old file
+    /// is untouched: the new one is made beside it, and that is where space runs out. After any
+    /// other it is not known which of the two is there.
     fn replace(&self, name: &str, content: &[u8]) -> io::Result<()>;
 
     /// Opens a file for writing in place. It must exist.
@@ -79,11 +88,19 @@ impl Directory for FsDirectory {
 
     fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let new = self.path.join(format!("{name}.new"));
-        let mut file = File::create(&new)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&new, self.path.join(name))?;
-        File::open(&self.path)?.sync_all()
+        let made = File::create(&new).and_then(|mut file| {
+            file.write_all(content)?;
+            file.sync_all()
+        });
+        if let Err(error) = made {
+            // Gives back what it took: where space ran out every page counts.
+            let _ = fs::remove_file(&new);
+            return Err(error);
+        }
+        let moved = fs::rename(&new, self.path.join(name))
+            .and_then(|()| File::open(&self.path)?.sync_all());
+        // Here it may not pass for a lack of space any more: the new file may be in place.
+        moved.map_err(|error| io::Error::other(format!("putting it in its place failed: {error}")))
     }
 
     fn open(&self, name: &str) -> io::Result<Box<dyn DurableFile>> {

@@ -38,6 +38,7 @@ pub struct MemoryStore {
 
 #[derive(Debug, Default)]
 struct State {
+    full: bool,
     /// What a read sees.
     now: Vec<u8>,
     /// What is on the medium for sure.
@@ -139,6 +140,11 @@ impl MemoryStore {
             .expect("asked of the store that the crash returned")
             .now
             .clone()
+    }
+
+    /// Whether the medium has no space left: writes into holes fail, those over data do not.
+    pub fn set_full(&self, full: bool) {
+        self.write_lock().full = full;
     }
 
     /// Writes that no sync has covered yet.
@@ -245,6 +251,15 @@ impl MemoryStore {
 }
 
 impl State {
+    /// Whether `start..end` can be written.
+    fn check_space(&self, start: usize, end: usize) -> io::Result<()> {
+        let blocks = start / BLOCK..end.div_ceil(BLOCK);
+        if self.full && self.kinds[blocks].contains(&ExtentKind::Hole) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+
     fn record(&mut self, write: Write) {
         write.apply(&mut self.now);
         let write = self.widened(write);
@@ -315,6 +330,7 @@ impl Store for MemoryStore {
             return Ok(());
         }
         let offset = len_usize(offset);
+        state.check_space(offset, offset + data.len())?;
         state.set_kind(offset, offset + data.len(), ExtentKind::Data);
         state.record(Write {
             offset,
@@ -332,7 +348,10 @@ impl Store for MemoryStore {
         let (offset, len) = (len_usize(offset), len_usize(len));
         let kind = match mode {
             ZeroMode::MayPunch | ZeroMode::FastOnly => ExtentKind::Hole,
-            ZeroMode::Allocate => ExtentKind::Zero,
+            ZeroMode::Allocate => {
+                state.check_space(offset, offset + len)?;
+                ExtentKind::Zero
+            }
         };
         state.set_kind(offset, offset + len, kind);
         state.record(Write {

@@ -137,10 +137,12 @@ impl Opening {
             ..
         } = open_map_in(state, &self.memory, bytes, &mut sync)?;
         let wanted = config.source.as_ref().expect("every plan has one");
+        let witnesses = state.witnesses(incarnation[0])?;
         Ok(Some(parts(state).moving(Moving {
             wanted,
             source,
             residency,
+            witnesses,
             at_completion: Box::new(move || live.remove()),
         })))
     }

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::dial;
+use crate::events::Event;
 use crate::status::ExportStatus;
 
 /// Bytes the head of an answer may have.
@@ -18,6 +20,9 @@ const MAX_ANSWER_BYTES: usize = 16 << 20;
 
 /// How long a question may take; the daemon answers these at once.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long connecting may take: no longer than a busy daemon needs to accept.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a command may take; a handoff waits for the disk.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
@@ -45,7 +50,10 @@ pub enum ClientError {
         message: String,
     },
     /// The connection broke, or the answer took too long.
-    #[error("the daemon at {path} did not answer: {source}")]
+    #[error(
+        "the daemon at {path} did not answer: {source}; it may be stopped or overloaded (its disks \
+         may be served all the same); look at its process and its log"
+    )]
     Io {
         /// The socket.
         path: PathBuf,
@@ -111,6 +119,16 @@ impl ControlClient {
         self.parse(&body)
     }
 
+    /// What has happened to an export, with numbers above `since`.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn events(&self, name: &str, since: u64) -> Result<Vec<Event>, ClientError> {
+        let target = format!("/v1/events?name={}&since={since}", encode(name));
+        let body = self.request("GET", &target, ASK_TIMEOUT)?;
+        self.parse(&body)
+    }
+
     /// Commands an export and tells how it stands then.
     ///
     /// # Errors
@@ -146,16 +164,19 @@ impl ControlClient {
         target: &str,
         timeout: Duration,
     ) -> Result<Vec<u8>, ClientError> {
-        let stream =
-            UnixStream::connect(&self.path).map_err(|source| ClientError::Unreachable {
-                path: self.path.clone(),
-                source,
-            })?;
-        let raw = exchange(stream, method, target, Instant::now() + timeout).map_err(|source| {
-            ClientError::Io {
-                path: self.path.clone(),
-                source,
+        let deadline = Instant::now() + timeout;
+        let connect_by = deadline.min(Instant::now() + CONNECT_TIMEOUT);
+        let stream = dial::connect(&self.path, connect_by).map_err(|source| {
+            let path = self.path.clone();
+            match source.kind() {
+                // Somebody does listen there.
+                io::ErrorKind::TimedOut => ClientError::Io { path, source },
+                _ => ClientError::Unreachable { path, source },
             }
+        })?;
+        let raw = exchange(stream, method, target, deadline).map_err(|source| ClientError::Io {
+            path: self.path.clone(),
+            source,
         })?;
         let (status, body) = split_answer(&raw).map_err(|what| self.garbled(what))?;
         if (200..300).contains(&status) {

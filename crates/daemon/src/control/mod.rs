@@ -9,6 +9,8 @@
 //! user who started the daemon (and root).
 
 pub mod client;
+mod dial;
+mod metrics;
 pub mod place;
 mod routes;
 mod socket;
@@ -22,9 +24,12 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, oneshot};
 use tracing::{debug, warn};
 
@@ -77,18 +82,19 @@ pub enum ControlError {
     },
 }
 
-/// A control interface that is being served. Ends, and removes its socket, when dropped.
+/// A control interface, or an address for metrics, that is being served. Ends, and removes its
+/// socket, when dropped.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
+    place: String,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
     /// Where it listens.
-    pub fn path(&self) -> &Path {
-        &self.path
+    pub fn place(&self) -> &str {
+        &self.place
     }
 
     /// Ends it: no new connections, a moment for answers under way, the socket is removed.
@@ -126,44 +132,93 @@ pub fn serve(path: &Path, exports: Arc<dyn Exports>) -> Result<Server, ControlEr
         source,
     };
     let bound = BoundSocket::bind(path)?;
+    let router = routes::router(exports);
+    let place = path.display().to_string();
+    start("hikkoshi-control", place, move || {
+        let listener = bound.listener()?;
+        let listening = Listening::Unix {
+            listener,
+            _bound: bound,
+        };
+        Ok((listening, router))
+    })
+    .map_err(failed)
+}
+
+/// Serves `GET /metrics` of `exports`, and nothing else, at a TCP address. Whoever can connect can
+/// read the numbers.
+///
+/// # Errors
+/// The system refuses the address.
+pub fn serve_metrics(address: &str, exports: Arc<dyn Exports>) -> io::Result<Server> {
+    let socket = std::net::TcpListener::bind(address)?;
+    socket.set_nonblocking(true)?;
+    let place = socket.local_addr()?.to_string();
+    let router = routes::metrics_router(exports);
+    start("hikkoshi-metrics", place, move || {
+        Ok((Listening::Tcp(TcpListener::from_std(socket)?), router))
+    })
+}
+
+/// A thread with a runtime of its own that serves what `listen` gives.
+fn start(
+    name: &str,
+    place: String,
+    listen: impl FnOnce() -> io::Result<(Listening, Router)> + Send + 'static,
+) -> io::Result<Server> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .max_blocking_threads(COMMAND_THREADS)
         .thread_name("hikkoshi-command")
-        .build()
-        .map_err(failed)?;
+        .build()?;
     let (stop, stopped) = oneshot::channel();
     let thread = std::thread::Builder::new()
-        .name("hikkoshi-control".into())
+        .name(name.into())
         .spawn(move || {
-            runtime.block_on(accept_until(&bound, exports, stopped));
+            runtime.block_on(async {
+                match listen() {
+                    Ok((listening, router)) => accept_until(listening, router, stopped).await,
+                    Err(error) => {
+                        warn!(%error, "this cannot be listened on; the daemon goes on without it");
+                    }
+                }
+            });
             // A command that hangs must not keep the daemon from ending.
             runtime.shutdown_timeout(DRAIN_TIMEOUT);
-            drop(bound);
-        })
-        .map_err(failed)?;
+        })?;
     Ok(Server {
-        path: path.to_path_buf(),
+        place,
         stop: Some(stop),
         thread: Some(thread),
     })
 }
 
+/// Where connections come from.
+enum Listening {
+    Unix {
+        listener: UnixListener,
+        /// Held, not read: it removes the socket's file at the end.
+        _bound: BoundSocket,
+    },
+    Tcp(TcpListener),
+}
+
+/// A connection, of whatever kind.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+impl Listening {
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Unix { listener, .. } => Box::new(listener.accept().await?.0),
+            Self::Tcp(listener) => Box::new(listener.accept().await?.0),
+        })
+    }
+}
+
 /// Accepts connections until told to stop, then waits a moment for those that are open.
-async fn accept_until(
-    bound: &BoundSocket,
-    exports: Arc<dyn Exports>,
-    mut stopped: oneshot::Receiver<()>,
-) {
-    let listener = match bound.listener() {
-        Ok(listener) => listener,
-        Err(error) => {
-            warn!(%error, "the control interface cannot listen; the daemon goes on without it");
-            return;
-        }
-    };
-    let router = routes::router(exports);
+async fn accept_until(listening: Listening, router: Router, mut stopped: oneshot::Receiver<()>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let closing = Arc::new(tokio::sync::Notify::new());
     loop {
@@ -175,10 +230,10 @@ async fn accept_until(
         };
         let accepted = tokio::select! {
             _ = &mut stopped => break,
-            accepted = listener.accept() => accepted,
+            accepted = listening.accept() => accepted,
         };
         let stream = match accepted {
-            Ok((stream, _)) => stream,
+            Ok(stream) => stream,
             Err(error) => {
                 // Out of descriptors, say: others may be freed, so go on, but not in a tight loop.
                 warn!(%error, "a control connection could not be accepted");

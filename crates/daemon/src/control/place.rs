@@ -4,10 +4,12 @@
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::process::Uid;
+
+use super::dial;
 
 /// Most sockets that are looked at in a directory.
 const MAX_SOCKETS: usize = 1024;
@@ -79,7 +81,13 @@ pub fn live_sockets(directories: &[PathBuf]) -> Vec<PathBuf> {
         };
         for entry in entries.flatten().take(MAX_SOCKETS) {
             let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
-            if is_socket && UnixStream::connect(entry.path()).is_ok() {
+            // One whose backlog is full counts: somebody listens, if only nominally.
+            let answers = is_socket
+                && match dial::connect(&entry.path(), Instant::now()) {
+                    Ok(_) => true,
+                    Err(error) => error.kind() == io::ErrorKind::TimedOut,
+                };
+            if answers {
                 found.push(entry.path());
             }
         }

@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Query, State};
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::MAX_BODY_BYTES;
+use super::{MAX_BODY_BYTES, metrics};
+use crate::events::Event;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::status::ExportStatus;
 
@@ -21,6 +22,8 @@ hikkoshi control interface
 
 GET  /v1/status                          all exports, a JSON array
 GET  /v1/export?name=NAME                one export
+GET  /v1/events?name=NAME&since=N        what has happened to it, later than number N
+GET  /metrics                            the numbers of all, for Prometheus
 POST /v1/pause?name=NAME                 stop the background copy
 POST /v1/resume?name=NAME                let it go on
 POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts the cap
@@ -38,6 +41,8 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/", get(async || INDEX))
         .route("/v1/status", get(status))
         .route("/v1/export", get(export))
+        .route("/v1/events", get(events))
+        .route("/metrics", get(metrics))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
         .route("/v1/handoff", post(handoff))
@@ -54,6 +59,15 @@ pub(super) fn router(exports: Shared) -> Router {
                 "this route is asked with another method; GET / lists the routes",
             )
         })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(exports)
+}
+
+/// The routes of the address for metrics alone: nothing can be commanded there.
+pub(super) fn metrics_router(exports: Shared) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is only GET /metrics here"))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(exports)
 }
@@ -111,6 +125,15 @@ struct Limit {
     bytes_per_s: String,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Since {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    since: u64,
+}
+
 type NameQuery = Result<Query<Name>, QueryRejection>;
 
 async fn status(State(exports): State<Shared>) -> Json<Vec<ExportStatus>> {
@@ -123,6 +146,22 @@ async fn export(
 ) -> Result<Json<ExportStatus>, Refusal> {
     let Query(query) = query?;
     Ok(Json(exports.find(&query.name)?.status()))
+}
+
+async fn events(
+    State(exports): State<Shared>,
+    query: Result<Query<Since>, QueryRejection>,
+) -> Result<Json<Vec<Event>>, Refusal> {
+    let Query(query) = query?;
+    Ok(Json(exports.find(&query.name)?.events(query.since)))
+}
+
+async fn metrics(State(exports): State<Shared>) -> impl IntoResponse {
+    let all: Vec<ExportStatus> = exports.all().iter().map(|one| one.status()).collect();
+    (
+        [(header::CONTENT_TYPE, metrics::CONTENT_TYPE)],
+        metrics::render(&all),
+    )
 }
 
 async fn pause(

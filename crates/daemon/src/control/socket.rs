@@ -4,14 +4,14 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::fs::Mode;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::net::UnixListener;
 
-use super::ControlError;
+use super::{ControlError, dial};
 
 /// Bytes a socket's path may have on Linux: `sun_path` less its closing zero.
 const MAX_PATH_BYTES: usize = 107;
@@ -93,8 +93,12 @@ fn remove_if_stale(path: &Path) -> Result<(), ControlError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     }
-    match UnixStream::connect(path) {
+    match dial::connect(path, Instant::now()) {
         Ok(_) => Err(ControlError::InUse(path.into())),
+        // Its backlog is full: a daemon that is stopped, but not gone.
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Err(ControlError::InUse(path.into()))
+        }
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             std::fs::remove_file(path).map_err(failed)
         }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use super::client::{ClientError, Command, ControlClient};
 use super::{ControlError, place, serve};
+use crate::events::{Event, EventKind, EventLog};
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::status::{BackgroundState, Counters, ExportStatus, LifeState};
 
@@ -33,6 +34,10 @@ impl Pretend {
                 absent_bytes: 1 << 30,
                 wire_bytes: 0,
                 source_connected: source.then_some(true),
+                source_down_s: None,
+                reads_waiting: 0,
+                poisoned: false,
+                disk_full: false,
                 background: BackgroundState::Running,
                 rate_bytes_per_s: 0,
                 eta_s: None,
@@ -74,6 +79,13 @@ impl Controlled for Pretend {
             return Err(CommandError::Failed("the disk is full".into()));
         }
         self.change(|status| status.state = LifeState::Arriving)
+    }
+    fn events(&self, since: u64) -> Vec<Event> {
+        let log = EventLog::default();
+        for n in 0..5 {
+            log.add("web", EventKind::SourceLost, format!("for the {n}th time"));
+        }
+        log.since(since)
     }
 }
 
@@ -285,4 +297,115 @@ fn only_private_directories_are_believed() {
     drop(UnixListener::bind(private.join("2.sock")).unwrap());
     let _server = serve(&path, few()).unwrap();
     assert_eq!(place::live_sockets(&places), [path]);
+}
+
+#[test]
+fn events_are_given_from_a_number_on() {
+    let (_dir, path) = socket();
+    let _server = serve(&path, few()).unwrap();
+    let client = ControlClient::new(&path);
+    let all = client.events("plain", 0).unwrap();
+    assert_eq!(all.len(), 5);
+    assert_eq!(all[0].number, 1);
+    assert_eq!(all[0].kind, EventKind::SourceLost);
+    let late = client.events("plain", 3).unwrap();
+    assert_eq!(late, all[3..]);
+    assert!(matches!(
+        client.events("nothing", 0),
+        Err(ClientError::Refused { status: 404, .. })
+    ));
+    let answer = raw(
+        &path,
+        b"GET /v1/events?name=plain&since=x HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+    );
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+}
+
+/// Every line of what Prometheus is given, taken apart by the rules of its format.
+#[test]
+fn metrics_are_well_formed_on_the_socket_and_on_tcp() {
+    let (_dir, path) = socket();
+    let exports = Arc::new(Few(vec![
+        Pretend::named("we\"b\\\n", true),
+        Pretend::named("plain", false),
+    ]));
+    let _server = serve(&path, Arc::clone(&exports) as _).unwrap();
+    let tcp = super::serve_metrics("127.0.0.1:0", exports).unwrap();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n";
+    let on_socket = raw(&path, request);
+    let mut stream = std::net::TcpStream::connect(tcp.place()).unwrap();
+    stream.write_all(request).unwrap();
+    let mut on_tcp = String::new();
+    stream.read_to_string(&mut on_tcp).unwrap();
+    let body = |answer: &str| {
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert!(head.contains("text/plain; version=0.0.4"), "{head}");
+        body.to_owned()
+    };
+    assert_eq!(body(&on_socket), body(&on_tcp));
+
+    let (mut helped, mut samples) = (std::collections::HashSet::new(), 0);
+    let mut kind = None;
+    for line in body(&on_socket).lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            let (name, help) = rest.split_once(' ').unwrap();
+            assert!(helped.insert(name.to_owned()), "{name} twice");
+            assert!(help.ends_with('.'), "{help}");
+        } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, type_) = rest.split_once(' ').unwrap();
+            assert!(helped.contains(name));
+            assert_eq!(type_ == "counter", name.ends_with("_total"), "{name}");
+            kind = Some(name.to_owned());
+        } else {
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            let (name, labels) = series.split_once('{').unwrap();
+            assert_eq!(Some(name), kind.as_deref(), "out of its family");
+            assert!(labels.starts_with("export=\"") && labels.ends_with("\"}"));
+            assert!(value.parse::<u64>().is_ok(), "{line}");
+            samples += 1;
+        }
+    }
+    assert!(samples > 40, "{samples}");
+    let text = body(&on_socket);
+    for line in [
+        r#"hikkoshi_source_connected{export="we\"b\\\n"} 1"#,
+        r#"hikkoshi_state{export="plain",state="local"} 1"#,
+        r#"hikkoshi_poisoned{export="plain"} 0"#,
+        r#"hikkoshi_wire_bytes_total{export="plain"} 0"#,
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+    }
+    assert!(!text.contains(r#"hikkoshi_source_connected{export="plain"}"#));
+    // Nothing can be commanded there.
+    let mut stream = std::net::TcpStream::connect(tcp.place()).unwrap();
+    stream
+        .write_all(b"POST /v1/pause HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+}
+
+/// A command hung for ever on the socket of a daemon that accepts no more.
+#[test]
+fn a_full_backlog_is_an_error_in_bounded_time() {
+    let (dir, path) = socket();
+    let stuck = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    stuck
+        .bind(&socket2::SockAddr::unix(&path).unwrap())
+        .unwrap();
+    stuck.listen(0).unwrap();
+    let _waits = UnixStream::connect(&path).unwrap();
+    let error = ControlClient::new(&path).status().unwrap_err();
+    assert!(matches!(error, ClientError::Io { .. }), "{error}");
+    assert!(
+        error.to_string().contains("accepts no connections"),
+        "{error}"
+    );
+    // It is not taken for a stale one, and does count as a daemon.
+    assert!(matches!(serve(&path, few()), Err(ControlError::InUse(_))));
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let found = place::live_sockets(&[dir.path().to_path_buf()]);
+    assert_eq!(found, [path]);
 }

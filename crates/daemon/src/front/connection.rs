@@ -221,7 +221,10 @@ impl Connection {
                 match volume.store().try_read(offset, &mut data) {
                     Ok(true) => ticket.data(offset, data),
                     Ok(false) => read_elsewhere(&volume, ticket, offset, len),
-                    Err(e) => ticket.outcome(Err(e)),
+                    Err(e) => {
+                        volume.note_disk_error("read", &e);
+                        ticket.outcome(Err(e));
+                    }
                 }
             }
         };
@@ -254,6 +257,9 @@ impl Connection {
             }
         }
         let failure = self.send_pieces(bytes)?;
+        if let Some(error) = &failure {
+            self.volume.note_disk_error("read", error);
+        }
         match (self.style, failure) {
             (ReplyStyle::Simple, None) => Ok(()),
             // The header promised data; there is no way left to say that there is none.
@@ -484,10 +490,14 @@ fn cut_at_block(at: u64, len: usize, block: u64) -> usize {
 }
 
 /// All is here, but not in memory: the store's own threads or ring read it.
-fn read_elsewhere(volume: &Volume, ticket: Ticket, offset: u64, len: usize) {
+fn read_elsewhere(volume: &Arc<Volume>, ticket: Ticket, offset: u64, len: usize) {
+    let reading = Arc::clone(volume);
     let done = move |outcome: io::Result<Vec<u8>>| match outcome {
         Ok(data) => ticket.data(offset, data),
-        Err(e) => ticket.outcome(Err(e)),
+        Err(e) => {
+            reading.note_disk_error("read", &e);
+            ticket.outcome(Err(e));
+        }
     };
     volume.store().submit_read(offset, len, Box::new(done));
 }

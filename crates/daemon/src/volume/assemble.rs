@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
 use hikkoshi_engine::residency::Residency;
+use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::Store;
 use hikkoshi_store::state::{Life, StateDir};
 use hikkoshi_wan::Source;
@@ -17,8 +18,10 @@ use hikkoshi_wan::Source;
 use super::commit::{Committer, Journal};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
+use super::space::DiskTrouble;
 use super::{AtCompletion, Clock, Tally, Volume};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::events::EventLog;
 use crate::status::LifeState;
 
 /// What every volume is made of.
@@ -45,6 +48,8 @@ pub struct Moving<'a> {
     pub source: Arc<dyn Source>,
     /// What is here.
     pub residency: Arc<Residency>,
+    /// What the source must still read the same, and the seed that draws more.
+    pub witnesses: Witnesses,
     /// Called once all is here and that is durable.
     pub at_completion: AtCompletion,
 }
@@ -66,6 +71,7 @@ impl Parts<'_> {
             wanted,
             source,
             residency,
+            witnesses,
             at_completion,
         } = moving;
         let policy = Policy {
@@ -81,7 +87,8 @@ impl Parts<'_> {
         // Each knows the other.
         Arc::new_cyclic(|weak| {
             let (store, clock) = (Arc::clone(&self.store), Arc::clone(&self.clock));
-            let relocation = Relocation::new(weak.clone(), store, residency, source, mover, clock);
+            let relocation = Relocation::new(weak.clone(), store, residency, source, mover, clock)
+                .with_witnesses(witnesses);
             Volume {
                 relocation: RwLock::new(Some(Arc::new(relocation))),
                 at_completion: Mutex::new(Some(at_completion)),
@@ -98,12 +105,16 @@ impl Parts<'_> {
             geometry: self.geometry,
             read_only: self.config.read_only,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
+            on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,
             life: AtomicU8::new(0),
             poisoned: AtomicBool::new(false),
+            disk: DiskTrouble::default(),
+            events: EventLog::default(),
             relocation: RwLock::new(None),
-            journal: Mutex::new(Journal { state: self.state }),
+            journal: Mutex::new(Journal::new(self.state)),
             committer: Committer::default(),
+            witnesses_kept_at: Mutex::default(),
             clock: self.clock,
             background: source.is_none_or(|s| s.background),
             had_source: self.had_source,

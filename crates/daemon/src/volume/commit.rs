@@ -15,77 +15,67 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use hikkoshi_engine::geometry::BlockRange;
-use hikkoshi_engine::journal::Record;
+use hikkoshi_engine::journal::Gathered;
+use hikkoshi_engine::mover::Phase;
 use hikkoshi_engine::sync::wait;
-use hikkoshi_store::state::StateDir;
+use hikkoshi_store::state::{StateDir, StateError};
 
+use super::relocation::Relocation;
 use super::{Volume, lock};
+use crate::events::EventKind;
 
 /// Called once with the outcome of a flush.
 pub type FlushDone = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// Records that may gather before a commit is made without anyone asking: bounds memory.
-const MAX_PENDING_RECORDS: usize = 1 << 16;
+pub(super) const MAX_PENDING_RECORDS: usize = 1 << 16;
 
 /// How long records may gather: bounds what a power cut makes the background copy fetch again.
 pub const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(2);
 
+/// How often the witnesses of the source's disk are written anew while they change: seldom, since
+/// flushes wait for it, and older ones serve as well.
+const KEEP_WITNESSES_AFTER: Duration = Duration::from_secs(30);
+
 /// A sync that takes less than this costs less than handing it to another thread.
 const INLINE_SYNC_US: u64 = 30;
+
+/// The pause before a snapshot that found no space is tried again: it may be large, and those who
+/// flush wait for it.
+const SNAPSHOT_PAUSE: Duration = Duration::from_secs(5);
 
 /// The durable state, and what is not in it yet.
 #[derive(Default)]
 pub struct Journal {
     /// Absent for a plain image that never had a source.
     pub state: Option<StateDir>,
+    /// Until when no snapshot is tried.
+    snapshot_rests_until: Option<Duration>,
 }
 
-/// Records of what became resident since the last commit, in the order of their writes.
-#[derive(Debug, Default)]
-pub struct Pending {
-    records: Mutex<Vec<Record>>,
-}
-
-impl Pending {
-    /// Leaves a record for the next commit. The data it speaks of must have been written.
-    /// True if a commit should be made soon.
-    pub fn leave(&self, record: Record) -> bool {
-        let mut records = lock(&self.records);
-        match (records.last_mut(), &record) {
-            (Some(Record::Owned(last)), Record::Owned(next))
-            | (Some(Record::Clean(last)), Record::Clean(next))
-                if last.end == next.start =>
-            {
-                *last = BlockRange::new(last.start, next.end);
-            }
-            _ => records.push(record),
+impl Journal {
+    /// With this state, if there is one.
+    pub fn new(state: Option<StateDir>) -> Self {
+        Self {
+            state,
+            snapshot_rests_until: None,
         }
-        records.len() >= MAX_PENDING_RECORDS
-    }
-
-    fn take(&self) -> Vec<Record> {
-        std::mem::take(&mut lock(&self.records))
-    }
-
-    fn is_empty(&self) -> bool {
-        lock(&self.records).is_empty()
     }
 }
 
 /// Who waits for a commit, and the thread that makes it.
 #[derive(Default)]
 pub struct Committer {
-    queue: Mutex<Queue>,
+    pub(super) queue: Mutex<Queue>,
     wake: Condvar,
     last_sync_us: AtomicU64,
 }
 
 #[derive(Default)]
-struct Queue {
+pub(super) struct Queue {
     waiting: Vec<FlushDone>,
     lazy: bool,
-    complete: bool,
+    pub(super) complete: bool,
     stop: bool,
 }
 
@@ -137,21 +127,19 @@ impl Volume {
         let relocation = self.relocation();
         let started = self.now();
         // 1. the records first: whatever is left after this waits for the next commit
-        let records = relocation
+        let gathered = relocation
             .as_ref()
             .map(|r| r.pending.take())
             .unwrap_or_default();
         // 2. their data
         self.sync_image()?;
         // 3. the records
-        if let Some(state) = journal.state.as_mut().filter(|_| !records.is_empty()) {
-            state.append(&records).map_err(|e| {
-                self.poison("writing the durable state", &e);
-                io::Error::other(e)
-            })?;
-            if state.needs_checkpoint() {
-                self.commit_soon();
-            }
+        if let Some(relocation) = relocation.filter(|_| !gathered.is_empty())
+            && let Err(error) = self.write_records(journal, &relocation, &gathered)
+        {
+            // Not one of them is durable, and nobody is told so: they wait for the next attempt.
+            relocation.pending.put_back(gathered);
+            return Err(error);
         }
         let took = self.now().saturating_sub(started);
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
@@ -163,6 +151,50 @@ impl Volume {
         Ok(())
     }
 
+    fn write_records(
+        &self,
+        journal: &mut Journal,
+        relocation: &Relocation,
+        gathered: &Gathered,
+    ) -> io::Result<()> {
+        let Some(state) = journal.state.as_mut() else {
+            return Ok(());
+        };
+        if gathered.needs_snapshot {
+            return self.snapshot(journal, relocation);
+        }
+        let outcome = state.append(&gathered.records);
+        self.note_state("writing the durable state", outcome)?;
+        if state.needs_checkpoint() {
+            self.commit_soon();
+        }
+        Ok(())
+    }
+
+    /// What becomes of a step of the durable state: for want of space it is refused, and may be
+    /// tried again; whatever else goes wrong poisons the volume.
+    pub(super) fn note_state(&self, what: &str, outcome: Result<(), StateError>) -> io::Result<()> {
+        let outcome = outcome.map_err(|error| {
+            if !error.is_no_space() {
+                self.poison(what, &error);
+            }
+            error.into_io()
+        });
+        self.note_write(outcome)
+    }
+
+    /// Begins a new epoch.
+    fn snapshot(&self, journal: &mut Journal, relocation: &Relocation) -> io::Result<()> {
+        let Some(state) = journal.state.as_mut() else {
+            return Ok(());
+        };
+        let mut sync = || self.store.sync();
+        let outcome = state.checkpoint(&relocation.residency, &mut sync);
+        let full = matches!(&outcome, Err(error) if error.is_no_space());
+        journal.snapshot_rests_until = full.then(|| self.now() + SNAPSHOT_PAUSE);
+        self.note_state("writing a snapshot of the durable state", outcome)
+    }
+
     fn sync_image(&self) -> io::Result<()> {
         self.store
             .sync()
@@ -170,23 +202,69 @@ impl Volume {
     }
 
     /// Writes a snapshot when the log has grown enough. Those who flush meanwhile wait for it.
+    /// Without space for it the log goes on growing, up to a bound of its own, beyond which
+    /// flushes are refused.
     fn checkpoint_if_due(&self) {
         let mut journal = lock(&self.journal);
-        let (Some(relocation), Some(state)) = (self.relocation(), journal.state.as_mut()) else {
+        if self.is_snapshot_due(&journal)
+            && let Some(relocation) = self.relocation()
+            && let Err(e) = self.snapshot(&mut journal, &relocation)
+        {
+            tracing::debug!(export = %self.name, "no snapshot of the durable state: {e}");
+        }
+    }
+
+    fn is_snapshot_due(&self, journal: &Journal) -> bool {
+        let wanted = journal
+            .state
+            .as_ref()
+            .is_some_and(StateDir::needs_checkpoint);
+        let rests = journal
+            .snapshot_rests_until
+            .is_some_and(|until| self.now() < until);
+        wanted && !rests && !self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Whether a snapshot is due that nobody else will ask for.
+    pub(super) fn snapshot_is_due(&self) -> bool {
+        let journal = self.journal.try_lock();
+        journal.is_ok_and(|journal| self.is_snapshot_due(&journal))
+    }
+
+    /// Keeps the witnesses of the source's disk, when there are new ones. `at_once`: the last chance.
+    pub(super) fn keep_witnesses(&self, at_once: bool) {
+        let journal = lock(&self.journal);
+        let (Some(relocation), Some(state)) = (self.relocation(), journal.state.as_ref()) else {
             return;
         };
-        if state.needs_checkpoint() && !self.poisoned.load(Ordering::Acquire) {
-            let mut sync = || self.store.sync();
-            if let Err(e) = state.checkpoint(&relocation.residency, &mut sync) {
-                self.poison("writing a snapshot of the durable state", &e);
+        let now = self.now();
+        let mut kept_at = lock(&self.witnesses_kept_at);
+        let soon = kept_at.is_some_and(|at| now.saturating_sub(at) < KEEP_WITNESSES_AFTER);
+        if soon && !at_once || self.poisoned.load(Ordering::Acquire) {
+            return;
+        }
+        let witnesses = {
+            let mut witnesses = lock(&relocation.witnesses);
+            if !witnesses.take_changed() {
+                return;
             }
+            witnesses.clone()
+        };
+        *kept_at = Some(now);
+        if let Err(e) = state.keep_witnesses(&witnesses) {
+            // Nothing depends on it but the proof after a power cut; the next change tries again.
+            self.event(
+                EventKind::StateTrouble,
+                format!("what proves that the source is the same disk is not kept: {e}"),
+            );
         }
     }
 
     /// Ends the relocation: everything durable, recorded as complete, the source let go.
     ///
     /// # Errors
-    /// The error of the medium; the relocation goes on existing, and the volume is poisoned.
+    /// The error of the medium; the relocation goes on existing. Unless there was no space, which
+    /// is tried again, the volume is poisoned.
     pub fn complete(&self) -> io::Result<()> {
         let mut journal = lock(&self.journal);
         let Some(relocation) = self.relocation() else {
@@ -194,10 +272,8 @@ impl Volume {
         };
         self.commit_locked(&mut journal)?;
         if let Some(state) = journal.state.as_mut() {
-            state.record_local().map_err(|e| {
-                self.poison("recording that the move is complete", &e);
-                io::Error::other(e)
-            })?;
+            let outcome = state.record_local();
+            self.note_state("recording that the move is complete", outcome)?;
         }
         self.set_life(crate::status::LifeState::Local);
         let old = self
@@ -212,26 +288,29 @@ impl Volume {
         if let Some(finish) = lock(&self.at_completion).take() {
             finish();
         }
-        tracing::info!(export = %self.name, "every block is here; the source is no longer needed");
+        self.event(
+            EventKind::Complete,
+            "every block is here; the source is no longer needed",
+        );
         Ok(())
     }
 
     /// The loop of the thread that commits. Returns after [`Volume::stop`].
     pub fn run_committer(self: Arc<Self>) {
-        while self.do_duties() {}
-    }
-
-    /// Waits for something to do and does it. `false` after [`Volume::stop`].
-    pub(super) fn do_duties(&self) -> bool {
-        let (waiting, lazy, complete, stop) = self.await_duties();
-        if !waiting.is_empty() || lazy || stop {
-            self.commit_for(waiting);
-            self.checkpoint_if_due();
+        loop {
+            let (waiting, lazy, complete, stop) = self.await_duties();
+            if !waiting.is_empty() || lazy || stop {
+                self.commit_for(waiting);
+                self.checkpoint_if_due();
+                self.keep_witnesses(stop);
+            }
+            if complete && let Err(e) = self.complete() {
+                tracing::debug!(export = %self.name, "the move could not be completed: {e}");
+            }
+            if stop {
+                return;
+            }
         }
-        if complete && let Err(e) = self.complete() {
-            tracing::error!(export = %self.name, "the move could not be completed: {e}");
-        }
-        !stop
     }
 
     fn await_duties(&self) -> (Vec<FlushDone>, bool, bool, bool) {
@@ -280,8 +359,12 @@ impl Volume {
         self.rate.sample(now, resident);
         if now.saturating_sub(*committed) >= LAZY_COMMIT_AFTER {
             *committed = now;
-            if !relocation.pending.is_empty() {
+            if !relocation.pending.is_empty() || self.snapshot_is_due() {
                 self.commit_soon();
+            }
+            // Its last step failed for want of space, say.
+            if relocation.with_mover(|m| m.phase() == Phase::Complete) {
+                self.complete_soon();
             }
         }
         true

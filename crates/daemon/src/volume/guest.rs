@@ -1,12 +1,15 @@
 //! What guests ask of a volume: reads, writes, zeroes, trims.
 //!
 //! The order of a write, which makes a kill lose nothing and lets a fetch never overwrite it:
-//! - into blocks that are all here: (1) mark them owned, (2) leave the record, (3) write. Marking
+//! - into blocks that are all here: (1) mark them owned and leave the record, (2) write. Marking
 //!   first is safe, since a mark too many only costs a block sent on the way back, and no lock is
 //!   needed, since nobody installs into what is here.
 //! - into blocks of which some are missing: under the lock of the range, (1) write, (2) mark the
-//!   whole blocks owned and the sectors of partly written ones valid, (3) leave the records. The
+//!   whole blocks owned and the sectors of partly written ones valid, and leave the records. The
 //!   marks are in memory that outlives the process before the write is answered.
+//!
+//! A mark and its record are one step ([`hikkoshi_engine::journal::Pending`]): a write that finds
+//! nothing left to mark may count on the record.
 
 use std::io;
 use std::ops::Range;
@@ -23,6 +26,7 @@ use hikkoshi_store::{Store, ZeroMode};
 use super::relocation::{ReadEnd, Relocation};
 use super::{Volume, lock};
 use crate::config::HandoffPolicy;
+use crate::events::EventKind;
 use crate::status::LifeState;
 
 /// How a read stands after the first look.
@@ -77,7 +81,9 @@ impl Volume {
                 return Ok(ReadNow::Missing);
             }
         }
-        Ok(if self.store.try_read(offset, buf)? {
+        let read = self.store.try_read(offset, buf);
+        let read = read.inspect_err(|error| self.note_disk_error("read", error));
+        Ok(if read? {
             ReadNow::Done
         } else {
             ReadNow::WouldBlock
@@ -96,13 +102,13 @@ impl Volume {
         data: &[u8],
     ) -> io::Result<()> {
         self.check_poison()?;
-        match relocation {
+        self.note_write(match relocation {
             None => self.store.write(offset, data),
             Some(relocation) => {
                 let bytes = ByteRange::at(offset, data.len() as u64);
                 self.mutate(relocation, bytes, &Change::Data { offset, data })
             }
-        }
+        })
     }
 
     /// Makes bytes zero.
@@ -117,14 +123,14 @@ impl Volume {
         mode: ZeroMode,
     ) -> io::Result<()> {
         self.check_poison()?;
-        match relocation {
+        self.note_write(match relocation {
             None => self.store.write_zeroes(offset, len, mode),
             Some(relocation) => self.mutate(
                 relocation,
                 ByteRange::at(offset, len),
                 &Change::Zeroes(mode),
             ),
-        }
+        })
     }
 
     /// Gives bytes up. They read as zeroes afterwards, except for parts of a block that is not
@@ -161,16 +167,17 @@ impl Volume {
             return Ok(());
         };
         if let Some(state) = journal.state.as_mut() {
-            state.record_arriving().map_err(|e| {
-                self.poison("recording the handoff", &e);
-                io::Error::other(e)
-            })?;
+            let outcome = state.record_arriving();
+            self.note_state("recording the handoff", outcome)?;
         }
         // The mover first: as soon as a write is accepted, no read may pass by it to the source.
         relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         self.set_life(LifeState::Arriving);
         drop(journal);
-        tracing::info!(export = %self.name, "handoff: the disk lives here from now on");
+        self.event(
+            EventKind::Handoff,
+            "handoff: the disk lives here from now on",
+        );
         Ok(())
     }
 
@@ -189,9 +196,7 @@ impl Volume {
         let blocks = relocation.geometry.covering(bytes);
         loop {
             if relocation.residency.all_resident(blocks) {
-                if relocation.residency.own_resident(blocks) {
-                    relocation.leave(Record::Owned(blocks));
-                }
+                relocation.own(blocks);
                 return change.apply(&*self.store, bytes);
             }
             if relocation.change_missing(bytes, change)? {
@@ -213,6 +218,16 @@ impl Volume {
 }
 
 impl Relocation {
+    /// Takes blocks that are all here as owned. No lock if they are already.
+    fn own(&self, blocks: BlockRange) {
+        if !self.residency.all_owned(blocks) {
+            self.leave(|| {
+                let added = self.residency.own_resident(blocks);
+                added.then_some(Record::Owned(blocks))
+            });
+        }
+    }
+
     /// A mutation of blocks of which some are missing. `false` if it cannot be made before the
     /// blocks at its edges are here; nothing was changed then.
     fn change_missing(self: &Arc<Self>, bytes: ByteRange, change: &Change<'_>) -> io::Result<bool> {
@@ -226,7 +241,7 @@ impl Relocation {
             };
             // 1. the data
             change.apply(&*self.store, bytes)?;
-            // 2. the marks, 3. the records
+            // 2. the marks and the records
             let whole = self.geometry.within(bytes);
             if !whole.is_empty() {
                 self.now_owned(whole);
@@ -289,14 +304,18 @@ impl Relocation {
     /// The sectors are in the image: say so. Tells whether the block is whole by that; `None` if
     /// there is no room to remember it.
     fn now_partial(&self, block: BlockIndex, sectors: Range<u32>) -> Option<bool> {
-        let mask = self.residency.mark_partial(block, sectors).ok()?;
-        let whole = self.residency.state(block) == BlockState::Owned;
-        self.leave(if whole {
-            Record::Owned(BlockRange::one(block))
-        } else {
-            Record::Partial { block, mask }
+        let mut whole = None;
+        self.leave(|| {
+            let mask = self.residency.mark_partial(block, sectors).ok()?;
+            let is_whole = self.residency.state(block) == BlockState::Owned;
+            whole = Some(is_whole);
+            Some(if is_whole {
+                Record::Owned(BlockRange::one(block))
+            } else {
+                Record::Partial { block, mask }
+            })
         });
-        Some(whole)
+        whole
     }
 
     /// Waits until blocks are here.
@@ -318,6 +337,10 @@ impl Relocation {
         let mut result = lock(&outcome.0);
         loop {
             if let Some(result) = result.take() {
+                // Answered, but there was no space to keep it.
+                if result.is_ok() && !self.residency.all_resident(blocks) {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
                 return result;
             }
             result = wait(&outcome.1, &outcome.0, result);

@@ -11,10 +11,16 @@
 pub mod assemble;
 pub mod commit;
 mod extents;
+#[cfg(test)]
+mod full_tests;
 pub mod guest;
 pub mod open;
+pub mod proof;
+#[cfg(test)]
+mod proof_tests;
 pub mod relocation;
 mod report;
+mod space;
 #[cfg(test)]
 mod tests;
 
@@ -27,11 +33,13 @@ use std::time::{Duration, Instant};
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_store::Store;
 
-use crate::config::HandoffPolicy;
+use crate::config::{HandoffPolicy, SourceLoss};
+use crate::events::{EventKind, EventLog};
 use crate::status::LifeState;
 use commit::{Committer, Journal};
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
+use space::DiskTrouble;
 
 /// Tells how long the volume has been open. A seam, so that tests own the time.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -60,6 +68,14 @@ pub struct Tally {
     pub zeroes: AtomicU64,
     /// Clients connected now.
     pub clients: AtomicU64,
+    /// Requests to the image that its medium failed.
+    pub disk_errors: AtomicU64,
+    /// Times that the source was lost.
+    pub source_losses: AtomicU64,
+    /// Times that the source was refused as another disk.
+    pub source_refusals: AtomicU64,
+    /// Reads that failed because the source was away, by policy.
+    pub reads_failed: AtomicU64,
 }
 
 /// A disk that is served.
@@ -69,13 +85,19 @@ pub struct Volume {
     geometry: Geometry,
     read_only: bool,
     handoff_policy: HandoffPolicy,
+    on_loss: SourceLoss,
     store: Arc<dyn Store>,
     life: AtomicU8,
     /// Set by a failed sync: from then on nothing is known of what is durable.
     poisoned: AtomicBool,
+    /// What is known of the local disk's troubles.
+    disk: DiskTrouble,
+    events: EventLog,
     relocation: RwLock<Option<Arc<Relocation>>>,
     journal: Mutex<Journal>,
     committer: Committer,
+    /// When the witnesses of the source's disk were written last.
+    witnesses_kept_at: Mutex<Option<Duration>>,
     clock: Clock,
     /// Whether the background copy was asked for.
     background: bool,
@@ -151,6 +173,11 @@ impl Volume {
         &self.store
     }
 
+    /// Tells everybody what happened.
+    pub fn event(&self, kind: EventKind, text: impl Into<String>) {
+        self.events.add(&self.name, kind, text);
+    }
+
     fn now(&self) -> Duration {
         (self.clock)()
     }
@@ -173,9 +200,12 @@ impl Volume {
 
     fn poison(&self, what: &str, error: &dyn std::error::Error) {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
-            tracing::error!(
-                export = %self.name,
-                "{what} failed: {error}; writes and flushes are refused from now on"
+            self.event(
+                EventKind::Poisoned,
+                format!(
+                    "{what} failed: {error}; writes and flushes are refused from now on; check the \
+                     medium and restart the daemon: what was flushed before is kept"
+                ),
             );
         }
     }

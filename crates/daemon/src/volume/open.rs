@@ -24,6 +24,7 @@ use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 use super::assemble::{Moving, Parts};
 use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
+use crate::events::EventKind;
 
 /// Why an export cannot be opened. Each text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +109,10 @@ impl Running {
                 .spawn(run)
                 .map_err(OpenError::Thread)
         };
+        volume.event(
+            EventKind::Opened,
+            format!("{} is served", volume.image.display()),
+        );
         threads.push(spawn(
             "commit",
             Box::new(move || committing.run_committer()),
@@ -316,6 +321,9 @@ fn move_in(
         live,
         ..
     } = map;
+    let seed: [u8; 16] = live::random()?;
+    let seed = u64::from_le_bytes(seed[..8].try_into().expect("eight of sixteen"));
+    let witnesses = state.witnesses(seed)?;
     let (store, live) = (Arc::new(store), Arc::new(live));
     let parts = Parts {
         config,
@@ -330,6 +338,7 @@ fn move_in(
         wanted,
         source,
         residency,
+        witnesses,
         at_completion: Box::new(move || {
             memory.remove();
             if let Err(e) = set_tag(&store, &[]) {

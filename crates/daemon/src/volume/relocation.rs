@@ -13,17 +13,20 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
-use hikkoshi_engine::journal::Record;
-use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, Phase, ReadFailure};
+use hikkoshi_engine::journal::{Pending, Record};
+use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, ReadFailure};
 use hikkoshi_engine::range_lock::RangeLocks;
 use hikkoshi_engine::residency::{BlockState, Residency};
+use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::{Store, ZeroMode};
 use hikkoshi_wan::{
     ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceWatcher,
 };
 
-use super::commit::Pending;
+use super::commit::MAX_PENDING_RECORDS;
+use super::proof::Proof;
 use super::{Clock, Volume, lock};
+use crate::events::EventKind;
 
 /// Zeroes inside fetched data are looked for at this grain: the usual block of a file system.
 const ZERO_GRAIN_BYTES: usize = 4096;
@@ -84,16 +87,20 @@ pub struct Relocation {
     pub residency: Arc<Residency>,
     pub(super) locks: RangeLocks,
     pub(super) source: Arc<dyn Source>,
-    mover: Mutex<Mover<Reader>>,
+    /// Locked before the mover, where both are.
+    pub(super) proof: Mutex<Proof>,
+    /// What the source must still read the same.
+    pub(super) witnesses: Mutex<Witnesses>,
+    pub(super) mover: Mutex<Mover<Reader>>,
     pub(super) pending: Pending,
-    clock: Clock,
+    pub(super) clock: Clock,
     /// The volume, to ask it for commits. Weak: the volume owns the relocation.
-    volume: Weak<Volume>,
+    pub(super) volume: Weak<Volume>,
     /// What is counted.
     pub traffic: Traffic,
     /// Why the source is away, as it said last.
     pub(super) trouble: Mutex<Option<SourceError>>,
-    retired: AtomicBool,
+    pub(super) retired: AtomicBool,
 }
 
 impl Relocation {
@@ -112,6 +119,8 @@ impl Relocation {
             residency,
             locks: RangeLocks::new(),
             source,
+            proof: Mutex::default(),
+            witnesses: Mutex::new(Witnesses::new(0)),
             mover: Mutex::new(mover),
             pending: Pending::default(),
             clock,
@@ -120,6 +129,13 @@ impl Relocation {
             trouble: Mutex::new(None),
             retired: AtomicBool::new(false),
         }
+    }
+
+    /// With the witnesses of an earlier run, and the seed that draws more.
+    #[must_use]
+    pub fn with_witnesses(mut self, witnesses: Witnesses) -> Self {
+        self.witnesses = Mutex::new(witnesses);
+        self
     }
 
     /// Listens to the source, and takes up the partial blocks of an earlier run.
@@ -132,9 +148,7 @@ impl Relocation {
             .collect();
         self.drive(|m, now, out| m.partial(now, blocks, &self.residency, out));
         self.source.watch(Arc::new(Watch(Arc::downgrade(self))));
-        if self.source.is_connected() {
-            self.drive(|m, now, out| m.source_up(now, &self.residency, out));
-        }
+        self.look_for_source();
     }
 
     /// Lets go of the source. Whatever still waits fails.
@@ -177,12 +191,13 @@ impl Relocation {
 
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
+        self.tick_proof();
         self.drive(|m, now, out| m.tick(now, &self.residency, out));
     }
 
     /// Worked off in a queue and not by recursion: installing zeroes lands at once and brings
     /// further actions.
-    fn carry_out(self: &Arc<Self>, actions: Vec<Action<Reader>>) {
+    pub(super) fn carry_out(self: &Arc<Self>, actions: Vec<Action<Reader>>) {
         let mut queue = VecDeque::from(actions);
         while let Some(action) = queue.pop_front() {
             match action {
@@ -202,7 +217,12 @@ impl Relocation {
                     self.note_wait(reader.since);
                     (reader.done)(ReadEnd::Resident);
                 }
-                Action::Fail(reader, why) => (reader.done)(ReadEnd::Failed(why)),
+                Action::Fail(reader, why) => {
+                    if why == ReadFailure::SourceLost {
+                        self.note_reads_failed();
+                    }
+                    (reader.done)(ReadEnd::Failed(why));
+                }
                 Action::Complete => {
                     if let Some(volume) = self.volume.upgrade() {
                         volume.complete_soon();
@@ -242,11 +262,10 @@ impl Relocation {
     ) {
         match outcome {
             Ok(fetched) => {
-                self.traffic
-                    .wire_bytes
-                    .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+                self.count_wire(&fetched);
                 if keep {
                     let installed = self.install(range, &fetched);
+                    let installed = self.note_write(installed);
                     self.tell_landed(flight, range, installed, fetched);
                 } else {
                     self.pass_through(flight, &fetched);
@@ -259,11 +278,21 @@ impl Relocation {
         }
     }
 
+    pub(super) fn count_wire(&self, fetched: &Fetched) {
+        self.traffic
+            .wire_bytes
+            .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+    }
+
     fn note_failure(&self, error: &SourceError) -> FetchFailure {
         match error.kind {
             SourceErrorKind::Refused => {
-                tracing::warn!("the source refused a read: {error}");
-                *lock(&self.trouble) = Some(error.clone());
+                let known = lock(&self.trouble).replace(error.clone());
+                // A disk with a bad spot says the same again and again.
+                if known.is_none_or(|known| known.message != error.message) {
+                    let text = format!("the source refused a read: {error}");
+                    self.event(EventKind::SourceError, text);
+                }
                 FetchFailure::Refused
             }
             SourceErrorKind::Disconnected => FetchFailure::Disconnected,
@@ -271,6 +300,20 @@ impl Relocation {
                 *lock(&self.trouble) = Some(error.clone());
                 FetchFailure::Disconnected
             }
+        }
+    }
+
+    fn note_write<T>(&self, outcome: io::Result<T>) -> io::Result<T> {
+        match self.volume.upgrade() {
+            Some(volume) => volume.note_write(outcome),
+            None => outcome,
+        }
+    }
+
+    /// Tells everybody what happened.
+    pub(super) fn event(&self, kind: EventKind, text: impl Into<String>) {
+        if let Some(volume) = self.volume.upgrade() {
+            volume.event(kind, text);
         }
     }
 
@@ -290,15 +333,76 @@ impl Relocation {
                 }
                 self.carry_out(actions);
             }
+            Err(error) => self.not_kept(flight, range, &error, &fetched),
+        }
+    }
+
+    /// The local image did not take what was fetched: those who wait for it get it all the same.
+    fn not_kept(
+        self: &Arc<Self>,
+        flight: FlightId,
+        range: BlockRange,
+        error: &io::Error,
+        fetched: &Fetched,
+    ) {
+        let at = self.geometry.bytes(range).start;
+        tracing::debug!("keeping fetched blocks at offset {at} failed: {error}");
+        let mut actions = Vec::new();
+        let readers =
+            lock(&self.mover).unkept((self.clock)(), flight, &self.residency, &mut actions);
+        for reader in readers {
+            self.answer_unkept(reader, fetched);
+        }
+        self.carry_out(actions);
+    }
+
+    fn answer_unkept(&self, reader: Reader, fetched: &Fetched) {
+        self.note_wait(reader.since);
+        match self.assemble(reader.bytes, fetched) {
+            Ok(data) => (reader.done)(ReadEnd::Bytes(Cow::Owned(data))),
             Err(error) => {
-                let at = self.geometry.bytes(range).start;
-                tracing::warn!("keeping fetched blocks at offset {at} failed: {error}");
-                let message = format!("the local image refuses what the source sends: {error}");
-                *lock(&self.trouble) = Some(SourceError::new(SourceErrorKind::Refused, message));
-                let why = FetchFailure::StoreFailed;
-                self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
+                tracing::debug!("a read of fetched and local blocks failed: {error}");
+                (reader.done)(ReadEnd::Failed(ReadFailure::StoreFailed));
             }
         }
+    }
+
+    /// Bytes of now: the image's where they are here, the fetched ones where they are not.
+    fn assemble(&self, bytes: ByteRange, fetched: &Fetched) -> io::Result<Vec<u8>> {
+        let mut data = slice_of(fetched, bytes.start, bytes.len())?.to_vec();
+        let range = self.geometry.covering(bytes);
+        let mut overlay = |part: ByteRange| -> io::Result<()> {
+            let (start, end) = (part.start.max(bytes.start), part.end.min(bytes.end));
+            if start >= end {
+                return Ok(());
+            }
+            let at = usize::try_from(start - bytes.start).map_err(io::Error::other)?;
+            let len = usize::try_from(end - start).map_err(io::Error::other)?;
+            self.store.read(start, &mut data[at..at + len])
+        };
+        let guard = self.locks.lock(range);
+        for (run, state) in self.residency.runs(range) {
+            match state {
+                BlockState::Absent => {}
+                BlockState::Clean | BlockState::Owned => overlay(self.geometry.bytes(run))?,
+                BlockState::Partial => {
+                    for block in (run.start..run.end).map(BlockIndex) {
+                        let Some(mask) = self.residency.partial_mask(block) else {
+                            continue;
+                        };
+                        let base = self.geometry.bytes(BlockRange::one(block)).start;
+                        for sector in 0..self.geometry.sectors_in(block) {
+                            if mask.has(sector) {
+                                let at = base + u64::from(sector) * SECTOR_BYTES;
+                                overlay(ByteRange::at(at, SECTOR_BYTES))?;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        drop(guard);
+        Ok(data)
     }
 
     /// Answers readers from what was fetched, which saves reading it back. Only if all of it was
@@ -338,21 +442,13 @@ impl Relocation {
         *actions = rest;
     }
 
-    /// Before the handoff: the bytes go to those who asked, and nowhere else.
+    /// What may not be kept, before the handoff, or cannot be: the bytes go to those who asked, and
+    /// nowhere else.
     fn pass_through(self: &Arc<Self>, flight: FlightId, fetched: &Fetched) {
         let readers = lock(&self.mover).landed_unkept(flight);
         for reader in readers {
-            self.note_wait(reader.since);
-            let start = usize::try_from(reader.bytes.start - fetched.offset);
-            let len = usize::try_from(reader.bytes.len());
-            let bytes = match (start, len) {
-                (Ok(start), Ok(len)) => fetched.data.get(start..start.saturating_add(len)),
-                _ => None,
-            };
-            (reader.done)(match bytes {
-                Some(bytes) => ReadEnd::Bytes(Cow::Borrowed(bytes)),
-                None => ReadEnd::Failed(ReadFailure::SourceRefused),
-            });
+            // After the handoff, where there was no space to keep it: what is here is newer.
+            self.answer_unkept(reader, fetched);
         }
     }
 
@@ -400,16 +496,19 @@ impl Relocation {
             }
         }
         self.now_clean(run);
+        lock(&self.witnesses).came(self.geometry, run, data);
         Ok(())
     }
 
     /// The data is in the image: say so.
     fn now_clean(&self, run: BlockRange) {
-        self.residency.mark_clean(run);
+        self.leave(|| {
+            self.residency.mark_clean(run);
+            Some(Record::Clean(run))
+        });
         self.traffic
             .blocks_installed
             .fetch_add(run.len(), Ordering::Relaxed);
-        self.leave(Record::Clean(run));
     }
 
     /// Fills the sectors of a partially written block that the guest has not written, and leaves
@@ -434,12 +533,15 @@ impl Relocation {
 
     /// The blocks are all here and differ from the source: say so.
     pub(super) fn now_owned(&self, run: BlockRange) {
-        self.residency.mark_owned(run);
-        self.leave(Record::Owned(run));
+        self.leave(|| {
+            self.residency.mark_owned(run);
+            Some(Record::Owned(run))
+        });
     }
 
-    pub(super) fn leave(&self, record: Record) {
-        if self.pending.leave(record)
+    /// Marks blocks and leaves the record of it, as one step: see [`Pending`].
+    pub(super) fn leave(&self, mark: impl FnOnce() -> Option<Record>) {
+        if self.pending.leave(mark) >= MAX_PENDING_RECORDS
             && let Some(volume) = self.volume.upgrade()
         {
             volume.commit_soon();
@@ -448,13 +550,14 @@ impl Relocation {
 
     fn install_zero(self: &Arc<Self>, flight: FlightId, range: BlockRange) -> Vec<Action<Reader>> {
         let outcome = self.zero_missing(range);
+        let outcome = self.note_write(outcome);
         let mut out = Vec::new();
         let mut mover = lock(&self.mover);
         let now = (self.clock)();
         match outcome {
             Ok(()) => mover.landed(now, flight, &self.residency, &mut out),
             Err(error) => {
-                tracing::warn!("zeroing blocks that are zero at the source failed: {error}");
+                tracing::debug!("zeroing blocks that are zero at the source failed: {error}");
                 let why = FetchFailure::StoreFailed;
                 mover.failed(now, flight, why, &self.residency, &mut out);
             }
@@ -543,11 +646,6 @@ impl Relocation {
             .collect();
         self.drive(|m, now, out| m.extents(now, answered, &zeroes, &self.residency, out));
     }
-
-    /// Whether the handoff is behind us.
-    pub fn is_arriving(&self) -> bool {
-        lock(&self.mover).phase() != Phase::Standby
-    }
 }
 
 /// Neighbouring zero extents joined: a block may span two of them.
@@ -618,9 +716,7 @@ struct Watch(Weak<Relocation>);
 impl SourceWatcher for Watch {
     fn source_up(&self) {
         if let Some(relocation) = self.0.upgrade() {
-            *lock(&relocation.trouble) = None;
-            tracing::info!("the source is reachable");
-            relocation.drive(|m, now, out| m.source_up(now, &relocation.residency, out));
+            relocation.source_came();
         }
     }
 
@@ -628,9 +724,8 @@ impl SourceWatcher for Watch {
         if let Some(relocation) = self.0.upgrade()
             && !relocation.retired.load(Ordering::Acquire)
         {
-            tracing::warn!("the source is gone: {error}; trying to reach it again");
             *lock(&relocation.trouble) = Some(error.clone());
-            lock(&relocation.mover).source_down((relocation.clock)());
+            relocation.source_went(error);
         }
     }
 }

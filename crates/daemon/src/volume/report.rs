@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::relocation::Relocation;
 use super::{Volume, lock};
-use crate::config::HandoffPolicy;
+use crate::config::{HandoffPolicy, SourceLoss};
+use crate::events::Event;
 use crate::registry::{CommandError, Controlled};
 use crate::status::{BackgroundState, Counters, ExportStatus, LifeState};
 
@@ -58,6 +59,13 @@ impl Volume {
                     .to_owned(),
             );
         }
+        if self.is_disk_full() {
+            notes.push(
+                "there is no space: writes that need more are refused and nothing is copied; all \
+                 goes on once there is"
+                    .to_owned(),
+            );
+        }
         let Some(relocation) = relocation else {
             return notes;
         };
@@ -73,8 +81,20 @@ impl Volume {
                 }
             });
         }
-        if !relocation.source.is_connected() {
-            notes.push("the source is unreachable; reads of what is not here wait".to_owned());
+        if relocation.is_source_refused() || !relocation.source.is_connected() {
+            let what = if relocation.is_source_refused() {
+                "not believed to be the same disk"
+            } else {
+                "unreachable"
+            };
+            let fate = match self.on_loss {
+                SourceLoss::Wait => "wait".to_owned(),
+                SourceLoss::Error(after) => format!("fail after {} s", after.as_secs()),
+            };
+            let down_s = relocation.source_down().map_or(0, |d| d.as_secs());
+            notes.push(format!(
+                "the source is {what} (for {down_s} s); reads of what is not here {fate}"
+            ));
         }
         if let Some(trouble) = lock(&relocation.trouble).as_ref() {
             notes.push(trouble.to_string());
@@ -119,6 +139,10 @@ impl Volume {
             blocks_installed: get(&traffic.blocks_installed),
             zero_bytes_skipped: get(&traffic.zero_bytes_skipped),
             longest_remote_read_us: get(&traffic.longest_wait_us),
+            source_losses: get(&self.tally.source_losses),
+            source_refusals: get(&self.tally.source_refusals),
+            reads_failed: get(&self.tally.reads_failed),
+            disk_errors: get(&self.tally.disk_errors),
         }
     }
 }
@@ -139,7 +163,11 @@ impl Controlled for Volume {
             owned_bytes: r.map_or(size_bytes, |r| r.residency.owned_bytes()),
             absent_bytes,
             wire_bytes: wire.load(Ordering::Relaxed),
-            source_connected: r.map(|r| r.source.is_connected()),
+            source_connected: r.map(|r| r.is_source_usable()),
+            source_down_s: r.and_then(|r| r.source_down()).map(|d| d.as_secs()),
+            reads_waiting: r.map_or(0, |r| r.with_mover(|m| m.waiting()) as u64),
+            poisoned: self.poisoned.load(Ordering::Acquire),
+            disk_full: self.is_disk_full(),
             background: self.background(r),
             rate_bytes_per_s: rate,
             eta_s: (rate > 0 && absent_bytes > 0).then(|| absent_bytes.div_ceil(rate)),
@@ -178,5 +206,9 @@ impl Controlled for Volume {
             self.need_relocation("hand over")?;
         }
         Ok(())
+    }
+
+    fn events(&self, since: u64) -> Vec<Event> {
+        self.events.since(since)
     }
 }

@@ -4,12 +4,14 @@
 //! take any bytes and answer with an error, never with a guess.
 
 mod frame;
+mod pending;
 mod record;
 mod snapshot;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use frame::{FRAME_ALIGN, LogEnd, encode_frame, read_log};
+pub use pending::{Gathered, Pending};
 pub use record::Record;
 pub use snapshot::{apply_snapshot, empty_snapshot, encode_snapshot, snapshot_epoch};
 
@@ -44,10 +46,14 @@ fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 }
 
 /// Takes bytes apart from the front.
-struct Reader<'a>(&'a [u8]);
+pub(crate) struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize) -> Result<&'a [u8], JournalError> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], JournalError> {
         if len > self.0.len() {
             return Err(JournalError::Corrupt("it ends too early"));
         }
@@ -60,7 +66,13 @@ impl<'a> Reader<'a> {
         Ok(self.take(1)?[0])
     }
 
-    fn u64(&mut self) -> Result<u64, JournalError> {
+    pub(crate) fn u32(&mut self) -> Result<u32, JournalError> {
+        Ok(u32::from_le_bytes(
+            self.take(4)?.try_into().expect("four bytes"),
+        ))
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, JournalError> {
         Ok(u64::from_le_bytes(
             self.take(8)?.try_into().expect("eight bytes"),
         ))
@@ -82,7 +94,7 @@ impl<'a> Reader<'a> {
         Err(JournalError::Corrupt("a number is too long"))
     }
 
-    fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 }

@@ -45,6 +45,10 @@ const MAX_REST_FLIGHTS: usize = 32;
 /// How long a range that the source or the local store refused is left alone by the background.
 const REFUSED_PAUSE: Duration = Duration::from_secs(5);
 
+/// How long the background copy rests after the local store could not take what was fetched. Its
+/// disk is full, most likely: whatever else were fetched would be thrown away as well.
+const STORE_PAUSE: Duration = Duration::from_secs(5);
+
 /// The most refused ranges remembered; beyond it the background as a whole rests.
 const MAX_REFUSED: usize = 1024;
 
@@ -172,6 +176,9 @@ pub struct Mover<W> {
     rests: BTreeSet<BlockIndex>,
     /// Ranges the background leaves alone, and until when.
     refused: Vec<(BlockRange, Duration)>,
+    /// The local store could not take a fetch: until when nothing is fetched that nobody waits
+    /// for. After that a single fetch tries it, and only when it lands do others follow.
+    store_rests_until: Option<Duration>,
 }
 
 impl<W> Mover<W> {
@@ -194,6 +201,7 @@ impl<W> Mover<W> {
             scanning: false,
             rests: BTreeSet::new(),
             refused: Vec::new(),
+            store_rests_until: None,
         }
     }
 
@@ -210,6 +218,16 @@ impl<W> Mover<W> {
     /// The cap on the background copy, bytes per second.
     pub fn limit(&self) -> Option<u64> {
         self.bucket.rate()
+    }
+
+    /// Whether the background rests because the local store could not take what was fetched.
+    pub fn store_rests(&self) -> bool {
+        self.store_rests_until.is_some()
+    }
+
+    /// Since when the source is away, while it is.
+    pub fn lost_at(&self) -> Option<Duration> {
+        self.lost_at
     }
 
     /// Readers that wait.
@@ -349,6 +367,7 @@ impl<W> Mover<W> {
             return;
         };
         if done.purpose != Purpose::Zero {
+            self.store_rests_until = None;
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
             self.pacer
@@ -370,6 +389,42 @@ impl<W> Mover<W> {
             .filter_map(|id| self.waiters.remove(&id))
             .map(|w| w.who)
             .collect()
+    }
+
+    /// A fetch came, but the local store could not keep it. Returns the readers that need nothing
+    /// else: they are to be answered from its data, together with what is here. Those that need
+    /// more are asked for anew, as reads that pass through.
+    pub fn unkept(
+        &mut self,
+        now: Duration,
+        flight: FlightId,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) -> Vec<W> {
+        let Some(mut lost) = self.flights.remove(flight) else {
+            return Vec::new();
+        };
+        if lost.purpose == Purpose::Bulk {
+            self.pacer.lost(self.geometry.bytes(lost.range).len());
+        }
+        let mut answered = Vec::new();
+        for id in std::mem::take(&mut lost.waiters) {
+            let Some(waiter) = self.waiters.get_mut(&id) else {
+                continue;
+            };
+            let range = waiter.range;
+            if lost.range.start <= range.start && range.end <= lost.range.end {
+                answered.extend(self.waiters.remove(&id).map(|w| w.who));
+            } else {
+                waiter.outstanding = 0;
+                self.flights.detach(id, range);
+                self.launch_for(now, id, range, Purpose::PassThrough, out);
+            }
+        }
+        self.forget(residency, &lost);
+        self.store_rests_until = Some(now + STORE_PAUSE);
+        self.pump(now, residency, out);
+        answered
     }
 
     /// A fetch came to nothing.
@@ -407,7 +462,11 @@ impl<W> Mover<W> {
                     self.fail_waiter(id, why, out);
                 }
                 if lost.purpose != Purpose::PassThrough {
-                    self.refuse(now, lost.range);
+                    if why == ReadFailure::StoreFailed {
+                        self.store_rests_until = Some(now + STORE_PAUSE);
+                    } else {
+                        self.refuse(now, lost.range);
+                    }
                     self.forget(residency, &lost);
                 }
             }
@@ -609,7 +668,7 @@ impl<W> Mover<W> {
             }
             return;
         }
-        if !self.connected {
+        if !self.connected || self.must_rest(now) {
             return;
         }
         self.pump_rests(now, residency, out);
@@ -620,8 +679,20 @@ impl<W> Mover<W> {
         self.pump_bulk(now, residency, out);
     }
 
+    /// Whether nothing may be fetched that nobody waits for. While the store is in trouble, one
+    /// fetch at a time tries it once the pause is over.
+    fn must_rest(&self, now: Duration) -> bool {
+        self.store_rests_until
+            .is_some_and(|until| now < until || self.own_flights() > 0)
+    }
+
+    /// Fetches under way that nobody asked for.
+    fn own_flights(&self) -> usize {
+        self.flights.count(Purpose::Rest) + self.flights.count(Purpose::Bulk)
+    }
+
     fn pump_rests(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        while self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
+        while !self.must_rest(now) && self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
             let Some(block) = self.rests.pop_first() else {
                 return;
             };
@@ -653,7 +724,7 @@ impl<W> Mover<W> {
     fn pump_bulk(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         let chunk = self.blocks_in(self.pacer.chunk_bytes());
         loop {
-            if !self.pacer.may_send() || !self.bucket.has_room(now) {
+            if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
             let Some(range) = self.next_bulk(chunk, residency) else {

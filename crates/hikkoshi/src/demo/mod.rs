@@ -266,6 +266,7 @@ fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> 
     DaemonConfig {
         listen,
         control: None,
+        metrics: None,
         exports: vec![ExportConfig {
             name: String::new(),
             image,

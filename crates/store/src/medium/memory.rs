@@ -39,6 +39,8 @@ struct Files {
     files: BTreeMap<String, Content>,
     /// Operations until everything fails.
     left: Option<u64>,
+    /// Nothing more fits in.
+    full: bool,
 }
 
 impl Files {
@@ -51,6 +53,13 @@ impl Files {
             }
             None => Ok(()),
         }
+    }
+
+    fn check_space(&self) -> io::Result<()> {
+        if self.full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
     }
 }
 
@@ -70,6 +79,11 @@ impl MemoryDirectory {
         self.lock().left = operations;
     }
 
+    /// Whether every write fails for want of space, after its first half.
+    pub fn set_full(&self, full: bool) {
+        self.lock().full = full;
+    }
+
     /// What a power cut leaves: all that was synced, and of each write since whatever `choose(3)`
     /// says: nothing (0), all (1), or some of its sectors, by `choose(2)` for each.
     #[must_use]
@@ -86,7 +100,11 @@ impl MemoryDirectory {
             }
         }
         Self {
-            files: Arc::new(Mutex::new(Files { files, left: None })),
+            files: Arc::new(Mutex::new(Files {
+                files,
+                left: None,
+                full: false,
+            })),
         }
     }
 
@@ -95,7 +113,11 @@ impl MemoryDirectory {
     pub fn kill(&self) -> Self {
         let files = self.lock().files.clone();
         Self {
-            files: Arc::new(Mutex::new(Files { files, left: None })),
+            files: Arc::new(Mutex::new(Files {
+                files,
+                left: None,
+                full: false,
+            })),
         }
     }
 }
@@ -108,6 +130,7 @@ impl Directory for MemoryDirectory {
     fn replace(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let mut files = self.lock();
         files.step()?;
+        files.check_space()?;
         let content = Content {
             durable: content.to_vec(),
             unsynced: Vec::new(),
@@ -149,12 +172,17 @@ impl DurableFile for MemoryFile {
         let mut files = self.dir.lock();
         files.step()?;
         let at = usize::try_from(offset).map_err(io::Error::other)?;
+        let fits = files.check_space();
+        let data = match &fits {
+            Ok(()) => data,
+            Err(_) => &data[..data.len() / 2],
+        };
         let content = files
             .files
             .get_mut(&self.name)
             .ok_or(io::ErrorKind::NotFound)?;
         content.unsynced.push((at, data.to_vec()));
-        Ok(())
+        fits
     }
 
     fn sync(&mut self) -> io::Result<()> {

@@ -4,6 +4,10 @@
 //! it is, `map` is the residency at the start of an epoch, `log` the commits since. Every write
 //! here is durable when it returns. A failed one makes the state unusable until it is opened
 //! again: what reached the medium is not known then, and is not guessed at.
+//!
+//! With one exception: where there is no space ([`StateError::is_no_space`]), it is known. A file
+//! that is replaced is still the one before, and a commit that was not synced is claimed by nobody and
+//! is written again to the same place. The state stays usable, and the same may be tried again.
 
 mod identity;
 #[cfg(test)]
@@ -18,19 +22,26 @@ use hikkoshi_engine::journal::{
     self, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
 };
 use hikkoshi_engine::residency::Residency;
+use hikkoshi_engine::witness::Witnesses;
 
-use crate::medium::{Directory, DurableFile, FsDirectory};
+use crate::lock::{self, Locked};
+use crate::medium::{self, Directory, DurableFile, FsDirectory};
 pub use identity::{Identity, IdentityError, Life, hex};
 
 const VOLUME: &str = "volume";
 const MAP: &str = "map";
 const LOG: &str = "log";
 const LOCK: &str = "lock";
+const WITNESSES: &str = "witnesses";
 
 /// Bounds of the log, in bytes. It may grow to a quarter of the map before a snapshot is written,
 /// so that snapshots cost at most a few times what the commits do.
 const MIN_LOG_BYTES: u64 = 4 << 20;
 const MAX_LOG_BYTES: u64 = 256 << 20;
+
+/// How many times its bound the log may have while there is no space for a snapshot: all of it is
+/// read at the start, and recorded blocks do not repeat, so that more would only be waste.
+const LOG_PATIENCE: u64 = 4;
 
 /// So much of the log is written with zeroes beforehand: appending there changes no metadata.
 const PREALLOCATED_BYTES: usize = 4 << 20;
@@ -73,11 +84,26 @@ pub enum StateError {
         /// Why.
         source: JournalError,
     },
+    /// What proves that a source is the right one cannot be read.
+    #[error(
+        "{path} cannot be believed: {source}; restore it, or, if you are sure of the source, remove \
+         this file alone: it only serves to recognise the source's disk"
+    )]
+    Witnesses {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: JournalError,
+    },
     /// Another process uses it.
-    #[error("{path} is in use by another process; end it first")]
+    #[error(
+        "{path} is in use by {holder}: stop that first; two daemons on one image would destroy it"
+    )]
     InUse {
         /// The lock file.
         path: PathBuf,
+        /// Who has it, as well as it is known.
+        holder: String,
     },
     /// The memory of the running volume cannot be had.
     #[error("{0}")]
@@ -85,6 +111,21 @@ pub enum StateError {
     /// An earlier write failed.
     #[error("an earlier write of the durable state failed; restart the daemon")]
     Poisoned,
+}
+
+impl StateError {
+    /// Whether there was no room for it: nothing is spoilt, and it may be tried again.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if medium::is_no_space(source))
+    }
+
+    /// The same as an `io::Error`, with the number that says most.
+    pub fn into_io(self) -> io::Error {
+        if self.is_no_space() {
+            return io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
+        }
+        io::Error::other(self)
+    }
 }
 
 /// The open state of a volume.
@@ -139,10 +180,23 @@ impl StateDir {
         lock: Option<File>,
     ) -> Result<Self, StateError> {
         let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
-        put(&*dir, LOG, &vec![0; PREALLOCATED_BYTES])?;
-        put(&*dir, MAP, &map)?;
-        // Last: with it the state counts as there.
-        put(&*dir, VOLUME, &identity.encode())?;
+        // Those of a volume that was here before would be taken for damage.
+        dir.remove(WITNESSES).map_err(|source| StateError::Io {
+            what: "removing",
+            path: dir.path(WITNESSES),
+            source,
+        })?;
+        let made = put(&*dir, LOG, &vec![0; PREALLOCATED_BYTES])
+            .and_then(|()| put(&*dir, MAP, &map))
+            // Last: with it the state counts as there.
+            .and_then(|()| put(&*dir, VOLUME, &identity.encode()));
+        if let Err(error) = made {
+            // Half a state would be taken for a damaged one at the next attempt.
+            for name in [VOLUME, MAP, LOG] {
+                let _ = dir.remove(name);
+            }
+            return Err(error);
+        }
         Self::opened(dir, identity, 0, lock)
     }
 
@@ -233,6 +287,31 @@ impl StateDir {
         Ok(())
     }
 
+    /// The witnesses that were kept, with `seed` for those to come; none if none were kept.
+    ///
+    /// # Errors
+    /// They are damaged or of another volume.
+    pub fn witnesses(&self, seed: u64) -> Result<Witnesses, StateError> {
+        let path = self.dir.path(WITNESSES);
+        match self.dir.read(WITNESSES) {
+            Ok(None) => Ok(Witnesses::new(seed)),
+            Ok(Some(content)) => {
+                Witnesses::decode(&content, self.volume_id(), self.geometry(), seed)
+                    .map_err(|source| StateError::Witnesses { path, source })
+            }
+            Err(source) => Err(self.failed("reading", WITNESSES, source)),
+        }
+    }
+
+    /// Keeps witnesses. Nothing else depends on them, so that a failure spoils nothing: those kept
+    /// before are still there.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn keep_witnesses(&self, witnesses: &Witnesses) -> Result<(), StateError> {
+        put(&*self.dir, WITNESSES, &witnesses.encode(self.volume_id()))
+    }
+
     /// Whose state it is.
     pub fn identity(&self) -> &Identity {
         &self.identity
@@ -249,15 +328,23 @@ impl StateDir {
     /// Adds a commit. Durable when it returns. The data of the records must be durable already.
     ///
     /// # Errors
-    /// The medium fails; the state is unusable then.
+    /// The medium fails; the state is unusable then, except for want of space.
     pub fn append(&mut self, records: &[Record]) -> Result<(), StateError> {
         self.guarded(|this| {
             let frame = encode_frame(this.volume_id(), this.epoch, this.seq, records);
-            let written = this
-                .log
+            if this.log_bytes + frame.len() as u64 > LOG_PATIENCE * this.log_limit {
+                let full = io::Error::from(io::ErrorKind::StorageFull);
+                return Err(this.failed("making room (for a snapshot) in", LOG, full));
+            }
+            this.log
                 .write_at(this.log_bytes, &frame)
-                .and_then(|()| this.log.sync());
-            written.map_err(|source| this.failed("writing", LOG, source))?;
+                .map_err(|source| this.failed("writing", LOG, source))?;
+            // What failed here is not to be believed again, whatever the reason: the kernel may
+            // have let go of pages that never reached the medium.
+            this.log.sync().map_err(|source| {
+                let told = io::Error::other(source);
+                this.failed("syncing", LOG, told)
+            })?;
             this.seq += 1;
             this.log_bytes += frame.len() as u64;
             Ok(())
@@ -281,7 +368,8 @@ impl StateDir {
     /// 4. the log begins anew. What it held is in the snapshot, and of an epoch that is over.
     ///
     /// # Errors
-    /// The medium fails, or `sync_data`; the state is unusable then.
+    /// The medium fails, or `sync_data`; the state is unusable then. Where there is no space for
+    /// the snapshot the epoch goes on, with its snapshot and its log.
     pub fn checkpoint(
         &mut self,
         residency: &Residency,
@@ -289,7 +377,9 @@ impl StateDir {
     ) -> Result<(), StateError> {
         self.guarded(|this| {
             let map = encode_snapshot(this.volume_id(), this.epoch + 1, residency);
-            sync_data().map_err(|source| this.failed("syncing the image of", VOLUME, source))?;
+            sync_data().map_err(|source| {
+                this.failed("syncing the image of", VOLUME, io::Error::other(source))
+            })?;
             put(&*this.dir, MAP, &map)?;
             this.epoch += 1;
             this.seq = 0;
@@ -316,7 +406,7 @@ impl StateDir {
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
-        for name in [MAP, LOG] {
+        for name in [MAP, LOG, WITNESSES] {
             // Left-overs do no harm: the identity says that they do not count.
             let _ = self.dir.remove(name);
         }
@@ -346,9 +436,9 @@ impl StateDir {
         }
         // A panic in between leaves it poisoned as well.
         self.poisoned = true;
-        step(self)?;
-        self.poisoned = false;
-        Ok(())
+        let outcome = step(self);
+        self.poisoned = matches!(&outcome, Err(error) if !error.is_no_space());
+        outcome
     }
 
     fn failed(&self, what: &'static str, name: &str, source: io::Error) -> StateError {
@@ -393,10 +483,10 @@ fn take_lock(path: &Path) -> Result<File, StateError> {
         path: path.clone(),
         source,
     })?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(StateError::InUse { path }),
-        Err(std::fs::TryLockError::Error(source)) => Err(StateError::Io {
+    match lock::acquire(&file, false) {
+        Ok(Locked::Yes) => Ok(file),
+        Ok(Locked::HeldBy(holder)) => Err(StateError::InUse { path, holder }),
+        Err(source) => Err(StateError::Io {
             what: "locking",
             path,
             source,

@@ -204,3 +204,92 @@ proptest! {
         }
     }
 }
+
+/// A snapshot that did not fit poisoned the volume until the daemon was restarted, although the
+/// old snapshot and the log were whole. Nor does a commit that was cut short for want of space do
+/// any harm: nobody was told that it is durable.
+#[test]
+fn where_there_is_no_space_nothing_is_spoilt() {
+    let dir = MemoryDirectory::default();
+    let mut state = StateDir::create_in(Box::new(dir.clone()), identity(), None).unwrap();
+    let residency = fresh(state.identity().geometry);
+    let leave = |state: &mut StateDir, block: u64| {
+        let run = BlockRange::one(BlockIndex(block));
+        residency.mark_owned(run);
+        state.append(&[Record::Owned(run)])
+    };
+    state.record_arriving().unwrap();
+    leave(&mut state, 1).unwrap();
+    dir.set_full(true);
+    let outcome = state.change(|identity| identity.generation = 99);
+    assert!(outcome.unwrap_err().is_no_space());
+    assert_eq!(state.identity().generation, 1);
+    let outcome = leave(&mut state, 2);
+    assert!(outcome.unwrap_err().is_no_space());
+    // A kill and a power cut right now find what was durable.
+    for after in [dir.kill(), dir.power_cut(&mut |n| n - 1)] {
+        let (_, found) = reopen(after).unwrap();
+        assert_eq!(found.state(BlockIndex(1)), BlockState::Owned);
+        // The other one may have reached the medium, though nobody was told so: it is true.
+    }
+    dir.set_full(false);
+    leave(&mut state, 2).unwrap();
+    leave(&mut state, 3).unwrap();
+    let (_, found) = reopen(dir.power_cut(&mut |_| 0)).unwrap();
+    for block in 1..=3 {
+        assert_eq!(found.state(BlockIndex(block)), BlockState::Owned);
+    }
+    dir.set_full(true);
+    let outcome = state.checkpoint(&fresh(identity().geometry), &mut || Ok(()));
+    assert!(outcome.unwrap_err().is_no_space());
+    dir.set_full(false);
+    // The epoch goes on: its log is still the one that counts.
+    state
+        .append(&[Record::Owned(BlockRange::new(7, 9))])
+        .unwrap();
+    let (_, found) = reopen(dir.power_cut(&mut |_| 0)).unwrap();
+    assert_eq!(found.owned_blocks(), 5);
+}
+
+/// Without space for a snapshot the log grows, but not for ever.
+#[test]
+fn a_log_that_cannot_be_replaced_is_bounded() {
+    let dir = MemoryDirectory::default();
+    let large = Identity {
+        geometry: Geometry::new(1_000_000 * 4096, 4096).unwrap(),
+        ..identity()
+    };
+    let geometry = large.geometry;
+    let mut state = StateDir::create_in(Box::new(dir), large, None).unwrap();
+    // Nobody leaves such records; they are only long.
+    let records: Vec<Record> = (0..300_000)
+        .map(|n| Record::Owned(BlockRange::one(BlockIndex(n * 2))))
+        .collect();
+    let mut commits = 0;
+    let error = loop {
+        match state.append(&records) {
+            Ok(()) => commits += 1,
+            Err(error) => break error,
+        }
+        assert!(commits < 100, "it grows without bound");
+    };
+    assert!(error.is_no_space(), "{error}");
+    assert!(state.needs_checkpoint() && commits > 4);
+    let residency = fresh(geometry);
+    state.checkpoint(&residency, &mut || Ok(())).unwrap();
+    state.append(&records).unwrap();
+}
+
+/// A first start that finds no space leaves nothing that the next would take for a damaged state.
+#[test]
+fn a_state_that_could_not_be_made_leaves_nothing() {
+    for steps in 0..3 {
+        let dir = MemoryDirectory::default();
+        // One step removes left-overs.
+        dir.fail_after(Some(1 + steps));
+        let made = StateDir::create_in(Box::new(dir.clone()), identity(), None);
+        assert!(made.is_err());
+        dir.fail_after(None);
+        StateDir::create_in(Box::new(dir), identity(), None).unwrap();
+    }
+}

@@ -1,0 +1,173 @@
+//! What has happened to an export, for people and for programs that watch it.
+//!
+//! Owns a bounded ring of events for each export; the oldest ones go. Each event is logged once,
+//! here, at the level of its kind. Events have no part in any decision, so that their time stamps
+//! do no harm to tests that own the clock.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::volume::lock;
+
+/// Events kept for each export. Hours of a source that comes and goes every minute.
+const MAX_EVENTS: usize = 256;
+
+/// What happened. The names are stable: scripts read them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The export is served.
+    Opened,
+    /// The source cannot be reached any more.
+    SourceLost,
+    /// The source is reachable, and the right one.
+    SourceBack,
+    /// Another disk answers in the source's place, or one that cannot prove what it is.
+    SourceRefused,
+    /// The source could not read a range.
+    SourceError,
+    /// Reads failed because the source was away for longer than the policy allows.
+    ReadsFailed,
+    /// The VM runs here from now on.
+    Handoff,
+    /// Every block is here.
+    Complete,
+    /// There is no space where the image or its state is.
+    DiskFull,
+    /// There is space again.
+    DiskSpace,
+    /// The image could not be read or written.
+    DiskError,
+    /// A sync failed: nothing more is written until a restart.
+    Poisoned,
+    /// Something of the state could not be kept; nothing is lost by it.
+    StateTrouble,
+}
+
+impl EventKind {
+    /// Its name as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Opened => "opened",
+            Self::SourceLost => "source-lost",
+            Self::SourceBack => "source-back",
+            Self::SourceRefused => "source-refused",
+            Self::SourceError => "source-error",
+            Self::ReadsFailed => "reads-failed",
+            Self::Handoff => "handoff",
+            Self::Complete => "complete",
+            Self::DiskFull => "disk-full",
+            Self::DiskSpace => "disk-space",
+            Self::DiskError => "disk-error",
+            Self::Poisoned => "poisoned",
+            Self::StateTrouble => "state-trouble",
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Counts from 1 within an export and a run of the daemon.
+    pub number: u64,
+    /// When, in milliseconds since 1970 (UTC).
+    pub unix_ms: u64,
+    /// The export.
+    pub export: String,
+    /// What.
+    pub kind: EventKind,
+    /// The same for people, and what to do where something is to be done.
+    pub text: String,
+}
+
+/// The last events of an export.
+#[derive(Debug, Default)]
+pub struct EventLog {
+    ring: Mutex<Ring>,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    last: u64,
+    events: VecDeque<Event>,
+}
+
+impl EventLog {
+    /// Keeps an event and logs it.
+    pub fn add(&self, export: &str, kind: EventKind, text: impl Into<String>) {
+        let text = text.into();
+        let name = kind.name();
+        match kind {
+            // A person must act.
+            EventKind::SourceRefused | EventKind::DiskFull | EventKind::Poisoned => {
+                tracing::error!(export, event = name, "{text}");
+            }
+            EventKind::SourceLost
+            | EventKind::SourceError
+            | EventKind::ReadsFailed
+            | EventKind::DiskError
+            | EventKind::StateTrouble => tracing::warn!(export, event = name, "{text}"),
+            EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
+            EventKind::SourceBack
+            | EventKind::Handoff
+            | EventKind::Complete
+            | EventKind::DiskSpace => tracing::info!(export, event = name, "{text}"),
+        }
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+        let ms = since_1970.map_or(0, |time| time.as_millis());
+        let mut ring = lock(&self.ring);
+        ring.last += 1;
+        let event = Event {
+            number: ring.last,
+            unix_ms: u64::try_from(ms).unwrap_or(u64::MAX),
+            export: export.to_owned(),
+            kind,
+            text,
+        };
+        if ring.events.len() == MAX_EVENTS {
+            ring.events.pop_front();
+        }
+        ring.events.push_back(event);
+    }
+
+    /// Those with a number above `since`, oldest first.
+    pub fn since(&self, since: u64) -> Vec<Event> {
+        let ring = lock(&self.ring);
+        let newer = |event: &&Event| event.number > since;
+        ring.events.iter().filter(newer).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_are_kept_and_numbered_without_gaps() {
+        let log = EventLog::default();
+        for n in 0..300 {
+            log.add("web", EventKind::SourceBack, format!("number {n}"));
+        }
+        let all = log.since(0);
+        assert_eq!(all.len(), MAX_EVENTS);
+        assert_eq!(all.last().unwrap().number, 300);
+        assert!(all.windows(2).all(|w| w[0].number + 1 == w[1].number));
+        assert_eq!(log.since(298).len(), 2);
+        assert!(log.since(300).is_empty());
+    }
+
+    #[test]
+    fn the_names_are_those_of_the_json_form() {
+        for kind in [
+            EventKind::Opened,
+            EventKind::SourceLost,
+            EventKind::StateTrouble,
+        ] {
+            let json = serde_json::to_string(&kind).unwrap();
+            assert_eq!(json, format!("{:?}", kind.name()));
+        }
+    }
+}
