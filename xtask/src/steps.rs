@@ -10,6 +10,9 @@ use crate::debian;
 use crate::report::{self, Outcome};
 use crate::runner::Session;
 
+/// How long new worlds are simulated.
+const SIM_SECONDS: &str = "90";
+
 /// One step of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -23,6 +26,10 @@ pub enum Step {
     Loom,
     /// The documentation builds without a warning.
     Doc,
+    /// New simulated worlds, after those that ever failed.
+    Sim,
+    /// The simulator notices what is broken on purpose.
+    Mutants,
     /// The release binary, which the last two steps use.
     Build,
     /// Whole moves with real virtual machines and peers.
@@ -33,12 +40,14 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Fmt,
         Self::Clippy,
         Self::Test,
         Self::Loom,
         Self::Doc,
+        Self::Sim,
+        Self::Mutants,
         Self::Build,
         Self::EndToEnd,
         Self::Interop,
@@ -55,6 +64,8 @@ impl Step {
             Self::Test => "test",
             Self::Loom => "loom",
             Self::Doc => "doc",
+            Self::Sim => "sim",
+            Self::Mutants => "mutants",
             Self::Build => "build",
             Self::EndToEnd => "e2e",
             Self::Interop => "interop",
@@ -78,9 +89,9 @@ impl Step {
     fn limit(self) -> Duration {
         let minutes = match self {
             Self::Fmt => 2,
-            Self::Clippy | Self::Doc => 8,
+            Self::Clippy | Self::Doc | Self::Sim => 8,
             Self::Test | Self::Loom | Self::Build => 12,
-            Self::EndToEnd | Self::Interop => 15,
+            Self::EndToEnd | Self::Interop | Self::Mutants => 15,
         };
         Duration::from_secs(minutes * 60)
     }
@@ -203,6 +214,17 @@ fn command(session: &Session, step: Step) -> Result<Command> {
             command = session.cargo("doc");
             command.args(["--workspace", "--no-deps"]);
             command.env("RUSTDOCFLAGS", "-D warnings");
+        }
+        Step::Sim => {
+            command = session.cargo("run");
+            command.args(["--profile", "sim", "--package", "hikkoshi-sim", "--"]);
+            command.args(["--seconds", SIM_SECONDS]);
+        }
+        Step::Mutants => {
+            // Ourselves, so that the step is shown, timed and ended like the others.
+            let this = std::env::current_exe().context("where is this program?")?;
+            command = session.command(&this.to_string_lossy());
+            command.arg("mutants");
         }
         Step::Build => {
             command = session.cargo("build");
