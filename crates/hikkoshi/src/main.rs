@@ -12,6 +12,7 @@ mod config_file;
 mod demo;
 mod failure;
 mod pages;
+mod plan;
 mod quantity;
 mod serve;
 mod signals;
