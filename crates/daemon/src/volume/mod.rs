@@ -10,6 +10,8 @@
 
 pub mod commit;
 mod extents;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod guest;
 pub mod open;
 pub mod relocation;

@@ -6,6 +6,8 @@
 
 mod address;
 mod dial;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod herald;
 mod job;
 mod keeper;
