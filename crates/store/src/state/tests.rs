@@ -58,6 +58,7 @@ fn an_identity_that_nobody_wrote_is_refused_though_its_checksum_is_right() {
     for (right, wrong) in [
         ("generation = 0", "generation = +7"),
         ("generation = 0", "generation = 007"),
+        ("generation = 0", "generation = 18446744073709551615"),
         ("block-bytes = 4096", "block-bytes = 04096"),
         ("image-inode = 77", "image-inode = +77"),
         ("0303", "+303"),
