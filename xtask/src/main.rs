@@ -4,6 +4,7 @@
 //! [`debian`] sees to the packages it needs. Nothing here is part of the product.
 
 mod debian;
+mod fuzz;
 mod report;
 mod runner;
 mod steps;
@@ -27,12 +28,17 @@ Commands:
                         fixed, every step has a time limit
   interop [ARG]...      other people's clients and test suites against the release binary;
                         the arguments go to tests/interop/run.py (--list names the tests)
+  fuzz [TARGET]... [--seconds N]
+                        fuzz targets, all or some, each for 15 s or as long as said;
+                        --merge adds to the corpus what was found here and reaches more,
+                        --coverage prints the lines that the inputs reach
   packages [--install]  the Debian packages that the tests need, and which are missing
   deny                  licences, advisories and duplicate crates (installs cargo-deny if missing)
 
 Options of test:
   --quick               only fmt, clippy and test: no packages, no release build
-  --only STEP           only this step (repeatable): fmt clippy test loom doc build e2e interop
+  --only STEP           only this step (repeatable): fmt clippy test loom doc fuzz build e2e
+                        interop
   --no-install          never install packages, even as root
 ";
 
@@ -64,6 +70,10 @@ fn run(arguments: &[String]) -> Result<bool> {
             let session =
                 Session::new(std::env::var_os("CI").is_some_and(|value| value == "true"))?;
             steps::interop(&session, rest)
+        }
+        "fuzz" => {
+            let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+            fuzz::run(&Session::new(ci)?, rest)
         }
         "packages" => packages(rest),
         "deny" => steps::deny(&Session::new(false)?),

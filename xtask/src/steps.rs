@@ -23,6 +23,8 @@ pub enum Step {
     Loom,
     /// The documentation builds without a warning.
     Doc,
+    /// Each fuzz target over all that is kept, and for some seconds more.
+    Fuzz,
     /// The release binary, which the last two steps use.
     Build,
     /// Whole moves with real virtual machines and peers.
@@ -33,12 +35,13 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Fmt,
         Self::Clippy,
         Self::Test,
         Self::Loom,
         Self::Doc,
+        Self::Fuzz,
         Self::Build,
         Self::EndToEnd,
         Self::Interop,
@@ -55,6 +58,7 @@ impl Step {
             Self::Test => "test",
             Self::Loom => "loom",
             Self::Doc => "doc",
+            Self::Fuzz => "fuzz",
             Self::Build => "build",
             Self::EndToEnd => "e2e",
             Self::Interop => "interop",
@@ -79,7 +83,7 @@ impl Step {
         let minutes = match self {
             Self::Fmt => 2,
             Self::Clippy | Self::Doc => 8,
-            Self::Test | Self::Loom | Self::Build => 12,
+            Self::Test | Self::Loom | Self::Build | Self::Fuzz => 12,
             Self::EndToEnd | Self::Interop => 15,
         };
         Duration::from_secs(minutes * 60)
@@ -92,7 +96,10 @@ impl Step {
 
     /// Whether it uses programs that Debian packages bring. Unit tests do too, some of them.
     fn needs_packages(self) -> bool {
-        matches!(self, Self::Test | Self::EndToEnd | Self::Interop)
+        matches!(
+            self,
+            Self::Test | Self::Fuzz | Self::EndToEnd | Self::Interop
+        )
     }
 }
 
@@ -203,6 +210,11 @@ fn command(session: &Session, step: Step) -> Result<Command> {
             command = session.cargo("doc");
             command.args(["--workspace", "--no-deps"]);
             command.env("RUSTDOCFLAGS", "-D warnings");
+        }
+        Step::Fuzz => {
+            let this = std::env::current_exe().context("this program has no path")?;
+            command = session.command(&this.to_string_lossy());
+            command.arg("fuzz");
         }
         Step::Build => {
             command = session.cargo("build");
