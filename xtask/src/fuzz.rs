@@ -103,7 +103,7 @@ pub fn run(session: &Session, arguments: &[String]) -> Result<bool> {
     for (target, max_len) in &wanted.targets {
         let place = Place::new(session, target)?;
         all_well &= if wanted.merge {
-            place.merge()?
+            place.merge(*max_len)?
         } else {
             place.fuzz(*max_len, Duration::from_secs(wanted.seconds))?
         };
@@ -211,10 +211,12 @@ impl<'a> Place<'a> {
         Ok(false)
     }
 
-    /// Picks from what was found the inputs that reach what the corpus does not.
-    fn merge(&self) -> Result<bool> {
+    /// Adds to the corpus, from what was found, inputs that reach code that it does not. How often
+    /// code is reached does not count here: by that, there would be thousands.
+    fn merge(&self, max_len: u32) -> Result<bool> {
         let mut command = self.command();
-        command.args(["-merge=1", "-max_len=4096"]);
+        command.args(["-merge=1", "-use_counters=0"]);
+        command.arg(format!("-max_len={max_len}"));
         command.args([&self.corpus, &self.found]);
         let status = command.status().context("cannot merge")?;
         Ok(status.success())
