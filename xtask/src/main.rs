@@ -4,6 +4,7 @@
 //! [`debian`] sees to the packages it needs. Nothing here is part of the product.
 
 mod debian;
+mod fuzz;
 mod mutants;
 mod report;
 mod runner;
@@ -31,13 +32,17 @@ Commands:
   mutants [--all | --list | NAME...]
                         breaks the product on purpose, in a copy, and sees the simulator notice:
                         five ways, all of them, or those whose names contain NAME
+  fuzz [TARGET]... [--seconds N]
+                        fuzz targets, all or some, each for 15 s or as long as said;
+                        --merge adds to the corpus what was found here and reaches more,
+                        --coverage prints the lines that the inputs reach
   packages [--install]  the Debian packages that the tests need, and which are missing
   deny                  licences, advisories and duplicate crates (installs cargo-deny if missing)
 
 Options of test:
   --quick               only fmt, clippy and test: no packages, no release build
   --only STEP           only this step (repeatable): fmt clippy test loom doc sim mutants
-                        build e2e interop
+                        fuzz build e2e interop
   --no-install          never install packages, even as root
 ";
 
@@ -73,6 +78,10 @@ fn run(arguments: &[String]) -> Result<bool> {
         "mutants" => {
             let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
             mutants::run(&Session::new(ci)?, rest)
+        }
+        "fuzz" => {
+            let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+            fuzz::run(&Session::new(ci)?, rest)
         }
         "packages" => packages(rest),
         "deny" => steps::deny(&Session::new(false)?),

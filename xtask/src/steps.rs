@@ -30,6 +30,8 @@ pub enum Step {
     Sim,
     /// The simulator notices what is broken on purpose.
     Mutants,
+    /// Each fuzz target over all that is kept, and for some seconds more.
+    Fuzz,
     /// The release binary, which the last two steps use.
     Build,
     /// Whole moves with real virtual machines and peers.
@@ -40,7 +42,7 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Fmt,
         Self::Clippy,
         Self::Test,
@@ -48,6 +50,7 @@ impl Step {
         Self::Doc,
         Self::Sim,
         Self::Mutants,
+        Self::Fuzz,
         Self::Build,
         Self::EndToEnd,
         Self::Interop,
@@ -66,6 +69,7 @@ impl Step {
             Self::Doc => "doc",
             Self::Sim => "sim",
             Self::Mutants => "mutants",
+            Self::Fuzz => "fuzz",
             Self::Build => "build",
             Self::EndToEnd => "e2e",
             Self::Interop => "interop",
@@ -90,7 +94,7 @@ impl Step {
         let minutes = match self {
             Self::Fmt => 2,
             Self::Clippy | Self::Doc | Self::Sim => 8,
-            Self::Test | Self::Loom | Self::Build => 12,
+            Self::Test | Self::Loom | Self::Build | Self::Fuzz => 12,
             Self::EndToEnd | Self::Interop | Self::Mutants => 15,
         };
         Duration::from_secs(minutes * 60)
@@ -103,7 +107,10 @@ impl Step {
 
     /// Whether it uses programs that Debian packages bring. Unit tests do too, some of them.
     fn needs_packages(self) -> bool {
-        matches!(self, Self::Test | Self::EndToEnd | Self::Interop)
+        matches!(
+            self,
+            Self::Test | Self::Fuzz | Self::EndToEnd | Self::Interop
+        )
     }
 }
 
@@ -225,6 +232,11 @@ fn command(session: &Session, step: Step) -> Result<Command> {
             let this = std::env::current_exe().context("where is this program?")?;
             command = session.command(&this.to_string_lossy());
             command.arg("mutants");
+        }
+        Step::Fuzz => {
+            let this = std::env::current_exe().context("this program has no path")?;
+            command = session.command(&this.to_string_lossy());
+            command.arg("fuzz");
         }
         Step::Build => {
             command = session.cargo("build");

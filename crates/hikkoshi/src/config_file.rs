@@ -13,7 +13,7 @@ use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use serde::Deserialize;
 
 use crate::cli::{self, ControlPlace, EngineName, Handoff};
-use crate::serve::{NewImage, Plan};
+use crate::plan::{NewImage, Plan};
 use crate::{address, quantity};
 
 /// Bytes a configuration file may have.
@@ -75,7 +75,11 @@ pub fn read(path: &Path) -> Result<Plan, String> {
     parse(&text).map_err(in_file)
 }
 
-fn parse(text: &str) -> Result<Plan, String> {
+/// Reads the text of a configuration file.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse(text: &str) -> Result<Plan, String> {
     let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
     if file.exports.is_empty() || file.exports.len() > MAX_EXPORTS {
         return Err(format!(

@@ -14,6 +14,7 @@ mod events;
 mod failure;
 mod heat;
 mod pages;
+mod plan;
 mod quantity;
 mod serve;
 mod signals;

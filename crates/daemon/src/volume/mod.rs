@@ -13,6 +13,8 @@ pub mod commit;
 mod extents;
 #[cfg(test)]
 mod full_tests;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod guest;
 pub mod open;
 pub mod proof;
