@@ -122,6 +122,7 @@ fn shake_hands(socket: &Socket, config: &NbdSourceConfig) -> Result<Negotiated, 
         export: config.export.clone(),
         structured: true,
         allocation: true,
+        transport: config.frames,
     })
     .map_err(refused)?;
     let deadline = Instant::now() + config.handshake_timeout;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::dial::dial;
+use super::frames::FrameReader;
 use super::line::Line;
 use super::reader::Reader;
 use super::shared::{Installed, Shared};
@@ -75,11 +76,32 @@ fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
     );
     // A caller whose completion panics must not take with it the answers of all the others.
     let calm = catch_unwind(AssertUnwindSafe(|| {
-        match Reader::new(line, shared.config.progress_timeout) {
-            Ok(mut reader) => {
+        let patience = shared.config.progress_timeout;
+        let outcome = if line.speaks_frames() {
+            FrameReader::new(line, patience).map(|mut reader| {
                 let ended = reader.run();
-                answered = reader.answered;
-                jobs = reader.take_unfinished();
+                (ended, reader.answered, reader.take_unfinished())
+            })
+        } else {
+            Reader::new(line, patience).map(|mut reader| {
+                let ended = reader.run();
+                (ended, reader.answered, reader.take_unfinished())
+            })
+        };
+        match outcome {
+            Ok((ended, replies, unfinished)) => {
+                answered = replies;
+                jobs = unfinished;
+                if ended.is_checksum() {
+                    shared.count_checksum_failure();
+                    tracing::warn!(
+                        slot,
+                        "{}: {ended}; nothing of it was kept, and it is asked for again over a \
+                         new connection; memory or network hardware between here and there is \
+                         failing",
+                        shared.uri
+                    );
+                }
                 let message = format!("{}: {ended}", shared.uri);
                 error = SourceError::new(ended.kind(), message);
             }

@@ -69,6 +69,11 @@ impl Line {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether frames are spoken here, and not NBD.
+    pub(super) fn speaks_frames(&self) -> bool {
+        self.negotiated.transport
+    }
+
     /// Whether requests can still be submitted; may change at any time.
     pub(super) fn is_alive(&self) -> bool {
         !self.dead.load(Ordering::Acquire)
@@ -111,14 +116,18 @@ impl Line {
         while let Some(job) = self.next(state) {
             let cookie = state.next_cookie;
             state.next_cookie = cookie.wrapping_add(1);
-            output.reserve(REQUEST_BYTES);
-            output.extend_from_slice(&encode_request(
-                0,
-                job.command(),
-                cookie,
-                job.offset,
-                job.len,
-            ));
+            if self.speaks_frames() {
+                output.extend(job.frame(cookie));
+            } else {
+                output.reserve(REQUEST_BYTES);
+                output.extend_from_slice(&encode_request(
+                    0,
+                    job.command(),
+                    cookie,
+                    job.offset,
+                    job.len,
+                ));
+            }
             state.in_flight += 1;
             if job.lane == Lane::Bulk {
                 state.bulk_in_flight += 1;
@@ -187,19 +196,22 @@ impl Line {
         jobs
     }
 
-    /// Says goodbye (section "Terminating the transmission phase") and hangs up.
+    /// Says goodbye (section "Terminating the transmission phase") and hangs up. In frames the
+    /// end of the stream says it.
     pub(super) fn disconnect(&self) {
         let mut state = self.state();
         if !state.closed {
             state.closed = true;
             self.dead.store(true, Ordering::Release);
-            let goodbye = encode_request(0, command::DISC, state.next_cookie, 0, 0);
-            // Only politeness: nothing depends on its arrival.
-            let _ = rustix::net::send(
-                &self.socket,
-                &goodbye,
-                rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT,
-            );
+            if !self.speaks_frames() {
+                let goodbye = encode_request(0, command::DISC, state.next_cookie, 0, 0);
+                // Only politeness: nothing depends on its arrival.
+                let _ = rustix::net::send(
+                    &self.socket,
+                    &goodbye,
+                    rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT,
+                );
+            }
         }
         self.hang_up();
     }

@@ -1,49 +1,23 @@
-//! The receiving half of a connection.
+//! The receiving half of a connection that speaks NBD.
 //!
-//! Owns the bytes between socket and completion: headers through a small buffer, payload straight
-//! into the buffer that the caller gets. It must never touch the queues, except to say that a
+//! Owns the way from replies to completions. It must never touch the queues, except to say that a
 //! place became free. One reader runs for each connection, on the thread of its keeper.
 
 use std::collections::HashMap;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use hikkoshi_nbd::client::{ClientError, ClientErrorKind, Header, Outcome, Reply, Step};
+use hikkoshi_nbd::client::{ClientErrorKind, Header, Outcome, Reply, Step};
 use hikkoshi_nbd::wire::{CHUNK_BYTES, REQUEST_BYTES};
-use rustix::net::RecvFlags;
-use socket2::Socket;
 
 use super::job::Job;
 use super::line::Line;
+use super::receive::{ReadError, Receiver, size, wire};
 use crate::source::{SourceError, SourceErrorKind};
 
 /// Bytes received at a time while looking for headers: several small replies at once, and little
 /// of a large payload, which is copied a second time.
 const BUFFER_BYTES: usize = 16 << 10;
-
-/// Why a connection ended.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum ReadError {
-    #[error("the server closed the connection")]
-    Closed,
-    #[error("no byte came for {0:?} while requests waited")]
-    Stalled(Duration),
-    #[error("the connection broke: {0}")]
-    Io(#[from] io::Error),
-    #[error("{0}")]
-    Protocol(#[from] ClientError),
-    #[error("{0}")]
-    Answer(&'static str),
-}
-
-impl ReadError {
-    pub(super) fn kind(&self) -> SourceErrorKind {
-        match self {
-            Self::Closed | Self::Stalled(_) | Self::Io(_) => SourceErrorKind::Disconnected,
-            Self::Protocol(_) | Self::Answer(_) => SourceErrorKind::Untrusted,
-        }
-    }
-}
 
 /// A reply of which something has come.
 struct Active {
@@ -66,20 +40,9 @@ pub(super) struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     pub(super) fn new(line: &'a Line, progress_timeout: Option<Duration>) -> io::Result<Self> {
-        // Often enough to notice a stall in good time, seldom enough to cost nothing.
-        let tick = progress_timeout.map(|limit| (limit / 4).max(Duration::from_millis(10)));
-        line.socket.set_read_timeout(tick)?;
         Ok(Self {
             line,
-            receiver: Receiver {
-                socket: &line.socket,
-                line,
-                progress_timeout,
-                last_byte: Instant::now(),
-                buffer: vec![0; BUFFER_BYTES],
-                start: 0,
-                end: 0,
-            },
+            receiver: Receiver::new(line, progress_timeout, BUFFER_BYTES)?,
             active: HashMap::new(),
             broken: None,
             answered: 0,
@@ -104,7 +67,9 @@ impl<'a> Reader<'a> {
     /// Receives one simple reply or one chunk.
     fn reply(&mut self) -> Result<(), ReadError> {
         let structured = self.line.negotiated.structured;
-        let (header, header_len) = self.receiver.header(structured)?;
+        let (header, header_len) = self
+            .receiver
+            .header(CHUNK_BYTES, |bytes| Ok(Header::decode(bytes, structured)?))?;
         let (Header::Simple { cookie, .. } | Header::Chunk { cookie, .. }) = header;
         if !self.active.contains_key(&cookie) {
             let Some(job) = self.line.claim(cookie) else {
@@ -198,142 +163,11 @@ impl<'a> Reader<'a> {
 
 /// Makes bytes up to `at` exist. In order, as servers answer, nothing is zeroed in vain: the data
 /// is appended. A piece out of order first makes all of the buffer.
-fn make_room(data: &mut Vec<u8>, at: usize, total: usize) {
+pub(super) fn make_room(data: &mut Vec<u8>, at: usize, total: usize) {
     if data.capacity() == 0 {
         data.reserve_exact(total);
     }
     if data.len() != at {
         data.resize(total, 0);
-    }
-}
-
-fn wire(len: usize) -> u64 {
-    u64::try_from(len).unwrap_or(u64::MAX)
-}
-
-fn size(len: u32) -> Result<usize, ReadError> {
-    usize::try_from(len).map_err(|_| ReadError::Answer("a length beyond this machine"))
-}
-
-/// A socket with a small buffer in front.
-struct Receiver<'a> {
-    socket: &'a Socket,
-    line: &'a Line,
-    progress_timeout: Option<Duration>,
-    last_byte: Instant,
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-}
-
-impl Receiver<'_> {
-    fn header(&mut self, structured: bool) -> Result<(Header, usize), ReadError> {
-        loop {
-            let bytes = &self.buffer[self.start..self.end];
-            if let Some((header, len)) = Header::decode(bytes, structured)? {
-                self.start += len;
-                return Ok((header, len));
-            }
-            if bytes.len() >= CHUNK_BYTES {
-                return Err(ReadError::Answer("a reply header that never ends"));
-            }
-            self.fill()?;
-        }
-    }
-
-    /// Receives `len` bytes that are only looked at.
-    fn body<T>(&mut self, len: usize, look: impl FnOnce(&[u8]) -> T) -> Result<T, ReadError> {
-        if len > BUFFER_BYTES {
-            let mut body = Vec::with_capacity(len);
-            self.data(&mut body, 0, len)?;
-            return Ok(look(&body));
-        }
-        while self.end - self.start < len {
-            self.fill()?;
-        }
-        let body = &self.buffer[self.start..self.start + len];
-        self.start += len;
-        Ok(look(body))
-    }
-
-    /// Receives more into the buffer, which has less in it than the message it begins.
-    fn fill(&mut self) -> Result<(), ReadError> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        loop {
-            let room = &mut self.buffer[self.end..];
-            match rustix::net::recv(self.socket, room, RecvFlags::empty()) {
-                Ok((_, received)) => {
-                    self.end += received;
-                    return self.progress(received);
-                }
-                Err(error) => self.pause(error)?,
-            }
-        }
-    }
-
-    /// Receives `len` bytes to `at` of `data`: over bytes that are there, or appended if `at` is
-    /// its end.
-    fn data(&mut self, data: &mut Vec<u8>, at: usize, len: usize) -> Result<(), ReadError> {
-        let buffered = len.min(self.end - self.start);
-        let bytes = &self.buffer[self.start..self.start + buffered];
-        self.start += buffered;
-        if at < data.len() {
-            data[at..at + buffered].copy_from_slice(bytes);
-            let mut filled = at + buffered;
-            while filled < at + len {
-                let room = &mut data[filled..at + len];
-                match rustix::net::recv(self.socket, room, RecvFlags::WAITALL) {
-                    Ok((_, received)) => {
-                        filled += received;
-                        self.progress(received)?;
-                    }
-                    Err(error) => self.pause(error)?,
-                }
-            }
-            return Ok(());
-        }
-        data.reserve(len);
-        data.extend_from_slice(bytes);
-        while data.len() < at + len {
-            let missing = at + len - data.len();
-            let room = &mut data.spare_capacity_mut()[..missing];
-            match rustix::net::recv(self.socket, room, RecvFlags::WAITALL) {
-                Ok(((received, _), _)) => {
-                    let received = received.len();
-                    // SAFETY: `received` bytes after the old end, inside the capacity, were
-                    // initialised by the kernel just now.
-                    unsafe { data.set_len(data.len() + received) };
-                    self.progress(received)?;
-                }
-                Err(error) => self.pause(error)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn progress(&mut self, received: usize) -> Result<(), ReadError> {
-        if received == 0 {
-            return Err(ReadError::Closed);
-        }
-        if self.progress_timeout.is_some() {
-            self.last_byte = Instant::now();
-        }
-        Ok(())
-    }
-
-    /// A receive brought nothing: decides whether that is the end.
-    fn pause(&self, error: rustix::io::Errno) -> Result<(), ReadError> {
-        match (error, self.progress_timeout) {
-            (rustix::io::Errno::INTR, _) => Ok(()),
-            (rustix::io::Errno::AGAIN, Some(limit)) => match self.line.waiting_since() {
-                Some(since) if since.max(self.last_byte).elapsed() >= limit => {
-                    Err(ReadError::Stalled(limit))
-                }
-                _ => Ok(()),
-            },
-            _ => Err(ReadError::Io(error.into())),
-        }
     }
 }
