@@ -142,6 +142,7 @@ pub fn run(options: &Options) -> Result<()> {
     if bench.options.client == Client::Own {
         durable::run(&bench, &mut show)?;
         cold::run(&bench, &mut show)?;
+        cold::run_frames(&bench, &mut show)?;
         memory = memory::run(&bench)?;
     }
     if let Some(path) = &options.json {

@@ -37,6 +37,16 @@ pub enum SourceLoss {
     Error(Duration),
 }
 
+/// What is spoken with other daemons of ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Frames (`docs/wire.md`), where the other side knows them.
+    #[default]
+    Auto,
+    /// Plain NBD.
+    Nbd,
+}
+
 /// Which engine reads what is not in the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Engine {
@@ -68,6 +78,8 @@ pub struct SourceConfig {
     pub overwrite: bool,
     /// The recorded source may be reached at another address from now on.
     pub moved: bool,
+    /// Everything is compared with the source before it is let go.
+    pub verify: bool,
 }
 
 impl SourceConfig {
@@ -82,6 +94,7 @@ impl SourceConfig {
             on_loss: SourceLoss::Wait,
             overwrite: false,
             moved: false,
+            verify: false,
         }
     }
 }
@@ -101,6 +114,8 @@ pub struct ExportConfig {
     pub read_only: bool,
     /// Which engine reads what is not in the page cache.
     pub engine: Engine,
+    /// What is spoken with its source, and with destinations that it moves to.
+    pub transport: Transport,
     /// Where the disk moves from.
     pub source: Option<SourceConfig>,
 }

@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod front;
 pub mod registry;
 pub mod status;
+pub mod verification;
 pub mod volume;
 
 pub use daemon::{Daemon, DaemonError};

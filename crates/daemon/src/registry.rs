@@ -1,6 +1,7 @@
 //! The exports of a daemon by name, as the control interface and the front end see them.
 
 use crate::status::ExportStatus;
+use crate::verification::VerifyStatus;
 
 /// Why a command to an export was refused. The text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,14 @@ pub trait Controlled: Send + Sync {
     /// # Errors
     /// The export has no source, or the record could not be made durable.
     fn handoff(&self) -> Result<(), CommandError>;
+    /// Begins to compare what is clean with the source, unless that goes on already; with `accept`
+    /// instead lets the source go whatever the last comparison has found. Does not wait.
+    ///
+    /// # Errors
+    /// There is nothing to compare with, the VM still runs there, or nothing to accept was found.
+    fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError>;
+    /// How the last comparison stands. Never waits.
+    fn verification(&self) -> VerifyStatus;
 }
 
 /// The exports of a daemon.

@@ -12,7 +12,7 @@ use hikkoshi_daemon::config::{
 use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use serde::Deserialize;
 
-use crate::cli::{self, ControlPlace, EngineName, Handoff};
+use crate::cli::{self, ControlPlace, EngineName, Handoff, TransportName};
 use crate::serve::{NewImage, Plan};
 use crate::{address, quantity};
 
@@ -45,6 +45,7 @@ struct Export {
     #[serde(default)]
     read_only: bool,
     engine: Option<String>,
+    transport: Option<String>,
     from: Option<String>,
     handoff: Option<String>,
     background: Option<bool>,
@@ -53,6 +54,7 @@ struct Export {
     on_source_loss: Option<String>,
     overwrite: Option<bool>,
     source_moved: Option<bool>,
+    verify: Option<bool>,
 }
 
 /// Reads a configuration file.
@@ -116,6 +118,9 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
     let engine = value("engine", &export.engine, |text| {
         EngineName::from_str(text, false)
     })?;
+    let transport = value("transport", &export.transport, |text| {
+        TransportName::from_str(text, false)
+    })?;
     let source = source(&export)?;
     if size.is_some() && source.is_some() {
         return Err("size: a disk that comes from elsewhere has the size it has there".into());
@@ -131,6 +136,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
         block_bytes: block_bytes.unwrap_or(DEFAULT_BLOCK_BYTES),
         read_only: export.read_only,
         engine: engine.unwrap_or_default().into(),
+        transport: transport.unwrap_or_default().into(),
         source,
     };
     Ok((config, new_image))
@@ -146,6 +152,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("on-source-loss", export.on_source_loss.is_some()),
             ("overwrite", export.overwrite.is_some()),
             ("source-moved", export.source_moved.is_some()),
+            ("verify", export.verify.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -171,6 +178,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         on_loss: on_loss.unwrap_or(SourceLoss::Wait),
         overwrite: export.overwrite.unwrap_or(false),
         moved: export.source_moved.unwrap_or(false),
+        verify: export.verify.unwrap_or(false),
     }))
 }
 

@@ -126,6 +126,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         on_loss: args.on_source_loss,
         overwrite: args.overwrite,
         moved: args.source_moved,
+        verify: args.verify,
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),
@@ -138,6 +139,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         block_bytes: args.block_size,
         read_only: args.read_only,
         engine: args.engine.into(),
+        transport: args.transport.into(),
         source,
     };
     Ok((export, new_image))

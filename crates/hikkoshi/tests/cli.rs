@@ -133,7 +133,7 @@ fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
 fn help_completions_and_manual_are_there() {
     let help = stdout(&run(&["--help"]));
     for word in [
-        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "demo",
+        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "verify", "demo",
     ] {
         assert!(help.contains(&format!("  {word} ")), "{word}: {help}");
     }
@@ -275,6 +275,115 @@ fn a_disk_moves_by_the_commands_alone() {
     assert_eq!(source.end(), Some(0));
     assert_eq!(moving.end(), Some(0));
     assert!(std::fs::read(&new).unwrap() == std::fs::read(&old).unwrap());
+}
+
+/// Killed in the middle, twice, and begun again by the same command; compared before it ends.
+#[test]
+fn a_killed_move_goes_on_and_is_compared_before_the_source_is_let_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
+    let data: Vec<u8> = (0..24 << 20_u32)
+        .map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0] | 1)
+        .collect();
+    std::fs::write(&old, &data).unwrap();
+    let socket = path(dir.path(), "old.sock");
+    let listen = format!("unix:{socket}");
+    let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
+    let listen = format!("unix:{}", path(dir.path(), "new.sock"));
+    let words = [
+        &new,
+        "--from",
+        &socket,
+        "--listen",
+        &listen,
+        "--handoff",
+        "now",
+        "--verify",
+        "--max-rate",
+        "20MB/s",
+    ];
+    let mut here = 0;
+    for _ in 0..2 {
+        let mut moving = Served::start(dir.path(), "destination", &words);
+        let more = here + (2 << 20);
+        while here < more {
+            let status = moving.json(&["status", "--json"]);
+            here = status["resident_bytes"].as_u64().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        moving.child.kill().unwrap();
+        moving.child.wait().unwrap();
+    }
+    let moving = Served::start(dir.path(), "destination", &words);
+    assert!(moving.ask(&["limit", "none"]).status.success());
+    let status = moving.json(&["wait", "--timeout", "60s", "--json"]);
+    assert_eq!(status["state"], "local");
+    let output = moving.ask(&["verify"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("no source"), "{}", stderr(&output));
+    assert_eq!(moving.end(), Some(0));
+    assert_eq!(source.end(), Some(0));
+    assert!(std::fs::read(&new).unwrap() == data);
+}
+
+#[test]
+fn verify_tells_by_its_exit_status_whether_the_disks_are_equal() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
+    std::fs::write(&old, vec![0x77; 4 << 20]).unwrap();
+    let socket = path(dir.path(), "old.sock");
+    let listen = format!("unix:{socket}");
+    let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
+    let listen = format!("unix:{}", path(dir.path(), "new.sock"));
+    let words = [
+        &new,
+        "--from",
+        &socket,
+        "--listen",
+        &listen,
+        "--handoff",
+        "now",
+        "--verify",
+    ];
+    let moving = Served::start(
+        dir.path(),
+        "destination",
+        &[&words[..], &["--no-background"]].concat(),
+    );
+    let equal = moving.json(&["verify", "--json"]);
+    assert_eq!(equal["state"], "equal");
+    assert_eq!(equal["withheld"], false);
+    assert_eq!(moving.end(), Some(0));
+
+    // A byte changes at the source after it was copied, and before it is let go.
+    let moving = Served::start(
+        dir.path(),
+        "destination",
+        &[&words[..], &["--max-rate", "1MB/s"]].concat(),
+    );
+    loop {
+        let status = moving.json(&["status", "--json"]);
+        if status["resident_bytes"].as_u64().unwrap() >= 1 << 20 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let file = std::fs::OpenOptions::new().write(true).open(&old).unwrap();
+    file.write_all_at(&[0x78], 12_345).unwrap();
+    assert!(moving.ask(&["limit", "none"]).status.success());
+    while !stdout(&moving.ask(&["status"])).contains("bytes differ from the source") {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let output = moving.ask(&["verify"]);
+    assert_eq!(output.status.code(), Some(1));
+    let (out, err) = (stdout(&output), stderr(&output));
+    assert!(out.contains("4096 bytes at offset 12288"), "{out}");
+    assert!(err.contains("--accept"), "{err}");
+    assert!(stdout(&moving.ask(&["status"])).contains("arriving"));
+    assert!(moving.ask(&["verify", "--accept"]).status.success());
+    assert!(moving.ask(&["wait", "--timeout", "60s"]).status.success());
+    assert_eq!(moving.end(), Some(0));
+    assert_eq!(source.end(), Some(0));
 }
 
 #[test]

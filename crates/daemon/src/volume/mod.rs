@@ -16,6 +16,7 @@ pub mod relocation;
 mod report;
 #[cfg(test)]
 mod tests;
+pub mod verify;
 
 use std::io;
 use std::path::PathBuf;
@@ -31,6 +32,7 @@ use crate::status::LifeState;
 use commit::{Committer, Journal};
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
+use verify::Verification;
 
 /// Tells how long the volume has been open. A seam, so that tests own the time.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -67,6 +69,8 @@ pub struct Volume {
     image: PathBuf,
     geometry: Geometry,
     read_only: bool,
+    /// Frames may be spoken with destinations that know them.
+    frames: bool,
     handoff_policy: HandoffPolicy,
     store: Arc<dyn Store>,
     life: AtomicU8,
@@ -84,6 +88,8 @@ pub struct Volume {
     /// What is left to do once the volume is complete: the image loses its mark, the memory that
     /// outlives a kill is given back.
     at_completion: Mutex<Option<AtCompletion>>,
+    /// Comparing with the source.
+    verification: Verification,
     /// What the relocation had counted when it ended.
     last_traffic: Traffic,
     /// What is counted; front ends add to it.
@@ -116,6 +122,11 @@ impl Volume {
     /// Whether writes are refused as such.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether destinations may have it in frames.
+    pub fn speaks_frames(&self) -> bool {
+        self.frames
     }
 
     /// Where it stands in its life.

@@ -24,8 +24,9 @@ use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 use super::commit::{Committer, Journal, LAZY_COMMIT_AFTER};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
+use super::verify::Verification;
 use super::{Clock, Tally, Volume, lock, system_clock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::status::LifeState;
 
 /// Why an export cannot be opened. Each text says what to do.
@@ -138,6 +139,7 @@ impl Running {
         if let Some(relocation) = &relocation {
             relocation.retire();
         }
+        self.volume.verification.end();
         self.volume.committer.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
@@ -261,7 +263,7 @@ fn open_new(
     state_path: &Path,
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
-    let source = connect(wanted).map_err(|source| OpenError::Source {
+    let source = connect(wanted, config.transport).map_err(|source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
     })?;
@@ -318,7 +320,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     }
     let store = open_image(config, identity.geometry, false)?;
     check_belongs(config, &store, &identity, state_path)?;
-    let source = reconnect(&wanted, identity.geometry)?;
+    let source = reconnect(&wanted, config.transport, identity.geometry)?;
     let mut sync = || store.sync();
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
@@ -409,6 +411,7 @@ impl Parts<'_> {
             image: self.config.image.clone(),
             geometry: self.geometry,
             read_only: self.config.read_only,
+            frames: self.config.transport == Transport::Auto,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
             store: self.store,
             life: AtomicU8::new(0),
@@ -421,6 +424,7 @@ impl Parts<'_> {
             had_source: self.had_source,
             rate: RateMeter::default(),
             at_completion: Mutex::new(None),
+            verification: Verification::new(source.is_some_and(|s| s.verify)),
             last_traffic: Traffic::default(),
             tally: Tally::default(),
         };
@@ -601,7 +605,10 @@ fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig,
     Ok(source.clone())
 }
 
-fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> {
+fn source_config(
+    wanted: &SourceConfig,
+    transport: Transport,
+) -> Result<NbdSourceConfig, SourceError> {
     let bad = |why: String| SourceError::new(SourceErrorKind::Untrusted, why);
     let parsed: NbdUri = match wanted.uri.parse() {
         Ok(parsed) => parsed,
@@ -616,23 +623,28 @@ fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> 
     let mut config = NbdSourceConfig::new(parsed.address, parsed.export);
     config.uri.clone_from(&wanted.uri);
     config.connections = wanted.connections.max(1);
+    config.frames = transport == Transport::Auto;
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,
     // nothing that is read is kept.
     config.several_without_promise = true;
     Ok(config)
 }
 
-fn connect(wanted: &SourceConfig) -> Result<Arc<dyn Source>, SourceError> {
-    Ok(NbdSource::connect(source_config(wanted)?)?)
+fn connect(wanted: &SourceConfig, transport: Transport) -> Result<Arc<dyn Source>, SourceError> {
+    Ok(NbdSource::connect(source_config(wanted, transport)?)?)
 }
 
 /// A source that may be away right now.
-fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source>, OpenError> {
+fn reconnect(
+    wanted: &SourceConfig,
+    transport: Transport,
+    geometry: Geometry,
+) -> Result<Arc<dyn Source>, OpenError> {
     let failed = |source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
     };
-    let config = source_config(wanted).map_err(failed)?;
+    let config = source_config(wanted, transport).map_err(failed)?;
     // What is here is to be served soon, wherever the source is.
     let soon = NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,

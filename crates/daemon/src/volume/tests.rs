@@ -29,7 +29,7 @@ use super::guest::ReadNow;
 use super::open::Parts;
 use super::relocation::{ReadEnd, Relocation};
 use super::{Clock, Volume, lock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
+use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, Transport};
 use crate::status::LifeState;
 
 const DISK: u64 = 96 * 4096 + 512;
@@ -141,6 +141,7 @@ fn config(handoff: HandoffPolicy) -> ExportConfig {
         block_bytes: 4096,
         read_only: false,
         engine: Engine::Auto,
+        transport: Transport::Auto,
         source: Some(SourceConfig {
             handoff,
             ..SourceConfig::new("memory")

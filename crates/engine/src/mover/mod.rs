@@ -9,6 +9,7 @@
 //! between looks there first.
 
 mod bucket;
+mod check;
 mod flights;
 mod pacer;
 #[cfg(all(test, not(loom)))]
