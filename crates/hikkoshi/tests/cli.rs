@@ -277,99 +277,94 @@ fn a_disk_moves_by_the_commands_alone() {
     assert!(std::fs::read(&new).unwrap() == std::fs::read(&old).unwrap());
 }
 
+/// A disk at a source that is served, and where it is to move, after the handoff.
+struct Move {
+    dir: tempfile::TempDir,
+    new: String,
+    socket: String,
+    source: Served,
+}
+
+impl Move {
+    fn of(data: &[u8]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let old = path(dir.path(), "old.img");
+        std::fs::write(&old, data).unwrap();
+        let socket = path(dir.path(), "old.sock");
+        let listen = format!("unix:{socket}");
+        let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
+        Self {
+            new: path(dir.path(), "new.img"),
+            dir,
+            socket,
+            source,
+        }
+    }
+
+    fn old(&self) -> String {
+        path(self.dir.path(), "old.img")
+    }
+
+    /// The destination, which compares before it lets go.
+    fn destination(&self, more: &[&str]) -> Served {
+        let listen = format!("unix:{}", path(self.dir.path(), "new.sock"));
+        let words = [&self.new, "--from", &self.socket, "--listen", &listen];
+        let words = [&words[..], &["--handoff", "now", "--verify"], more].concat();
+        Served::start(self.dir.path(), "destination", &words)
+    }
+}
+
+/// Waits until a destination has so much.
+fn wait_for_bytes(moving: &Served, bytes: u64) -> u64 {
+    loop {
+        let status = moving.json(&["status", "--json"]);
+        let here = status["resident_bytes"].as_u64().unwrap();
+        if here >= bytes {
+            return here;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
 /// Killed in the middle, twice, and begun again by the same command; compared before it ends.
 #[test]
 fn a_killed_move_goes_on_and_is_compared_before_the_source_is_let_go() {
-    let dir = tempfile::tempdir().unwrap();
-    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
     let data: Vec<u8> = (0..24 << 20_u32)
         .map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0] | 1)
         .collect();
-    std::fs::write(&old, &data).unwrap();
-    let socket = path(dir.path(), "old.sock");
-    let listen = format!("unix:{socket}");
-    let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
-    let listen = format!("unix:{}", path(dir.path(), "new.sock"));
-    let words = [
-        &new,
-        "--from",
-        &socket,
-        "--listen",
-        &listen,
-        "--handoff",
-        "now",
-        "--verify",
-        "--max-rate",
-        "20MB/s",
-    ];
+    let whole = Move::of(&data);
     let mut here = 0;
     for _ in 0..2 {
-        let mut moving = Served::start(dir.path(), "destination", &words);
-        let more = here + (2 << 20);
-        while here < more {
-            let status = moving.json(&["status", "--json"]);
-            here = status["resident_bytes"].as_u64().unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        let mut moving = whole.destination(&["--max-rate", "20MB/s"]);
+        here = wait_for_bytes(&moving, here + (2 << 20));
         moving.child.kill().unwrap();
         moving.child.wait().unwrap();
     }
-    let moving = Served::start(dir.path(), "destination", &words);
-    assert!(moving.ask(&["limit", "none"]).status.success());
+    let moving = whole.destination(&[]);
     let status = moving.json(&["wait", "--timeout", "60s", "--json"]);
     assert_eq!(status["state"], "local");
     let output = moving.ask(&["verify"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("no source"), "{}", stderr(&output));
     assert_eq!(moving.end(), Some(0));
-    assert_eq!(source.end(), Some(0));
-    assert!(std::fs::read(&new).unwrap() == data);
+    assert_eq!(whole.source.end(), Some(0));
+    assert!(std::fs::read(&whole.new).unwrap() == data);
 }
 
 #[test]
 fn verify_tells_by_its_exit_status_whether_the_disks_are_equal() {
-    let dir = tempfile::tempdir().unwrap();
-    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
-    std::fs::write(&old, vec![0x77; 4 << 20]).unwrap();
-    let socket = path(dir.path(), "old.sock");
-    let listen = format!("unix:{socket}");
-    let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
-    let listen = format!("unix:{}", path(dir.path(), "new.sock"));
-    let words = [
-        &new,
-        "--from",
-        &socket,
-        "--listen",
-        &listen,
-        "--handoff",
-        "now",
-        "--verify",
-    ];
-    let moving = Served::start(
-        dir.path(),
-        "destination",
-        &[&words[..], &["--no-background"]].concat(),
-    );
+    let whole = Move::of(&vec![0x77; 4 << 20]);
+    let moving = whole.destination(&["--no-background"]);
     let equal = moving.json(&["verify", "--json"]);
     assert_eq!(equal["state"], "equal");
     assert_eq!(equal["withheld"], false);
     assert_eq!(moving.end(), Some(0));
 
     // A byte changes at the source after it was copied, and before it is let go.
-    let moving = Served::start(
-        dir.path(),
-        "destination",
-        &[&words[..], &["--max-rate", "1MB/s"]].concat(),
-    );
-    loop {
-        let status = moving.json(&["status", "--json"]);
-        if status["resident_bytes"].as_u64().unwrap() >= 1 << 20 {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    let file = std::fs::OpenOptions::new().write(true).open(&old).unwrap();
-    file.write_all_at(&[0x78], 12_345).unwrap();
+    let moving = whole.destination(&["--max-rate", "1MB/s"]);
+    wait_for_bytes(&moving, 1 << 20);
+    let options = std::fs::OpenOptions::new().write(true).open(whole.old());
+    options.unwrap().write_all_at(&[0x78], 12_345).unwrap();
     assert!(moving.ask(&["limit", "none"]).status.success());
     while !stdout(&moving.ask(&["status"])).contains("bytes differ from the source") {
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -383,7 +378,7 @@ fn verify_tells_by_its_exit_status_whether_the_disks_are_equal() {
     assert!(moving.ask(&["verify", "--accept"]).status.success());
     assert!(moving.ask(&["wait", "--timeout", "60s"]).status.success());
     assert_eq!(moving.end(), Some(0));
-    assert_eq!(source.end(), Some(0));
+    assert_eq!(whole.source.end(), Some(0));
 }
 
 #[test]

@@ -4,7 +4,6 @@
 //! data comes in order, gapless, and each piece fits the checksum that the other end made of what
 //! it read. A byte that is handed on is one that the source had at that place.
 
-use std::collections::HashMap;
 use std::io;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use hikkoshi_nbd::client::{Hole, StatusExtent};
 use super::job::{Answer, Job};
 use super::line::Line;
 use super::receive::{ReadError, Receiver, size, wire};
+use super::replies::{Begun, Ended, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
 use crate::transport::{HEADER_BYTES, Header, Kind};
@@ -32,8 +32,8 @@ struct Active {
     wire_bytes: u64,
 }
 
-impl Active {
-    fn new(job: Job) -> Self {
+impl Begun for Active {
+    fn begin(job: Job, _: &Line) -> Self {
         Self {
             wire_bytes: wire(job.frame_bytes()),
             job,
@@ -44,101 +44,62 @@ impl Active {
             error: None,
         }
     }
+
+    fn give_up(self) -> Job {
+        self.job
+    }
 }
 
-/// The reader of one connection.
-pub(super) struct FrameReader<'a> {
-    line: &'a Line,
-    receiver: Receiver<'a>,
-    active: HashMap<u64, Active>,
-    /// The job whose answer broke the protocol.
-    broken: Option<Job>,
-    /// How many replies were complete so far.
-    pub(super) answered: u64,
+/// Receives and answers until the connection ends.
+pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
+    Ok(Replies::new(line, progress_timeout, BUFFER_BYTES)?.run(frame))
 }
 
-impl<'a> FrameReader<'a> {
-    pub(super) fn new(line: &'a Line, progress_timeout: Option<Duration>) -> io::Result<Self> {
-        Ok(Self {
-            line,
-            receiver: Receiver::new(line, progress_timeout, BUFFER_BYTES)?,
-            active: HashMap::new(),
-            broken: None,
-            answered: 0,
-        })
-    }
-
-    /// Receives and answers until the connection ends, and says why it did.
-    pub(super) fn run(&mut self) -> ReadError {
-        loop {
-            if let Err(error) = self.frame() {
-                return error;
-            }
-        }
-    }
-
-    /// The jobs whose replies have begun and will not end.
-    pub(super) fn take_unfinished(&mut self) -> Vec<Job> {
-        let active = self.active.drain().map(|(_, active)| active.job);
-        self.broken.take().into_iter().chain(active).collect()
-    }
-
-    fn frame(&mut self) -> Result<(), ReadError> {
-        let (header, _) = self.receiver.header(HEADER_BYTES, |bytes| {
-            let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
-                return Ok(None);
-            };
-            Ok(Some((Header::decode(header)?, HEADER_BYTES)))
-        })?;
-        if !self.active.contains_key(&header.id) {
-            let Some(job) = self.line.claim(header.id) else {
-                return Err(ReadError::Answer("the source answered what nobody asked"));
-            };
-            self.active.insert(header.id, Active::new(job));
-        }
-        let active = self.active.get_mut(&header.id).expect("just put there");
-        active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
-        take(&mut self.receiver, active, &header)?;
-        if header.last {
-            let active = self.active.remove(&header.id).expect("just looked at");
-            self.finish(active)?;
-        }
-        Ok(())
-    }
-
-    /// A reply is complete: its answer goes to the caller.
-    fn finish(&mut self, active: Active) -> Result<(), ReadError> {
-        let Active {
-            job,
-            data,
-            holes,
-            extents,
-            hashes,
-            error,
-            wire_bytes,
-        } = active;
-        let whole = match job.answer() {
-            Answer::Data => wire(data.len()) == u64::from(job.len),
-            Answer::Extents => !extents.is_empty(),
-            Answer::Hashes { .. } => !hashes.is_empty(),
+/// Receives one frame.
+fn frame(replies: &mut Replies<'_, Active>) -> Result<(), ReadError> {
+    let (header, _) = replies.receiver.header(HEADER_BYTES, |bytes| {
+        let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
         };
-        if error.is_none() && !whole {
-            // The connection ends; the job fails with the others.
-            self.broken = Some(job);
-            return Err(ReadError::Answer(
-                "an answer was called done with something missing",
-            ));
-        }
-        self.line.answered(&job);
-        self.answered += 1;
-        match (error, job.answer()) {
-            (Some(error), _) => job.fail(error),
-            (None, Answer::Data) => job.deliver_data(data, holes, wire_bytes),
-            (None, Answer::Extents) => job.deliver_status(&extents, wire_bytes),
-            (None, Answer::Hashes { .. }) => job.deliver_hashes(hashes, wire_bytes),
-        }
-        Ok(())
+        Ok(Some((Header::decode(header)?, HEADER_BYTES)))
+    })?;
+    let (active, receiver) = replies.of(header.id)?;
+    active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
+    take(receiver, active, &header)?;
+    if header.last {
+        return finish(replies, header.id);
     }
+    Ok(())
+}
+
+/// A reply is complete: its answer goes to the caller.
+fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
+    let Active {
+        job,
+        data,
+        holes,
+        extents,
+        hashes,
+        error,
+        wire_bytes,
+    } = replies.take(id)?;
+    let whole = match job.answer() {
+        Answer::Data => wire(data.len()) == u64::from(job.len),
+        Answer::Extents => !extents.is_empty(),
+        Answer::Hashes { .. } => !hashes.is_empty(),
+    };
+    if error.is_none() && !whole {
+        let why = "an answer was called done with something missing";
+        return replies.broke(job, ReadError::Answer(why));
+    }
+    replies.answered(&job);
+    match (error, job.answer()) {
+        (Some(error), _) => job.fail(error),
+        (None, Answer::Data) => job.deliver_data(data, holes, wire_bytes),
+        (None, Answer::Extents) => job.deliver_status(&extents, wire_bytes),
+        (None, Answer::Hashes { .. }) => job.deliver_hashes(hashes, wire_bytes),
+    }
+    Ok(())
 }
 
 /// Takes what belongs to a header, if it is what may come now.

@@ -11,10 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::dial::dial;
-use super::frames::FrameReader;
 use super::line::Line;
-use super::reader::Reader;
 use super::shared::{Installed, Shared};
+use super::{frames, reader};
 use crate::source::{SourceError, SourceErrorKind};
 
 /// The pause before a connection beyond the first is tried again that the server did not admit.
@@ -78,20 +77,15 @@ fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
     let calm = catch_unwind(AssertUnwindSafe(|| {
         let patience = shared.config.progress_timeout;
         let outcome = if line.speaks_frames() {
-            FrameReader::new(line, patience).map(|mut reader| {
-                let ended = reader.run();
-                (ended, reader.answered, reader.take_unfinished())
-            })
+            frames::read(line, patience)
         } else {
-            Reader::new(line, patience).map(|mut reader| {
-                let ended = reader.run();
-                (ended, reader.answered, reader.take_unfinished())
-            })
+            reader::read(line, patience)
         };
         match outcome {
-            Ok((ended, replies, unfinished)) => {
-                answered = replies;
-                jobs = unfinished;
+            Ok(ended) => {
+                answered = ended.answered;
+                jobs = ended.unfinished;
+                let ended = ended.why;
                 if ended.is_checksum() {
                     shared.count_checksum_failure();
                     tracing::warn!(
