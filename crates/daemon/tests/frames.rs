@@ -7,14 +7,18 @@ mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use hikkoshi_daemon::config::Transport;
-use hikkoshi_wan::transport::message::hashes_of;
+use hikkoshi_nbd::client::{Handshake, HandshakeConfig, Progress};
+use hikkoshi_wan::transport::frame::Side;
+use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
+use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
 use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind};
 use proxy::{Fault, Proxy, Way};
 use site::{On, Site, Wanted};
@@ -285,4 +289,144 @@ fn a_move_goes_on_after_restarts_of_either_side() {
     new.daemon.shutdown().unwrap();
     assert!(std::fs::read(dir.path().join("new")).unwrap() == data);
     old.unwrap().daemon.shutdown().unwrap();
+}
+
+/// A destination that is played by hand.
+struct Raw {
+    stream: TcpStream,
+    decoder: Decoder,
+}
+
+impl Raw {
+    fn connect(site: &Site) -> Self {
+        let mut stream = TcpStream::connect(tcp(site)).unwrap();
+        let mut handshake = Handshake::new(HandshakeConfig {
+            export: String::new(),
+            structured: true,
+            allocation: true,
+            transport: true,
+        })
+        .unwrap();
+        loop {
+            stream.write_all(&handshake.take_output()).unwrap();
+            let mut bytes = vec![0; handshake.needed()];
+            stream.read_exact(&mut bytes).unwrap();
+            if let Progress::Done(negotiated) = handshake.receive(&bytes).unwrap() {
+                assert!(negotiated.transport);
+                let decoder = Decoder::new(Side::Server);
+                return Self { stream, decoder };
+            }
+        }
+    }
+
+    fn send(&mut self, request: Request) {
+        self.stream.write_all(&request.encode()).unwrap();
+    }
+
+    fn read(&mut self, id: u64, priority: Priority, offset: u64, len: u32) {
+        self.send(Request::Wish {
+            id,
+            priority,
+            wish: Wish::Read,
+            offset,
+            len,
+        });
+    }
+
+    /// The next frame; `None` at the end of the stream.
+    fn frame(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame().unwrap() {
+                return Some(frame);
+            }
+            let mut chunk = [0; 16 << 10];
+            match self.stream.read(&mut chunk) {
+                Ok(n) if n > 0 => self.decoder.push(&chunk[..n]),
+                _ => return None,
+            }
+        }
+    }
+
+    /// Frames up to the last one of a request; how many others' came before it.
+    fn until_last(&mut self, id: u64) -> (Frame, usize) {
+        let mut others = 0;
+        loop {
+            let frame = self.frame().expect("the server is there");
+            if frame.header.id == id && frame.header.last {
+                return (frame, others);
+            }
+            others += usize::from(frame.header.id != id);
+        }
+    }
+}
+
+/// The link is full of bulk: 32 MiB are more than the kernel takes while nobody reads.
+#[test]
+fn what_is_urgent_overtakes_and_what_is_cancelled_ends() {
+    let dir = TempDir::new().unwrap();
+    let data = vec![0x5a; 96 << 20];
+    let site = Site::with(dir.path(), "disk", &data, On::Tcp);
+    let bulk = 32 << 20;
+    let quanta = 512;
+    let mut raw = Raw::connect(&site);
+    raw.read(1, Priority::COLD, 0, bulk);
+    assert_eq!(raw.frame().unwrap().header.kind, Kind::Data);
+    raw.send(Request::Ping(2, Priority::DEMAND));
+    let (end, before) = raw.until_last(2);
+    assert_eq!(end.header.kind, Kind::End);
+    assert!(before + 1 < quanta, "{before} quanta went before");
+    raw.read(3, Priority::DEMAND, 4096, 4096);
+    let (demand, _) = raw.until_last(3);
+    assert_eq!(demand.payload, vec![0x5a; 4096]);
+    assert_eq!(raw.until_last(1).0.header.kind, Kind::Data);
+
+    // The second of two is promoted, and so is done before the first, which is cancelled.
+    raw.read(4, Priority::COLD, 0, bulk);
+    raw.read(5, Priority::COLD, 32 << 20, 1 << 20);
+    raw.send(Request::Promote(5, Priority::DEMAND));
+    raw.send(Request::Cancel(4));
+    let (promoted, _) = raw.until_last(5);
+    assert_eq!(promoted.header.priority, Priority::DEMAND);
+    let (cancelled, _) = raw.until_last(4);
+    assert_eq!(cancelled.header.kind, Kind::End);
+    site.daemon.shutdown().unwrap();
+}
+
+#[test]
+fn nonsense_costs_a_client_its_connection_and_nobody_else() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &pattern(SIZE), On::Tcp);
+    let mut good = Raw::connect(&site);
+    let size = u64::try_from(SIZE).unwrap();
+    let wish = |id, offset, len| Request::Wish {
+        id,
+        priority: Priority::DEMAND,
+        wish: Wish::Read,
+        offset,
+        len,
+    };
+    let reply = Header::request(Kind::End, Priority::DEMAND, 1, 0, 0);
+    let nonsense: [Vec<u8>; 7] = [
+        vec![0; 40],
+        vec![0xff; 1000],
+        wish(1, size, 1).encode(),
+        [wish(1, 0, 1).encode(), wish(1, 0, 1).encode()].concat(),
+        Request::Cancel(7).encode(),
+        Header {
+            last: true,
+            ..reply
+        }
+        .encode()
+        .to_vec(),
+        [&wish(1, 0, 1).encode()[..39], &[0]].concat(),
+    ];
+    for (number, bytes) in nonsense.iter().enumerate() {
+        let mut raw = Raw::connect(&site);
+        raw.stream.write_all(bytes).unwrap();
+        while raw.frame().is_some() {}
+        good.read(u64::try_from(number).unwrap(), Priority::DEMAND, 0, 512);
+        let answer = good.frame().unwrap();
+        assert!(answer.header.last, "{number}: {answer:?}");
+    }
+    site.daemon.shutdown().unwrap();
 }
