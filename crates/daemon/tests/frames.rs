@@ -430,3 +430,41 @@ fn nonsense_costs_a_client_its_connection_and_nobody_else() {
     }
     site.daemon.shutdown().unwrap();
 }
+
+/// The client reads nothing while its completion waits, so the server cannot send all of the first.
+#[test]
+fn the_server_is_told_what_a_guest_waits_for() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &vec![0x5a; 96 << 20], On::Tcp);
+    let mut config = site.client();
+    config.connections = 1;
+    let source = NbdSource::connect(config).unwrap();
+    let (go, wait) = channel::<()>();
+    let (told, first) = channel();
+    source.read(
+        Lane::Demand,
+        0,
+        512,
+        Box::new(move |_| {
+            told.send(()).unwrap();
+            let _ = wait.recv();
+        }),
+    );
+    first.recv().unwrap();
+    let (done, order) = channel();
+    for (index, len) in [32 << 20, 1 << 20].into_iter().enumerate() {
+        let done = done.clone();
+        let told = move |outcome: Result<_, _>| {
+            assert!(outcome.is_ok());
+            done.send(index).unwrap();
+        };
+        let offset = u64::try_from(index).unwrap() * (32 << 20);
+        source.read(Lane::Bulk, offset, len, Box::new(told));
+    }
+    source.promote((32 << 20) + 4096, 1);
+    go.send(()).unwrap();
+    let order: Vec<usize> = (0..2).map(|_| order.recv().unwrap()).collect();
+    assert_eq!(order, [1, 0]);
+    source.close();
+    site.daemon.shutdown().unwrap();
+}

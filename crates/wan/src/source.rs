@@ -180,6 +180,12 @@ pub trait Source: Send + Sync + 'static {
         hash_by_reading(self, lane, offset, len, grain, done);
     }
 
+    /// A guest waits for `len` bytes at `offset` now: reads of these in the bulk lane are as urgent
+    /// as demand from here on, as far as the source can still be told.
+    fn promote(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
+
     /// Whether frames of ours are spoken with it now: hashes are made there, and what crosses the
     /// link has checksums.
     fn speaks_frames(&self) -> bool {

@@ -219,6 +219,10 @@ impl Relocation {
                     queue.extend(self.install_zero(flight, range));
                 }
                 Action::QueryExtents { range } => self.query_extents(range),
+                Action::Promote { range } => {
+                    let bytes = self.geometry.bytes(range);
+                    self.source.promote(bytes.start, bytes.len());
+                }
                 Action::Wake(reader) => {
                     self.note_wait(reader.since);
                     (reader.done)(ReadEnd::Resident);

@@ -33,6 +33,8 @@ pub(super) struct Flight {
     /// When it was handed to the source.
     pub sent_at: Duration,
     sent: bool,
+    /// A reader waits for it, and the source was told.
+    promoted: bool,
 }
 
 impl Flight {
@@ -43,6 +45,7 @@ impl Flight {
             waiters: Vec::new(),
             sent_at: now,
             sent,
+            promoted: false,
         }
     }
 }
@@ -110,6 +113,15 @@ impl Flights {
         }
         flight.waiters.push(waiter);
         true
+    }
+
+    /// A reader waits for it from now on. True if the source is to be told: once, and only of what
+    /// travels in the bulk lane.
+    pub fn promote(&mut self, id: FlightId) -> bool {
+        self.all.get_mut(&id).is_some_and(|flight| {
+            let bulk = flight.purpose == Purpose::Bulk && flight.sent;
+            bulk && !std::mem::replace(&mut flight.promoted, true)
+        })
     }
 
     /// Takes a reader off all that it waits for. Nobody but readers needs what passes through.

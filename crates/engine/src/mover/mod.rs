@@ -101,6 +101,11 @@ pub enum Action<W> {
         /// The blocks.
         range: BlockRange,
     },
+    /// A reader waits for these blocks of a fetch in the bulk lane now: it is as urgent as demand.
+    Promote {
+        /// The blocks, all of the fetch.
+        range: BlockRange,
+    },
     /// Ask the source for the extents of these blocks; answer with [`Mover::extents`].
     QueryExtents {
         /// The blocks.
@@ -260,6 +265,9 @@ impl<W> Mover<W> {
                 Some((flight, covered)) if covered.start <= at => {
                     if self.flights.attach(flight, id) {
                         self.expect_one_more(id);
+                    }
+                    if self.flights.promote(flight) {
+                        out.push(Action::Promote { range: covered });
                     }
                     at = covered.end;
                 }

@@ -169,6 +169,13 @@ impl Job {
         }
     }
 
+    /// Whether it is bulk that brings bytes of this range.
+    pub(super) fn is_bulk_of(&self, offset: u64, len: u64) -> bool {
+        let end = self.offset + u64::from(self.len);
+        let overlaps = self.offset < offset.saturating_add(len) && offset < end;
+        self.lane == Lane::Bulk && self.is_read() && overlaps
+    }
+
     /// Whether plain NBD cannot ask it.
     pub(super) fn needs_frames(&self) -> bool {
         matches!(self.op, Op::Hash { .. })

@@ -18,6 +18,8 @@ use super::address::NbdSourceConfig;
 use super::dial::{Dialed, send_all};
 use super::job::Job;
 use crate::source::Lane;
+use crate::transport::Priority;
+use crate::transport::message::Request;
 
 /// How many requests wait on one connection at most, those in flight not counted. Callers bound
 /// what they ask for far below; this is only against their mistakes.
@@ -108,6 +110,41 @@ impl Line {
         }
         self.pump(&mut state);
         Ok(())
+    }
+
+    /// Bulk reads of this range are waited for by a guest: what is queued goes with the demand, and
+    /// of what the server has been asked for it is told, if it speaks frames. A reply that has begun
+    /// is being served already.
+    pub(super) fn promote(&self, offset: u64, len: u64) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.closed {
+            return;
+        }
+        let mut stay = VecDeque::with_capacity(state.bulk.len());
+        for mut job in state.bulk.drain(..) {
+            if job.is_bulk_of(offset, len) {
+                job.lane = Lane::Demand;
+                self.queued_bulk
+                    .fetch_sub(u64::from(job.len), Ordering::Relaxed);
+                state.demand.push_back(job);
+            } else {
+                stay.push_back(job);
+            }
+        }
+        state.bulk = stay;
+        if self.speaks_frames() {
+            let asked = state.unanswered.iter();
+            let output: Vec<u8> = asked
+                .filter(|(_, job)| job.is_bulk_of(offset, len))
+                .flat_map(|(id, _)| Request::Promote(*id, Priority::DEMAND).encode())
+                .collect();
+            if !output.is_empty() && send_all(&self.socket, &output).is_err() {
+                // The reader notices.
+                self.hang_up();
+            }
+        }
+        self.pump(state);
     }
 
     /// Sends what may be sent now.

@@ -244,6 +244,10 @@ impl Source for NbdSource {
         self.submit_hashes(lane, offset, len, grain, done);
     }
 
+    fn promote(&self, offset: u64, len: u64) {
+        self.shared.promote(offset, len);
+    }
+
     fn speaks_frames(&self) -> bool {
         self.shared.speaks_frames()
     }

@@ -207,6 +207,14 @@ impl Shared {
             .cloned()
     }
 
+    /// Makes bulk reads of this range urgent, on whichever connection they are.
+    pub(super) fn promote(&self, offset: u64, len: u64) {
+        let lines: Vec<_> = self.state().lines.iter().flatten().cloned().collect();
+        for line in lines {
+            line.promote(offset, len);
+        }
+    }
+
     /// Remembers a socket being connected, so that closing can interrupt it; `false`: closed.
     pub(super) fn dialing(&self, slot: usize, socket: &Arc<Socket>) -> bool {
         let mut state = self.state();
