@@ -4,8 +4,8 @@
 //! thread for news that no connection can bring. Every connection that is lost is dialled again,
 //! and must lead to the same disk. The volume submits and is called back; no lock is held then.
 //!
-//! What is the same in both dialects is in [`dial`], [`keeper`], [`shared`], [`line`], [`replies`]
-//! and [`receive`]; requests are written by [`job`], replies are read by [`reader`] (NBD) and [`frames`].
+//! What is the same in both dialects is in `dial`, `keeper`, `shared`, `line`, `replies` and
+//! `receive`; requests are written by `job`, replies are read by `reader` (NBD) and `frames`.
 
 mod address;
 mod dial;

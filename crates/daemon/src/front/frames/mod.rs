@@ -345,20 +345,22 @@ impl FrameSession {
         let Some(room) = self.batch.room(len) else {
             return Got::Failed(Errno::Io, "there is no room for a quantum".to_owned());
         };
-        match self
-            .volume
-            .read_now(self.relocation.as_ref(), step.offset, room)
-        {
-            Ok(ReadNow::Done) => Got::Bytes(self.batch.keep(len)),
-            Ok(ReadNow::WouldBlock) => {
+        let relocation = self.relocation.clone();
+        let now = self.volume.read_now(relocation.as_ref(), step.offset, room);
+        match (now, relocation) {
+            (Ok(ReadNow::Done), _) => Got::Bytes(self.batch.keep(len)),
+            (Ok(ReadNow::Missing), Some(relocation)) => {
+                self.fetch(step, &relocation);
+                Got::Parked
+            }
+            (Ok(ReadNow::WouldBlock), _) => {
                 self.read_elsewhere(step);
                 Got::Parked
             }
-            Ok(ReadNow::Missing) => {
-                self.fetch(step);
-                Got::Parked
+            (Ok(ReadNow::Missing), None) => {
+                Got::Failed(Errno::Io, "there is no source to fetch it from".to_owned())
             }
-            Err(e) => Got::Failed(errno_of(&e), e.to_string()),
+            (Err(e), _) => Got::Failed(errno_of(&e), e.to_string()),
         }
     }
 
@@ -398,10 +400,7 @@ impl FrameSession {
     }
 
     /// Only the volume's own source has it.
-    fn fetch(&mut self, step: &Step) {
-        let Some(relocation) = self.relocation.clone() else {
-            return;
-        };
+    fn fetch(&mut self, step: &Step, relocation: &Arc<Relocation>) {
         if self.remote.insert(step.id) {
             self.volume.count_read(true);
         }
