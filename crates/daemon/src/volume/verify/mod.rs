@@ -2,7 +2,7 @@
 //!
 //! Owns whether a comparison runs, what the last one found, and whether the source may be let go.
 //! Nothing of it is durable: after a restart it simply begins again. Only clean blocks are
-//! compared, since owned ones are newer than the source's; the comparison itself is in [`run`].
+//! compared, since owned ones are newer than the source's; the comparison itself is in `run`.
 //!
 //! The source is kept while a comparison runs, when one has found differences, and, if one is
 //! required, until one that began with everything here has found none. A person may decide
