@@ -13,6 +13,7 @@ use hikkoshi_daemon::control::{self, client};
 use hikkoshi_daemon::events::{Event, EventKind, EventLog};
 use hikkoshi_daemon::registry::{CommandError, Controlled, Exports};
 use hikkoshi_daemon::status::{BackgroundState, Counters, ExportStatus, LifeState};
+use hikkoshi_daemon::verification::{VerifyState, VerifyStatus};
 use hikkoshi_engine::heat::{Heat, HeatMap};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -198,7 +199,7 @@ fn check(bytes: &[u8], said: &[u8], exports: &Fake) {
 /// What a successful answer is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Success {
-    /// One export's status, which a command answers with.
+    /// One export's status, or its comparison, which a command answers with.
     OfOne,
     /// Anything else.
     Other,
@@ -210,7 +211,9 @@ fn success(body: &[u8]) -> Option<Success> {
         return Some(Success::Other);
     }
     let text = std::str::from_utf8(body).ok()?;
-    if serde_json::from_str::<ExportStatus>(text).is_ok() {
+    let one = serde_json::from_str::<ExportStatus>(text).is_ok()
+        || serde_json::from_str::<VerifyStatus>(text).is_ok();
+    if one {
         return Some(Success::OfOne);
     }
     let other = text.starts_with("hikkoshi control interface")
@@ -324,6 +327,19 @@ impl Controlled for Export {
         let heat = Heat::new(1 << 30);
         heat.read(0, 4096);
         heat.map()
+    }
+
+    fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError> {
+        self.command(|status| status.notes.push(format!("verify, accept: {accept}")))?;
+        Ok(self.verification())
+    }
+
+    fn verification(&self) -> VerifyStatus {
+        VerifyStatus {
+            export: self.status.lock().unwrap().export.clone(),
+            state: VerifyState::Running,
+            ..VerifyStatus::default()
+        }
     }
 
     fn pause(&self) -> Result<(), CommandError> {

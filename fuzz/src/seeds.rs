@@ -319,6 +319,7 @@ fn leads_to_transmission(server: &[u8]) -> bool {
         export: String::new(),
         structured: true,
         allocation: true,
+        transport: false,
     };
     let mut handshake = Handshake::new(config).unwrap();
     let mut at = 0;

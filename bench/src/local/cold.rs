@@ -26,6 +26,10 @@ enum Variant {
     Cow,
     Cache,
     Qemu,
+    /// From a source of ours, over frames.
+    Frames,
+    /// From the same source, over plain NBD.
+    Plain,
 }
 
 impl Variant {
@@ -44,12 +48,14 @@ impl Variant {
             Self::Cow => "nbdkit cow",
             Self::Cache => "nbdkit cache",
             Self::Qemu => "qemu copy-on-read",
+            Self::Frames => "frames",
+            Self::Plain => "plain NBD",
         }
     }
 
     fn kind(self) -> Kind {
         match self {
-            Self::OnDemand | Self::Background => Kind::Hikkoshi,
+            Self::OnDemand | Self::Background | Self::Frames | Self::Plain => Kind::Hikkoshi,
             Self::Cow | Self::Cache => Kind::Nbdkit,
             Self::Qemu => Kind::QemuNbd,
         }
@@ -57,8 +63,8 @@ impl Variant {
 
     fn role(self) -> Role {
         match self {
-            Self::OnDemand | Self::Background => Role::Subject,
-            Self::Cow => Role::Reference,
+            Self::OnDemand | Self::Background | Self::Frames => Role::Subject,
+            Self::Cow | Self::Plain => Role::Reference,
             Self::Cache | Self::Qemu => Role::Other,
         }
     }
@@ -81,11 +87,14 @@ impl Variant {
             command
         };
         Ok(match self {
-            Self::OnDemand | Self::Background => {
+            Self::OnDemand | Self::Background | Self::Frames | Self::Plain => {
                 let mut command = bench.programs.hikkoshi(&dir.join("image"), endpoint);
                 command.args(["--from", &source.uri(), "--handoff", "now"]);
                 if self == Self::OnDemand {
                     command.arg("--no-background");
+                }
+                if self == Self::Plain {
+                    command.args(["--transport", "nbd"]);
                 }
                 command
             }
@@ -122,58 +131,99 @@ impl Variant {
 
 /// One table.
 pub fn run(bench: &Bench<'_>, show: &mut impl FnMut(Table)) -> Result<()> {
-    let workload = "cold-pass";
-    if !bench.wanted("cold", workload) || !bench.kinds.contains(&Kind::Nbdkit) {
-        return Ok(());
-    }
-    let cores = Cores::shared_by(&bench.cores);
-    let image = bench.image(bench.dir.path(), "cold-source.img")?;
-    let source_at = Bench::tcp()?;
-    let command = bench.programs.plain(Kind::Nbdkit, &image, &source_at);
-    let log = bench.dir.path().join("cold-source.log");
-    let source = Server::start("source", command, source_at, &cores, &log)?;
-
-    let variants: Vec<Variant> = Variant::ALL
-        .into_iter()
-        .filter(|v| bench.kinds.contains(&v.kind()))
-        .collect();
-    let mut samples = vec![Vec::new(); variants.len()];
-    for round in 0..bench.rounds() {
-        bench.progress(&format!("{workload}, round {}", round + 1));
-        for (variant, samples) in variants.iter().zip(&mut samples) {
-            let sample = pass(bench, *variant, &source.endpoint, &cores)
-                .with_context(|| format!("a cold pass through {}", variant.name()))?;
-            samples.push(sample);
-        }
-    }
-    cpu::pin(&bench.cores.client)?;
-    show(Table {
-        title: "Cold sequential pass through a destination".to_owned(),
-        note: format!(
-            "{} MiB, source: nbdkit over TCP on loopback, nbdcopy to null:, each time from nothing; \
-             {} rounds: median (least–greatest). CPU of the destination in ms a GiB. Ratios \
-             against nbdkit's cow filter.",
-            bench.options.size,
-            bench.rounds()
-        ),
-        columns: variants
-            .iter()
-            .map(|v| (v.name().to_owned(), v.role()))
-            .collect(),
-        rows: vec![Row {
-            workload: workload.to_owned(),
-            unit: Unit::Pass,
-            samples,
-        }],
-    });
-    Ok(())
+    let others = Variant::ALL.into_iter();
+    let pass = Pass {
+        workload: "cold-pass",
+        source: Kind::Nbdkit,
+        title: "Cold sequential pass through a destination",
+        cpu: "the destination",
+        against: "nbdkit's cow filter",
+        variants: others.filter(|v| bench.kinds.contains(&v.kind())).collect(),
+    };
+    pass.run(bench, show)
 }
 
-fn pass(bench: &Bench<'_>, variant: Variant, source: &Endpoint, cores: &Cores) -> Result<Sample> {
+/// Both ends of a move are ours: frames against plain NBD.
+pub fn run_frames(bench: &Bench<'_>, show: &mut impl FnMut(Table)) -> Result<()> {
+    let pass = Pass {
+        workload: "cold-frames",
+        source: Kind::Hikkoshi,
+        title: "Cold sequential pass, both ends ours",
+        cpu: "source and destination together",
+        against: "plain NBD",
+        variants: vec![Variant::Frames, Variant::Plain],
+    };
+    pass.run(bench, show)
+}
+
+/// One table's passes.
+struct Pass {
+    workload: &'static str,
+    source: Kind,
+    title: &'static str,
+    /// Whose CPU is shown.
+    cpu: &'static str,
+    /// What the ratios are against.
+    against: &'static str,
+    variants: Vec<Variant>,
+}
+
+impl Pass {
+    fn run(&self, bench: &Bench<'_>, show: &mut impl FnMut(Table)) -> Result<()> {
+        let workload = self.workload;
+        if !bench.wanted("cold", workload) || !bench.kinds.contains(&self.source) {
+            return Ok(());
+        }
+        let cores = Cores::shared_by(&bench.cores);
+        let image = bench.image(bench.dir.path(), &format!("{workload}.img"))?;
+        let source_at = Bench::tcp()?;
+        let command = bench.programs.plain(self.source, &image, &source_at);
+        let log = bench.dir.path().join(format!("{workload}.log"));
+        let source = Server::start("source", command, source_at, &cores, &log)?;
+
+        let mut samples = vec![Vec::new(); self.variants.len()];
+        for round in 0..bench.rounds() {
+            bench.progress(&format!("{workload}, round {}", round + 1));
+            for (variant, samples) in self.variants.iter().zip(&mut samples) {
+                let before = source.cpu_time()?;
+                let mut sample = pass(bench, *variant, &source, &cores)
+                    .with_context(|| format!("a cold pass through {}", variant.name()))?;
+                if self.source == Kind::Hikkoshi {
+                    sample.server_cpu_s += (source.cpu_time()? - before).as_secs_f64();
+                }
+                samples.push(sample);
+            }
+        }
+        cpu::pin(&bench.cores.client)?;
+        let columns = self.variants.iter();
+        show(Table {
+            title: self.title.to_owned(),
+            note: format!(
+                "{} MiB, source: {} over TCP on loopback, nbdcopy to null:, each time from \
+                 nothing; {} rounds: median (least–greatest). CPU of {} in ms a GiB. Ratios \
+                 against {}.",
+                bench.options.size,
+                self.source.name(),
+                bench.rounds(),
+                self.cpu,
+                self.against
+            ),
+            columns: columns.map(|v| (v.name().to_owned(), v.role())).collect(),
+            rows: vec![Row {
+                workload: workload.to_owned(),
+                unit: Unit::Pass,
+                samples,
+            }],
+        });
+        Ok(())
+    }
+}
+
+fn pass(bench: &Bench<'_>, variant: Variant, source: &Server, cores: &Cores) -> Result<Sample> {
     // A directory of its own, gone with everything in it when the pass is over.
     let dir = tempfile::tempdir_in(bench.dir.path()).context("make a directory")?;
     let endpoint = Endpoint::Unix(dir.path().join("sock"));
-    let command = variant.command(bench, dir.path(), source, &endpoint)?;
+    let command = variant.command(bench, dir.path(), &source.endpoint, &endpoint)?;
     let log = dir.path().join("log");
     let server = Server::start(variant.name(), command, endpoint, cores, &log)?;
     let before = Reading::take(&server)?;

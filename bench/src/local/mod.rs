@@ -144,6 +144,7 @@ pub fn run(options: &Options) -> Result<()> {
         durable::run(&bench, &mut show)?;
         outage::run(&bench, &mut show)?;
         cold::run(&bench, &mut show)?;
+        cold::run_frames(&bench, &mut show)?;
         memory = memory::run(&bench)?;
     }
     if let Some(path) = &options.json {

@@ -37,6 +37,16 @@ pub enum SourceLoss {
     Error(Duration),
 }
 
+/// What is spoken with other daemons of ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Frames (`docs/wire.md`), where the other side knows them.
+    #[default]
+    Auto,
+    /// Plain NBD.
+    Nbd,
+}
+
 /// Which engine reads what is not in the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Engine {
@@ -70,6 +80,8 @@ pub struct SourceConfig {
     pub moved: bool,
     /// A recorded heat map that says what to copy first.
     pub heat: Option<PathBuf>,
+    /// Everything is compared with the source before it is let go.
+    pub verify: bool,
 }
 
 impl SourceConfig {
@@ -85,6 +97,7 @@ impl SourceConfig {
             overwrite: false,
             moved: false,
             heat: None,
+            verify: false,
         }
     }
 }
@@ -104,6 +117,8 @@ pub struct ExportConfig {
     pub read_only: bool,
     /// Which engine reads what is not in the page cache.
     pub engine: Engine,
+    /// What is spoken with its source, and with destinations that it moves to.
+    pub transport: Transport,
     /// Where the disk moves from.
     pub source: Option<SourceConfig>,
 }

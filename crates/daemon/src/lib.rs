@@ -8,6 +8,7 @@ pub mod front;
 mod heat;
 pub mod registry;
 pub mod status;
+pub mod verification;
 pub mod volume;
 
 pub use daemon::{Daemon, DaemonError};

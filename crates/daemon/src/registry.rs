@@ -4,6 +4,7 @@ use hikkoshi_engine::heat::HeatMap;
 
 use crate::events::Event;
 use crate::status::ExportStatus;
+use crate::verification::VerifyStatus;
 
 /// Why a command to an export was refused. The text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,15 @@ pub trait Controlled: Send + Sync {
     fn handoff(&self) -> Result<(), CommandError>;
     /// What has happened to it, with numbers above `since`, as far as it is kept. Never waits.
     fn events(&self, since: u64) -> Vec<Event>;
+
+    /// Begins to compare what is clean with the source, unless that goes on already; with `accept`
+    /// instead lets the source go whatever the last comparison has found. Does not wait.
+    ///
+    /// # Errors
+    /// There is nothing to compare with, the VM still runs there, or nothing to accept was found.
+    fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError>;
+    /// How the last comparison stands. Never waits.
+    fn verification(&self) -> VerifyStatus;
 }
 
 /// The exports of a daemon.

@@ -96,6 +96,9 @@ pub struct Counters {
     pub blocks_installed: u64,
     /// Bytes found to be zero at the source, so never sent.
     pub zero_bytes_skipped: u64,
+    /// Connections to the source given up because bytes were changed on their way.
+    #[serde(default)]
+    pub checksum_failures: u64,
     /// The longest a guest read waited for the source, in microseconds.
     pub longest_remote_read_us: u64,
     /// Times that the source was lost.

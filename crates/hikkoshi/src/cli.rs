@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hikkoshi_daemon::config::{DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, SourceLoss};
+use hikkoshi_daemon::config::{
+    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, SourceLoss, Transport,
+};
 
 use crate::{address, quantity};
 
@@ -45,6 +47,8 @@ pub enum Command {
     Handoff(Target),
     /// Write down how much an export is read and written where: what to copy first when it moves
     Heat(Heat),
+    /// Compare a disk that moves here with its source
+    Verify(Verify),
     /// Show a whole move on this machine: no root, no set-up, about a minute
     Demo(Demo),
     /// Print the completions for a shell
@@ -143,6 +147,21 @@ pub struct Wait {
     pub control: Control,
 }
 
+/// `verify`.
+#[derive(Args, Debug)]
+pub struct Verify {
+    /// The export [default: the one that is moving, or the only one]
+    pub export: Option<String>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Compare nothing: let the source go in spite of the differences that were found
+    #[arg(long)]
+    pub accept: bool,
+    #[command(flatten)]
+    pub control: Control,
+}
+
 /// `limit`. The export comes first and may be left out, so the two are told apart by number.
 #[derive(Args, Debug)]
 #[command(override_usage = "hikkoshi limit [OPTIONS] [EXPORT] <RATE|none>")]
@@ -202,7 +221,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size", "heat",
+        "engine", "size", "heat", "verify", "transport",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -247,6 +266,12 @@ pub struct Serve {
     /// The same source is at another address than the recorded one
     #[arg(long, requires = "from")]
     pub source_moved: bool,
+    /// When everything is here, compare it with the source before that is let go
+    #[arg(long, requires = "from")]
+    pub verify: bool,
+    /// What is spoken with another hikkoshi, as source or destination of this disk
+    #[arg(long, value_enum, default_value_t)]
+    pub transport: TransportName,
     /// Where the durable state lives [default: IMAGE.hikkoshi]
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
@@ -347,6 +372,25 @@ impl From<EngineName> for Engine {
     }
 }
 
+/// What is spoken with another hikkoshi.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum TransportName {
+    /// Frames with checksums and priorities, where the other side knows them
+    #[default]
+    Auto,
+    /// Plain NBD
+    Nbd,
+}
+
+impl From<TransportName> for Transport {
+    fn from(name: TransportName) -> Self {
+        match name {
+            TransportName::Auto => Self::Auto,
+            TransportName::Nbd => Self::Nbd,
+        }
+    }
+}
+
 /// Most connections to one source that make sense.
 const MAX_CONNECTIONS: usize = 64;
 
@@ -416,7 +460,8 @@ mod tests {
             "disk.img --export web --listen tcp://0.0.0.0:1 --listen unix:/a --from nbd://old/ \
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
-             --read-only --overwrite --source-moved --engine io-uring --heat boot.heat -v",
+             --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
+             --transport nbd -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -431,6 +476,7 @@ mod tests {
         assert_eq!(serve.connections, 8);
         assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);
+        assert!(serve.verify && serve.transport == TransportName::Nbd);
     }
 
     #[test]
@@ -442,6 +488,8 @@ mod tests {
             "disk.img --no-background",
             "disk.img --max-rate 1MB/s",
             "disk.img --heat f",
+            "disk.img --verify",
+            "disk.img --transport frames",
             "disk.img --size 1G --from nbd://old/",
             "disk.img --block-size 3k",
             "disk.img --block-size 2M",

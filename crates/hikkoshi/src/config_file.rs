@@ -12,7 +12,7 @@ use hikkoshi_daemon::config::{
 use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use serde::Deserialize;
 
-use crate::cli::{self, ControlPlace, EngineName, Handoff};
+use crate::cli::{self, ControlPlace, EngineName, Handoff, TransportName};
 use crate::plan::{NewImage, Plan};
 use crate::{address, quantity};
 
@@ -46,6 +46,7 @@ struct Export {
     #[serde(default)]
     read_only: bool,
     engine: Option<String>,
+    transport: Option<String>,
     from: Option<String>,
     handoff: Option<String>,
     background: Option<bool>,
@@ -55,6 +56,7 @@ struct Export {
     overwrite: Option<bool>,
     source_moved: Option<bool>,
     heat: Option<PathBuf>,
+    verify: Option<bool>,
 }
 
 /// Reads a configuration file.
@@ -123,6 +125,9 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
     let engine = value("engine", &export.engine, |text| {
         EngineName::from_str(text, false)
     })?;
+    let transport = value("transport", &export.transport, |text| {
+        TransportName::from_str(text, false)
+    })?;
     let source = source(&export)?;
     if size.is_some() && source.is_some() {
         return Err("size: a disk that comes from elsewhere has the size it has there".into());
@@ -138,6 +143,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
         block_bytes: block_bytes.unwrap_or(DEFAULT_BLOCK_BYTES),
         read_only: export.read_only,
         engine: engine.unwrap_or_default().into(),
+        transport: transport.unwrap_or_default().into(),
         source,
     };
     Ok((config, new_image))
@@ -154,6 +160,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("overwrite", export.overwrite.is_some()),
             ("source-moved", export.source_moved.is_some()),
             ("heat", export.heat.is_some()),
+            ("verify", export.verify.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -180,6 +187,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         overwrite: export.overwrite.unwrap_or(false),
         moved: export.source_moved.unwrap_or(false),
         heat: export.heat.clone(),
+        verify: export.verify.unwrap_or(false),
     }))
 }
 

@@ -20,6 +20,7 @@ mod serve;
 mod signals;
 mod status;
 mod supervisor;
+mod verify;
 mod wait;
 
 use std::io::IsTerminal as _;
@@ -61,6 +62,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Resume(target) => command::run(&target, Control::Resume),
         Command::Handoff(target) => command::run(&target, Control::Handoff),
         Command::Heat(args) => heat::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Limit(args) => command::limit(args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => pages::completions(&args),

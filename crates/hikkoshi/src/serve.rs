@@ -109,6 +109,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         overwrite: args.overwrite,
         moved: args.source_moved,
         heat: args.heat,
+        verify: args.verify,
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),
@@ -121,6 +122,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         block_bytes: args.block_size,
         read_only: args.read_only,
         engine: args.engine.into(),
+        transport: args.transport.into(),
         source,
     };
     Ok((export, new_image))

@@ -98,6 +98,10 @@ fn obstacle(goal: Goal, now: &ExportStatus) -> Option<&'static str> {
         (LifeState::Standby, _) if goal != Goal::Arriving => {
             Some("the disk is on standby: it begins to move with the handoff (`hikkoshi handoff`)")
         }
+        // Nothing is missing, and it is still not local, for a reason.
+        (LifeState::Arriving, _) if now.absent_bytes == 0 && !now.notes.is_empty() => {
+            Some("everything is here, but the source is still kept; `hikkoshi status` says why")
+        }
         (LifeState::Arriving, BackgroundState::Paused) => {
             Some("the background copy is paused; `hikkoshi resume` lets it go on")
         }

@@ -142,7 +142,7 @@ fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
 fn help_completions_and_manual_are_there() {
     let help = stdout(&run(&["--help"]));
     for word in [
-        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "heat", "demo",
+        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "heat", "verify", "demo",
     ] {
         assert!(help.contains(&format!("  {word} ")), "{word}: {help}");
     }
@@ -303,6 +303,9 @@ fn heat_is_counted_kept_exported_and_replayed() {
         &near,
         "--handoff",
         "now",
+        // Frames are a move's own reads, and are not counted as a guest's.
+        "--transport",
+        "nbd",
         "--heat",
     ];
     // Whatever is no map of this disk is refused before anything is served.
@@ -337,6 +340,110 @@ fn heat_is_counted_kept_exported_and_replayed() {
     let source = serve();
     assert_eq!(stdout(&source.ask(&["heat", "--json"])), regions);
     assert_eq!(source.end(), Some(0));
+}
+
+/// A disk at a source that is served, and where it is to move, after the handoff.
+struct Move {
+    dir: tempfile::TempDir,
+    new: String,
+    socket: String,
+    source: Served,
+}
+
+impl Move {
+    fn of(data: &[u8]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let old = path(dir.path(), "old.img");
+        std::fs::write(&old, data).unwrap();
+        let socket = path(dir.path(), "old.sock");
+        let listen = format!("unix:{socket}");
+        let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
+        Self {
+            new: path(dir.path(), "new.img"),
+            dir,
+            socket,
+            source,
+        }
+    }
+
+    fn old(&self) -> String {
+        path(self.dir.path(), "old.img")
+    }
+
+    /// The destination, which compares before it lets go.
+    fn destination(&self, more: &[&str]) -> Served {
+        let listen = format!("unix:{}", path(self.dir.path(), "new.sock"));
+        let words = [&self.new, "--from", &self.socket, "--listen", &listen];
+        let words = [&words[..], &["--handoff", "now", "--verify"], more].concat();
+        Served::start(self.dir.path(), "destination", &words)
+    }
+}
+
+/// Waits until a destination has so much.
+fn wait_for_bytes(moving: &Served, bytes: u64) -> u64 {
+    loop {
+        let status = moving.json(&["status", "--json"]);
+        let here = status["resident_bytes"].as_u64().unwrap();
+        if here >= bytes {
+            return here;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// Killed in the middle, twice, and begun again by the same command; compared before it ends.
+#[test]
+fn a_killed_move_goes_on_and_is_compared_before_the_source_is_let_go() {
+    let data: Vec<u8> = (0..24 << 20_u32)
+        .map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[0] | 1)
+        .collect();
+    let whole = Move::of(&data);
+    let mut here = 0;
+    for _ in 0..2 {
+        let mut moving = whole.destination(&["--max-rate", "20MB/s"]);
+        here = wait_for_bytes(&moving, here + (2 << 20));
+        moving.child.kill().unwrap();
+        moving.child.wait().unwrap();
+    }
+    let moving = whole.destination(&[]);
+    let status = moving.json(&["wait", "--timeout", "60s", "--json"]);
+    assert_eq!(status["state"], "local");
+    let output = moving.ask(&["verify"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("no source"), "{}", stderr(&output));
+    assert_eq!(moving.end(), Some(0));
+    assert_eq!(whole.source.end(), Some(0));
+    assert!(std::fs::read(&whole.new).unwrap() == data);
+}
+
+#[test]
+fn verify_tells_by_its_exit_status_whether_the_disks_are_equal() {
+    let whole = Move::of(&vec![0x77; 4 << 20]);
+    let moving = whole.destination(&["--no-background"]);
+    let equal = moving.json(&["verify", "--json"]);
+    assert_eq!(equal["state"], "equal");
+    assert_eq!(equal["withheld"], false);
+    assert_eq!(moving.end(), Some(0));
+
+    // A byte changes at the source after it was copied, and before it is let go.
+    let moving = whole.destination(&["--max-rate", "1MB/s"]);
+    wait_for_bytes(&moving, 1 << 20);
+    let options = std::fs::OpenOptions::new().write(true).open(whole.old());
+    options.unwrap().write_all_at(&[0x78], 12_345).unwrap();
+    assert!(moving.ask(&["limit", "none"]).status.success());
+    while !stdout(&moving.ask(&["status"])).contains("bytes differ from the source") {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let output = moving.ask(&["verify"]);
+    assert_eq!(output.status.code(), Some(1));
+    let (out, err) = (stdout(&output), stderr(&output));
+    assert!(out.contains("4096 bytes at offset 12288"), "{out}");
+    assert!(err.contains("--accept"), "{err}");
+    assert!(stdout(&moving.ask(&["status"])).contains("arriving"));
+    assert!(moving.ask(&["verify", "--accept"]).status.success());
+    assert!(moving.ask(&["wait", "--timeout", "60s"]).status.success());
+    assert_eq!(moving.end(), Some(0));
+    assert_eq!(whole.source.end(), Some(0));
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::transport::message::{Hash, hashes_of};
+
 /// What is known of a source once it has been reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceInfo {
@@ -73,6 +75,21 @@ pub struct ExtentsAnswer {
     pub wire_bytes: u64,
 }
 
+/// The hashes of a range at the source.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Hashes {
+    /// The offset that was asked for, in bytes.
+    pub offset: u64,
+    /// Bytes of a grain.
+    pub grain: u32,
+    /// The hash of each grain (BLAKE3); the last grain may be short.
+    pub hashes: Vec<Hash>,
+    /// They were made there; else the data crossed the link and was hashed here.
+    pub at_source: bool,
+    /// Bytes that crossed the link for it.
+    pub wire_bytes: u64,
+}
+
 /// What went wrong, as far as the caller must tell cases apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceErrorKind {
@@ -111,6 +128,27 @@ impl fmt::Display for SourceError {
 
 impl std::error::Error for SourceError {}
 
+/// Hashes of what is read from `source`.
+pub(crate) fn hash_by_reading<S: Source + ?Sized>(
+    source: &S,
+    lane: Lane,
+    offset: u64,
+    len: u32,
+    grain: u32,
+    done: Completion<Hashes>,
+) {
+    let hash = move |read: Result<Fetched, SourceError>| {
+        done(read.map(|fetched| Hashes {
+            offset,
+            grain,
+            hashes: hashes_of(&fetched.data, grain),
+            at_source: false,
+            wire_bytes: fetched.wire_bytes,
+        }));
+    };
+    source.read(lane, offset, len, Box::new(hash));
+}
+
 /// Called exactly once with the outcome of a request.
 pub type Completion<T> = Box<dyn FnOnce(Result<T, SourceError>) + Send>;
 
@@ -143,6 +181,29 @@ pub trait Source: Send + Sync + 'static {
 
     /// Asks for extents of at most `len` bytes from `offset` on.
     fn extents(&self, lane: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>);
+
+    /// Asks for the hash of each grain (a power of two of bytes) of `len` bytes at `offset`. Where
+    /// the source cannot hash, the data is read and hashed here.
+    fn hashes(&self, lane: Lane, offset: u64, len: u32, grain: u32, done: Completion<Hashes>) {
+        hash_by_reading(self, lane, offset, len, grain, done);
+    }
+
+    /// A guest waits for `len` bytes at `offset` now: reads of these in the bulk lane are as urgent
+    /// as demand from here on, as far as the source can still be told.
+    fn promote(&self, offset: u64, len: u64) {
+        let _ = (offset, len);
+    }
+
+    /// Whether frames of ours are spoken with it now: hashes are made there, and what crosses the
+    /// link has checksums.
+    fn speaks_frames(&self) -> bool {
+        false
+    }
+
+    /// How often bytes were found to be changed on their way.
+    fn checksum_failures(&self) -> u64 {
+        0
+    }
 
     /// Sets who is told of connection changes.
     fn watch(&self, watcher: Arc<dyn SourceWatcher>);

@@ -243,7 +243,28 @@ fn another_disk_is_not_taken_for_the_one_before() {
 }
 
 #[test]
+fn bulk_that_is_waited_for_overtakes_bulk_in_the_queue() {
+    let lanes = [Lane::Bulk; 4];
+    // The first is on its way; the last is waited for.
+    assert_eq!(order_of(&lanes, Some((3 * 512 + 100, 1))), [0, 3, 1, 2]);
+}
+
+#[test]
 fn demand_overtakes_bulk_in_the_queue() {
+    let lanes = [
+        Lane::Bulk,
+        Lane::Bulk,
+        Lane::Bulk,
+        Lane::Demand,
+        Lane::Demand,
+        Lane::Demand,
+    ];
+    assert_eq!(order_of(&lanes, None), [0, 3, 4, 5, 1, 2]);
+}
+
+/// In which order sectors are asked for that are submitted in these lanes, one of bulk and two
+/// altogether being on their way at a time.
+fn order_of(lanes: &[Lane], promoted: Option<(u64, u64)>) -> Vec<u64> {
     let (seen, order) = channel();
     let seen = Mutex::new(seen);
     let (go, wait) = channel::<()>();
@@ -266,26 +287,20 @@ fn demand_overtakes_bulk_in_the_queue() {
     config.in_flight = 2;
     config.bulk_in_flight = 1;
     let source = NbdSource::connect(config).unwrap();
-    let lanes = [
-        Lane::Bulk,
-        Lane::Bulk,
-        Lane::Bulk,
-        Lane::Demand,
-        Lane::Demand,
-        Lane::Demand,
-    ];
     let answers: Vec<_> = (0u64..)
         .zip(lanes)
-        .map(|(index, lane)| submit_read(&*source, lane, index * 512, 512))
+        .map(|(index, lane)| submit_read(&*source, *lane, index * 512, 512))
         .collect();
+    if let Some((offset, len)) = promoted {
+        source.promote(offset, len);
+    }
     go.send(()).unwrap();
     answers.iter().for_each(|answer| {
         outcome(answer).unwrap();
     });
-    let order: Vec<_> = (0..6)
+    (0..lanes.len())
         .map(|_| order.recv_timeout(HANG).unwrap() / 512)
-        .collect();
-    assert_eq!(order, [0, 3, 4, 5, 1, 2]);
+        .collect()
 }
 
 #[test]

@@ -99,6 +99,8 @@ pub fn run(data: &[u8]) {
     );
     // The end of the bytes ends the connection; no clock is needed.
     config.progress_timeout = None;
+    // Plain NBD: the frames have a target of their own.
+    config.frames = false;
     config.in_flight = [64, 2][usize::from(how >> 1 & 1)];
     let asked: usize = questions
         .iter()
@@ -171,6 +173,7 @@ fn rehearse(server: &[u8], export: String) -> Option<(Negotiated, usize, usize)>
         export,
         structured: true,
         allocation: true,
+        transport: false,
     })
     .unwrap();
     let (mut at, mut sent) = (0, 0);

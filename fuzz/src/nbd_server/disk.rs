@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
-use hikkoshi_daemon::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
+use hikkoshi_daemon::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, Transport};
 use hikkoshi_daemon::front::Table;
 use hikkoshi_daemon::status::LifeState;
 use hikkoshi_daemon::volume::{Clock, Volume, fuzzing};
@@ -124,6 +124,7 @@ fn config(name: &str, handoff: Option<HandoffPolicy>) -> ExportConfig {
         block_bytes: BLOCK as u32,
         read_only: false,
         engine: Engine::Auto,
+        transport: Transport::Nbd,
         source: handoff.map(|handoff| SourceConfig {
             handoff,
             ..SourceConfig::new("memory")

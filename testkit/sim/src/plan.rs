@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use hikkoshi_daemon::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use hikkoshi_daemon::config::{
+    Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport,
+};
 use hikkoshi_engine::geometry::Geometry;
 
 use crate::rng::Rng;
@@ -112,6 +114,7 @@ impl Plan {
             block_bytes: block,
             read_only: false,
             engine: Engine::Auto,
+            transport: Transport::Auto,
             source: Some(SourceConfig {
                 handoff,
                 background: rng.permille(700),

@@ -151,6 +151,7 @@ impl Server {
             },
             structured: self.structured,
             allocation_context: self.extents.map(|_| CONTEXT),
+            transport: false,
         }
     }
 

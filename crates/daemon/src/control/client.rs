@@ -13,6 +13,7 @@ use hikkoshi_engine::heat::HeatMap;
 use super::dial;
 use crate::events::Event;
 use crate::status::ExportStatus;
+use crate::verification::VerifyStatus;
 
 /// Bytes the head of an answer may have.
 const MAX_HEAD_BYTES: usize = 16 << 10;
@@ -155,6 +156,28 @@ impl ControlClient {
         };
         let target = format!("/v1/{route}?name={}{more}", encode(name));
         let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
+        self.parse(&body)
+    }
+
+    /// Has an export compared with its source, or, to `accept`, lets the source go whatever was
+    /// found. Does not wait for the end of it.
+    ///
+    /// # Errors
+    /// As [`Self::command`].
+    pub fn verify(&self, name: &str, accept: bool) -> Result<VerifyStatus, ClientError> {
+        let more = if accept { "&accept=yes" } else { "" };
+        let target = format!("/v1/verify?name={}{more}", encode(name));
+        let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
+        self.parse(&body)
+    }
+
+    /// How the last comparison stands.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn verification(&self, name: &str) -> Result<VerifyStatus, ClientError> {
+        let target = format!("/v1/verify?name={}", encode(name));
+        let body = self.request("GET", &target, ASK_TIMEOUT)?;
         self.parse(&body)
     }
 

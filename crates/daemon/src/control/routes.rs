@@ -15,6 +15,7 @@ use super::{MAX_BODY_BYTES, metrics};
 use crate::events::Event;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::status::ExportStatus;
+use crate::verification::VerifyStatus;
 
 /// What `GET /` answers.
 const INDEX: &str = "\
@@ -29,6 +30,8 @@ POST /v1/pause?name=NAME                 stop the background copy
 POST /v1/resume?name=NAME                let it go on
 POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts the cap
 POST /v1/handoff?name=NAME               from here on the VM runs here
+POST /v1/verify?name=NAME                compare with the source; &accept=yes lets it go anyway
+GET  /v1/verify?name=NAME                how that stands
 
 Without name: the default export, or the only one. A command answers with the export's status;
 an error is {\"error\": \"...\"} with status 400, 404, 405, 409 or 500.
@@ -49,6 +52,7 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/v1/resume", post(resume))
         .route("/v1/handoff", post(handoff))
         .route("/v1/limit", post(limit))
+        .route("/v1/verify", get(verification).post(verify))
         .fallback(async || {
             Refusal::new(
                 StatusCode::NOT_FOUND,
@@ -136,6 +140,13 @@ struct Since {
     since: u64,
 }
 
+#[derive(Deserialize)]
+struct Verify {
+    #[serde(default)]
+    name: String,
+    accept: Option<String>,
+}
+
 type NameQuery = Result<Query<Name>, QueryRejection>;
 
 async fn status(State(exports): State<Shared>) -> Json<Vec<ExportStatus>> {
@@ -218,6 +229,32 @@ async fn limit(
         },
     };
     command(exports, query.name, move |export| export.set_limit(rate)).await
+}
+
+async fn verification(
+    State(exports): State<Shared>,
+    query: NameQuery,
+) -> Result<Json<VerifyStatus>, Refusal> {
+    let Query(query) = query?;
+    Ok(Json(exports.find(&query.name)?.verification()))
+}
+
+async fn verify(
+    State(exports): State<Shared>,
+    query: Result<Query<Verify>, QueryRejection>,
+) -> Result<Json<VerifyStatus>, Refusal> {
+    let Query(query) = query?;
+    let accept = match query.accept.as_deref() {
+        None => false,
+        Some("yes") => true,
+        Some(other) => {
+            return Err(Refusal::new(
+                StatusCode::BAD_REQUEST,
+                format!("accept is {other:?}; it must be yes, or left out"),
+            ));
+        }
+    };
+    Ok(Json(exports.find(&query.name)?.verify(accept)?))
 }
 
 /// Runs a command, which may wait for a disk, on a thread where it may, and tells how the export

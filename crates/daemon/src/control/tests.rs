@@ -14,6 +14,7 @@ use super::{ControlError, place, serve};
 use crate::events::{Event, EventKind, EventLog};
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::status::{BackgroundState, Counters, ExportStatus, LifeState};
+use crate::verification::{VerifyState, VerifyStatus};
 
 /// An export that remembers what it was told.
 struct Pretend {
@@ -82,6 +83,17 @@ impl Controlled for Pretend {
         heat.map()
     }
 
+    fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError> {
+        self.change(|status| status.notes.push(format!("verify, accept: {accept}")))?;
+        Ok(self.verification())
+    }
+    fn verification(&self) -> VerifyStatus {
+        VerifyStatus {
+            export: self.status.lock().unwrap().export.clone(),
+            state: VerifyState::Running,
+            ..VerifyStatus::default()
+        }
+    }
     fn handoff(&self) -> Result<(), CommandError> {
         if self.status.lock().unwrap().export == "broken" {
             return Err(CommandError::Failed("the disk is full".into()));
@@ -160,6 +172,16 @@ fn commands_reach_the_export_they_name() {
     let status = client.command(name, Command::Handoff).unwrap();
     assert_eq!(status.state, LifeState::Arriving);
     assert_eq!(client.export(name).unwrap(), status);
+    for (accept, note) in [
+        (false, "verify, accept: false"),
+        (true, "verify, accept: true"),
+    ] {
+        let status = client.verify(name, accept).unwrap();
+        assert_eq!(status.state, VerifyState::Running);
+        assert_eq!(client.verification(name).unwrap(), status);
+        let notes = client.export(name).unwrap().notes;
+        assert_eq!(notes.last().map(String::as_str), Some(note));
+    }
     server.shutdown();
     assert!(!path.exists());
 }
@@ -220,6 +242,9 @@ fn plain_http_works_and_bad_input_is_answered() {
             400,
         ),
         ("POST /v1/pause?nmae=broken", 400),
+        ("POST /v1/verify?name=broken&accept=maybe", 400),
+        ("GET /v1/verify?name=nobody", 404),
+        ("POST /v1/verify?name=plain", 409),
         ("POST /v1/pause?name=a&name=b", 400),
     ] {
         let answer = ask(line);

@@ -4,6 +4,7 @@
 //! none of them can hold up another.
 
 mod connection;
+mod frames;
 mod inbox;
 mod outbox;
 
@@ -23,6 +24,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::config::Listen;
 use crate::volume::{Volume, lock};
 use connection::Connection;
+use frames::FrameSession;
 use outbox::Outbox;
 
 /// How long a client may take for its handshake.
@@ -78,6 +80,10 @@ fn export_info(volume: &Volume) -> ExportInfo {
     } else {
         flags |= export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO;
     }
+    let mut contexts = vec![wire::BASE_ALLOCATION, wire::RESIDENCY];
+    if volume.speaks_frames() {
+        contexts.push(wire::TRANSPORT);
+    }
     ExportInfo {
         canonical_name: volume.name().to_owned(),
         description: String::new(),
@@ -87,7 +93,7 @@ fn export_info(volume: &Volume) -> ExportInfo {
         preferred_block: 4096,
         max_payload: wire::MAX_PAYLOAD_BYTES,
         block_size_required: false,
-        contexts: vec![wire::BASE_ALLOCATION, wire::RESIDENCY],
+        contexts,
     }
 }
 
@@ -325,6 +331,12 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
     let Some(volume) = shared.table.find(&session.export_name) else {
         return Ok(());
     };
+    if session.speaks_frames() {
+        if shared.stopping.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        return FrameSession::new(Arc::clone(volume), socket, &early)?.run();
+    }
     let outbox = Outbox::new(socket.try_clone()?, ReplyStyle::from(&session));
     if let Some(client) = lock(&shared.clients).get_mut(&id) {
         client.outbox = Some(Arc::clone(&outbox));

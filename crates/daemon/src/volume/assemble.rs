@@ -21,8 +21,9 @@ use super::commit::{Committer, Journal};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::space::DiskTrouble;
+use super::verify::Verification;
 use super::{AtCompletion, Clock, Tally, Volume};
-use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::events::EventLog;
 use crate::heat;
 use crate::status::LifeState;
@@ -109,6 +110,7 @@ impl Parts<'_> {
             image: self.config.image.clone(),
             geometry: self.geometry,
             read_only: self.config.read_only,
+            frames: self.config.transport == Transport::Auto,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
             on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,
@@ -125,6 +127,7 @@ impl Parts<'_> {
             had_source: self.had_source,
             rate: RateMeter::default(),
             at_completion: Mutex::new(None),
+            verification: Verification::new(source.is_some_and(|s| s.verify)),
             last_traffic: Traffic::default(),
             tally: Tally::default(),
             heat: Heat::new(self.geometry.size_bytes()),

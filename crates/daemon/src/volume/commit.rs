@@ -264,12 +264,16 @@ impl Volume {
         }
     }
 
-    /// Ends the relocation: everything durable, recorded as complete, the source let go.
+    /// Ends the relocation: everything durable, recorded as complete, the source let go. Does
+    /// nothing while a comparison with the source is awaited.
     ///
     /// # Errors
     /// The error of the medium; the relocation goes on existing. Unless there was no space, which
     /// is tried again, the volume is poisoned.
     pub fn complete(&self) -> io::Result<()> {
+        if self.relocation().is_some() && !self.may_let_go() {
+            return Ok(());
+        }
         let mut journal = lock(&self.journal);
         let Some(relocation) = self.relocation() else {
             return Ok(());
@@ -286,7 +290,10 @@ impl Volume {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .take();
         drop(journal);
-        self.last_traffic.take_over(&relocation.traffic);
+        let changed = relocation.source().checksum_failures();
+        let traffic = &relocation.traffic;
+        traffic.checksum_failures.store(changed, Ordering::Relaxed);
+        self.last_traffic.take_over(traffic);
         relocation.retire();
         drop(old);
         if let Some(finish) = lock(&self.at_completion).take() {
@@ -398,6 +405,7 @@ impl Volume {
         if let Some(relocation) = self.relocation() {
             relocation.retire();
         }
+        self.verification.end();
         lock(&self.committer.queue).stop = true;
         self.committer.wake.notify_all();
     }

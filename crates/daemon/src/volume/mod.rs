@@ -25,6 +25,7 @@ mod report;
 mod space;
 #[cfg(test)]
 mod tests;
+pub mod verify;
 
 use std::io;
 use std::path::PathBuf;
@@ -44,6 +45,7 @@ use commit::{Committer, Journal};
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use space::DiskTrouble;
+use verify::Verification;
 
 /// Tells how long the volume has been open. A seam, so that tests own the time.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -88,6 +90,8 @@ pub struct Volume {
     image: PathBuf,
     geometry: Geometry,
     read_only: bool,
+    /// Frames may be spoken with destinations that know them.
+    frames: bool,
     handoff_policy: HandoffPolicy,
     on_loss: SourceLoss,
     store: Arc<dyn Store>,
@@ -111,6 +115,8 @@ pub struct Volume {
     /// What is left to do once the volume is complete: the image loses its mark, the memory that
     /// outlives a kill is given back.
     at_completion: Mutex<Option<AtCompletion>>,
+    /// Comparing with the source.
+    verification: Verification,
     /// What the relocation had counted when it ended.
     last_traffic: Traffic,
     /// What is counted; front ends add to it.
@@ -142,6 +148,11 @@ impl Volume {
     /// Whether writes are refused as such.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether destinations may have it in frames.
+    pub fn speaks_frames(&self) -> bool {
+        self.frames
     }
 
     /// Where it stands in its life.

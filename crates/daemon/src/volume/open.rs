@@ -24,7 +24,7 @@ use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
 
 use super::assemble::{Moving, Parts};
 use super::{Volume, system_clock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
+use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::events::EventKind;
 use crate::heat::{self, HeatFileError};
 
@@ -249,7 +249,7 @@ fn open_new(
     state_path: &Path,
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
-    let source = connect(wanted).map_err(|source| OpenError::Source {
+    let source = connect(wanted, config.transport).map_err(|source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
     })?;
@@ -312,7 +312,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     }
     let store = open_image(config, identity.geometry, false)?;
     check_belongs(config, &store, &identity, state_path)?;
-    let source = reconnect(&wanted, identity.geometry)?;
+    let source = reconnect(&wanted, config.transport, identity.geometry)?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let mut sync = || store.sync();
@@ -541,7 +541,10 @@ fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig,
     Ok(source.clone())
 }
 
-fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> {
+fn source_config(
+    wanted: &SourceConfig,
+    transport: Transport,
+) -> Result<NbdSourceConfig, SourceError> {
     let bad = |why: String| SourceError::new(SourceErrorKind::Untrusted, why);
     let parsed: NbdUri = match wanted.uri.parse() {
         Ok(parsed) => parsed,
@@ -556,6 +559,7 @@ fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> 
     let mut config = NbdSourceConfig::new(parsed.address, parsed.export);
     config.uri.clone_from(&wanted.uri);
     config.connections = wanted.connections.max(1);
+    config.frames = transport == Transport::Auto;
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,
     // nothing that is read is kept.
     config.several_without_promise = true;
@@ -568,17 +572,21 @@ fn source_config(wanted: &SourceConfig) -> Result<NbdSourceConfig, SourceError> 
     Ok(config)
 }
 
-fn connect(wanted: &SourceConfig) -> Result<Arc<dyn Source>, SourceError> {
-    Ok(NbdSource::connect(source_config(wanted)?)?)
+fn connect(wanted: &SourceConfig, transport: Transport) -> Result<Arc<dyn Source>, SourceError> {
+    Ok(NbdSource::connect(source_config(wanted, transport)?)?)
 }
 
 /// A source that may be away right now.
-fn reconnect(wanted: &SourceConfig, geometry: Geometry) -> Result<Arc<dyn Source>, OpenError> {
+fn reconnect(
+    wanted: &SourceConfig,
+    transport: Transport,
+    geometry: Geometry,
+) -> Result<Arc<dyn Source>, OpenError> {
     let failed = |source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
     };
-    let config = source_config(wanted).map_err(failed)?;
+    let config = source_config(wanted, transport).map_err(failed)?;
     // What is here is to be served soon, wherever the source is.
     let soon = NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,

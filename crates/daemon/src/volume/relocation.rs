@@ -62,6 +62,8 @@ pub struct Traffic {
     pub blocks_installed: AtomicU64,
     /// Bytes that were zero at the source and so were not sent.
     pub zero_bytes_skipped: AtomicU64,
+    /// Connections given up because bytes were changed on their way, once the move is over.
+    pub checksum_failures: AtomicU64,
     /// The longest that a read has waited, in microseconds.
     pub longest_wait_us: AtomicU64,
 }
@@ -73,6 +75,7 @@ impl Traffic {
             (&self.wire_bytes, &other.wire_bytes),
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.checksum_failures, &other.checksum_failures),
             (&self.longest_wait_us, &other.longest_wait_us),
         ] {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -169,6 +172,24 @@ impl Relocation {
         look(&lock(&self.mover))
     }
 
+    /// Tells the mover something that leads to nothing.
+    pub(super) fn with_mover_at<R>(
+        &self,
+        event: impl FnOnce(&mut Mover<Reader>, Duration) -> R,
+    ) -> R {
+        event(&mut lock(&self.mover), (self.clock)())
+    }
+
+    /// The volume, while there is one.
+    pub(super) fn volume(&self) -> Option<Arc<Volume>> {
+        self.volume.upgrade()
+    }
+
+    /// Whether the source was let go.
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
     /// Tells the mover something and carries out what it answers.
     pub(super) fn drive(
         self: &Arc<Self>,
@@ -224,6 +245,10 @@ impl Relocation {
                     queue.extend(self.install_zero(flight, range));
                 }
                 Action::QueryExtents { range } => self.query_extents(range),
+                Action::Promote { range } => {
+                    let bytes = self.geometry.bytes(range);
+                    self.source.promote(bytes.start, bytes.len());
+                }
                 Action::Wake(reader) => {
                     self.note_wait(reader.since);
                     (reader.done)(ReadEnd::Resident);
@@ -686,7 +711,7 @@ fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
 }
 
 /// Cuts data into runs that are all zero and runs that are not, at the grain of a page.
-fn zero_runs(offset: u64, data: &[u8]) -> Vec<(u64, &[u8], bool)> {
+pub(crate) fn zero_runs(offset: u64, data: &[u8]) -> Vec<(u64, &[u8], bool)> {
     let mut runs = Vec::new();
     let (mut start, mut at, mut current) = (0, 0, None);
     for grain in data.chunks(ZERO_GRAIN_BYTES) {

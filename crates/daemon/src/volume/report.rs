@@ -12,6 +12,7 @@ use crate::config::{HandoffPolicy, SourceLoss};
 use crate::events::Event;
 use crate::registry::{CommandError, Controlled};
 use crate::status::{BackgroundState, Counters, ExportStatus, LifeState};
+use crate::verification::VerifyStatus;
 
 /// The span over which the rate is measured.
 const RATE_SPAN: Duration = Duration::from_secs(5);
@@ -98,6 +99,7 @@ impl Volume {
                 "the source is {what} (for {down_s} s); reads of what is not here {fate}"
             ));
         }
+        notes.extend(self.verify_note());
         if let Some(trouble) = lock(&relocation.trouble).as_ref() {
             notes.push(trouble.to_string());
         }
@@ -146,6 +148,9 @@ impl Volume {
             zeroes: get(&self.tally.zeroes),
             blocks_installed: get(&traffic.blocks_installed),
             zero_bytes_skipped: get(&traffic.zero_bytes_skipped),
+            checksum_failures: relocation.map_or(get(&traffic.checksum_failures), |r| {
+                r.source.checksum_failures()
+            }),
             longest_remote_read_us: get(&traffic.longest_wait_us),
             source_losses: get(&self.tally.source_losses),
             source_refusals: get(&self.tally.source_refusals),
@@ -207,6 +212,19 @@ impl Controlled for Volume {
         let relocation = self.need_relocation("limit")?;
         relocation.drive(|m, now, out| m.set_limit(now, bytes_per_s, &relocation.residency, out));
         Ok(())
+    }
+
+    fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError> {
+        if accept {
+            self.accept_differences()?;
+        } else {
+            self.begin_verify()?;
+        }
+        Ok(self.verify_status())
+    }
+
+    fn verification(&self) -> VerifyStatus {
+        self.verify_status()
     }
 
     fn handoff(&self) -> Result<(), CommandError> {

@@ -25,7 +25,7 @@ use super::assemble::{Moving, Parts};
 use super::guest::ReadNow;
 use super::relocation::{ReadEnd, Relocation};
 use super::{Clock, Volume, lock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig};
+use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, Transport};
 use crate::status::LifeState;
 
 pub(super) const DISK: u64 = 96 * 4096 + 512;
@@ -137,6 +137,7 @@ fn config(handoff: HandoffPolicy) -> ExportConfig {
         block_bytes: 4096,
         read_only: false,
         engine: Engine::Auto,
+        transport: Transport::Auto,
         source: Some(SourceConfig {
             handoff,
             ..SourceConfig::new("memory")

@@ -75,6 +75,7 @@ impl World {
                 }
                 Action::Wake(who) => self.woken.push(who),
                 Action::Complete => self.complete = true,
+                Action::Promote { .. } => {}
                 other => panic!("{other:?}"),
             }
         }

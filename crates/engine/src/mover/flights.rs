@@ -42,6 +42,8 @@ pub(super) struct Flight {
     /// When it was handed to the source.
     pub sent_at: Duration,
     sent: bool,
+    /// A reader waits for it, and the source was told.
+    promoted: bool,
 }
 
 impl Flight {
@@ -52,6 +54,7 @@ impl Flight {
             waiters: Vec::new(),
             sent_at: now,
             sent,
+            promoted: false,
         }
     }
 
@@ -129,6 +132,15 @@ impl Flights {
         }
         flight.waiters.push(waiter);
         true
+    }
+
+    /// A reader waits for it from now on. True if the source is to be told: once, and only of what
+    /// travels in the bulk lane.
+    pub fn promote(&mut self, id: FlightId) -> bool {
+        self.all.get_mut(&id).is_some_and(|flight| {
+            let in_bulk = matches!(flight.purpose, Purpose::Bulk | Purpose::Ahead);
+            in_bulk && flight.sent && !std::mem::replace(&mut flight.promoted, true)
+        })
     }
 
     /// Takes a reader off all that it waits for. Nobody but readers needs what passes through.

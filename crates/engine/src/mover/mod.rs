@@ -14,6 +14,7 @@ mod background;
 #[cfg(all(test, not(loom)))]
 mod background_tests;
 mod bucket;
+mod check;
 mod failures;
 mod flights;
 mod order;
@@ -116,6 +117,11 @@ pub enum Action<W> {
         /// What to say when it is done.
         flight: FlightId,
         /// The blocks.
+        range: BlockRange,
+    },
+    /// A reader waits for these blocks of a fetch in the bulk lane now: it is as urgent as demand.
+    Promote {
+        /// The blocks, all of the fetch.
         range: BlockRange,
     },
     /// Ask the source for the extents of these blocks; answer with [`Mover::extents`].

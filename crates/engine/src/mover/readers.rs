@@ -59,6 +59,9 @@ impl<W> Mover<W> {
                     if self.flights.attach(flight, id) {
                         self.expect_one_more(id);
                     }
+                    if self.flights.promote(flight) {
+                        out.push(Action::Promote { range: covered });
+                    }
                     at = covered.end;
                 }
                 next => {

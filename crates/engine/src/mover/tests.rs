@@ -32,6 +32,7 @@ struct Seen {
     woken: Vec<u32>,
     failed: Vec<(u32, ReadFailure)>,
     complete: bool,
+    promoted: Vec<BlockRange>,
 }
 
 fn sort(actions: Vec<Action<u32>>) -> Seen {
@@ -47,6 +48,7 @@ fn sort(actions: Vec<Action<u32>>) -> Seen {
             Action::Wake(who) => seen.woken.push(who),
             Action::Fail(who, why) => seen.failed.push((who, why)),
             Action::Complete => seen.complete = true,
+            Action::Promote { range } => seen.promoted.push(range),
             Action::InstallZero { .. } | Action::QueryExtents { .. } => {}
         }
     }
@@ -58,6 +60,27 @@ fn arriving(g: Geometry, r: &Residency, policy: Policy) -> (Mover<u32>, Seen) {
     let mut out = Vec::new();
     mover.source_up(Duration::ZERO, r, &mut out);
     (mover, sort(out))
+}
+
+#[test]
+fn a_reader_makes_the_bulk_it_waits_for_urgent_once() {
+    let (g, r) = disk(4);
+    let (mut mover, begun) = arriving(g, &r, policy());
+    let (_, bulk, lane) = begun.fetches[1];
+    assert_eq!(lane, Lane::Bulk);
+    let inside = BlockRange::new(bulk.start + 1, bulk.start + 2);
+    let mut out = Vec::new();
+    mover.read(MS, 1, inside, &r, &mut out);
+    mover.read(MS, 2, inside, &r, &mut out);
+    let seen = sort(out);
+    assert_eq!(seen.promoted, [bulk]);
+    assert!(seen.fetches.is_empty() && seen.woken.is_empty());
+    // What travels in the demand lane is urgent already.
+    let mut out = Vec::new();
+    let far = BlockRange::new(g.blocks() - 1, g.blocks());
+    mover.read(MS, 3, far, &r, &mut out);
+    mover.read(MS, 4, far, &r, &mut out);
+    assert!(sort(out).promoted.is_empty());
 }
 
 #[test]

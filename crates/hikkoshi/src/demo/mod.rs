@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hikkoshi_daemon::config::{
-    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, Listen, SourceConfig,
+    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, Listen, SourceConfig, Transport,
 };
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
 use hikkoshi_daemon::{Daemon, DaemonError};
@@ -274,6 +274,7 @@ fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> 
             block_bytes: DEFAULT_BLOCK_BYTES,
             read_only: false,
             engine: Engine::Auto,
+            transport: Transport::Auto,
             source,
         }],
         max_clients: DEFAULT_MAX_CLIENTS,

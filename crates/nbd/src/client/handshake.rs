@@ -1,14 +1,15 @@
 //! The client's handshake (section "Protocol phases", "Fixed newstyle negotiation").
 //!
 //! Owns the order of options and what to do without those that a server lacks: no structured
-//! replies leads to simple ones, no `base:allocation` to none, no GO to EXPORT_NAME. The caller
+//! replies leads to simple ones, no `base:allocation` to none, no frames of ours to plain NBD, no
+//! GO to EXPORT_NAME. The caller
 //! receives exactly [`Handshake::needed`] bytes at a time, so no byte of the transmission phase is
 //! ever taken by mistake.
 
 use super::{ClientError, be_u16, be_u32, be_u64, shown};
 use crate::wire::{
-    self, BASE_ALLOCATION, INIT_MAGIC, MAX_STRING_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC, info,
-    option, reply,
+    self, BASE_ALLOCATION, INIT_MAGIC, MAX_STRING_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC,
+    TRANSPORT, info, option, reply,
 };
 
 /// What stands in place of [`OPTION_MAGIC`] in an oldstyle greeting.
@@ -38,6 +39,8 @@ pub struct HandshakeConfig {
     pub structured: bool,
     /// Ask for `base:allocation`; needs structured replies.
     pub allocation: bool,
+    /// Ask to speak frames (`docs/wire.md`) instead of NBD afterwards; needs structured replies.
+    pub transport: bool,
 }
 
 /// Block size constraints, in bytes (section "Block size constraints").
@@ -88,6 +91,8 @@ pub struct Negotiated {
     pub structured: bool,
     /// The id of `base:allocation`, if the server has it.
     pub allocation_context: Option<u32>,
+    /// Frames follow, and no NBD.
+    pub transport: bool,
 }
 
 /// What [`Handshake::receive`] led to.
@@ -146,6 +151,7 @@ pub struct Handshake {
     no_zeroes: bool,
     structured: bool,
     allocation_context: Option<u32>,
+    transport: bool,
     export: Option<(u64, u16)>,
     block_sizes: Option<BlockSizes>,
     output: Vec<u8>,
@@ -165,6 +171,7 @@ impl Handshake {
             no_zeroes: false,
             structured: false,
             allocation_context: None,
+            transport: false,
             export: None,
             block_sizes: None,
             output: Vec::new(),
@@ -262,8 +269,16 @@ impl Handshake {
             Asked::StructuredReply => {}
             Asked::MetaContext => {
                 put_string(&mut payload, name);
-                payload.extend_from_slice(&1u32.to_be_bytes());
-                put_string(&mut payload, BASE_ALLOCATION.as_bytes());
+                let wanted = [
+                    (self.config.allocation, BASE_ALLOCATION),
+                    (self.config.transport, TRANSPORT),
+                ];
+                let wanted = || wanted.iter().filter(|(wanted, _)| *wanted);
+                let count = u32::try_from(wanted().count()).expect("at most two");
+                payload.extend_from_slice(&count.to_be_bytes());
+                for (_, context) in wanted() {
+                    put_string(&mut payload, context.as_bytes());
+                }
             }
             Asked::Go => {
                 put_string(&mut payload, name);
@@ -283,6 +298,8 @@ impl Handshake {
             option::EXPORT_NAME,
             self.config.export.as_bytes(),
         );
+        // Only GO leads to frames: a server that does not know it is none of ours.
+        self.transport = false;
         self.awaiting = Awaiting::ExportNameAnswer;
     }
 
@@ -329,7 +346,7 @@ impl Handshake {
         match (self.asked, code) {
             (Asked::StructuredReply, reply::ACK) => {
                 self.structured = true;
-                self.ask(if self.config.allocation {
+                self.ask(if self.config.allocation || self.config.transport {
                     Asked::MetaContext
                 } else {
                     Asked::Go
@@ -362,7 +379,17 @@ impl Handshake {
             (Asked::StructuredReply | Asked::MetaContext, _) => {
                 // A failed SET_META_CONTEXT leaves no context selected, whatever was sent before.
                 self.allocation_context = None;
-                self.ask(Asked::Go);
+                self.transport = false;
+                // It may have failed for the name it does not know: a server should pass over it,
+                // and one that does not must not cost us what it does know.
+                let once_more = self.asked == Asked::MetaContext
+                    && std::mem::take(&mut self.config.transport)
+                    && self.config.allocation;
+                self.ask(if once_more {
+                    Asked::MetaContext
+                } else {
+                    Asked::Go
+                });
                 Ok(Progress::More)
             }
             (Asked::Go, reply::ERR_UNSUP) => {
@@ -385,7 +412,11 @@ impl Handshake {
         let (Some(id), Some(name)) = (be_u32(payload, 0), payload.get(4..)) else {
             return Err(ClientError::violation("a metadata context without an id"));
         };
-        if name != BASE_ALLOCATION.as_bytes() {
+        if self.config.transport && name == TRANSPORT.as_bytes() {
+            self.transport = true;
+            return Ok(());
+        }
+        if !self.config.allocation || name != BASE_ALLOCATION.as_bytes() {
             return Err(ClientError::violation(format!(
                 "a metadata context nobody asked for{}",
                 shown(name)
@@ -452,6 +483,7 @@ impl Handshake {
             block_sizes,
             structured: self.structured,
             allocation_context: self.allocation_context,
+            transport: self.transport,
         }))
     }
 }

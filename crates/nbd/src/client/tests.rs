@@ -44,22 +44,29 @@ fn context(id: u32, name: &str) -> Vec<u8> {
 
 /// Feeds `bytes` to a handshake; `None` if they end too early.
 fn shake(bytes: &[u8]) -> Result<Option<Negotiated>, ClientError> {
+    shake_for(bytes, false).map(|(negotiated, _)| negotiated)
+}
+
+/// The same, and what was sent meanwhile.
+fn shake_for(bytes: &[u8], transport: bool) -> Result<(Option<Negotiated>, Vec<u8>), ClientError> {
+    let mut sent = Vec::new();
     let mut handshake = Handshake::new(HandshakeConfig {
         export: "disk".to_owned(),
         structured: true,
         allocation: true,
+        transport,
     })?;
     let mut at = 0;
     loop {
         let needed = handshake.needed();
         let Some(piece) = bytes.get(at..at + needed) else {
-            return Ok(None);
+            return Ok((None, sent));
         };
         at += needed;
         if let Progress::Done(negotiated) = handshake.receive(piece)? {
-            return Ok(Some(negotiated));
+            return Ok((Some(negotiated), sent));
         }
-        handshake.take_output();
+        sent.extend(handshake.take_output());
     }
 }
 
@@ -155,6 +162,60 @@ fn newstyle_that_is_not_fixed_goes_straight_to_the_export() {
         vec![0; 124],
     ];
     assert_eq!(shake(&bytes.concat()).unwrap().unwrap().size_bytes, 0);
+}
+
+#[test]
+fn frames_are_spoken_only_by_who_grants_them() {
+    let granted = [
+        option_reply(option::GO, reply::INFO, &info_export(1 << 20, FLAGS)),
+        option_reply(option::GO, reply::ACK, &[]),
+    ]
+    .concat();
+    let frames = context(9, wire::TRANSPORT);
+    let grant = option_reply(option::SET_META_CONTEXT, reply::META_CONTEXT, &frames);
+    let structured = option_reply(option::STRUCTURED_REPLY, reply::ACK, &[]);
+    let settled = option_reply(option::SET_META_CONTEXT, reply::ACK, &[]);
+    let hello = greeting(FIXED);
+    let ours = [&hello, &structured, &grant, &settled, &granted].map(|p| &p[..]);
+    let (negotiated, sent) = shake_for(&ours.concat(), true).unwrap();
+    let negotiated = negotiated.unwrap();
+    assert!(negotiated.transport && negotiated.allocation_context.is_none());
+    let asks = |sent: &[u8]| {
+        let name = wire::TRANSPORT.as_bytes();
+        sent.windows(name.len()).filter(|w| *w == name).count()
+    };
+    assert_eq!(asks(&sent), 1);
+    assert!(shake(&ours.concat()).is_err(), "granted to who did not ask");
+
+    let theirs = [up_to_go(), granted.clone()].concat();
+    let (negotiated, _) = shake_for(&theirs, true).unwrap();
+    let negotiated = negotiated.unwrap();
+    assert!(!negotiated.transport && negotiated.allocation_context == Some(7));
+
+    // A server that fails at a name it does not know is asked without it.
+    let sour = option_reply(option::SET_META_CONTEXT, reply::ERR_INVALID, b"what?");
+    let base = context(7, wire::BASE_ALLOCATION);
+    let base = option_reply(option::SET_META_CONTEXT, reply::META_CONTEXT, &base);
+    let parts = [
+        &hello,
+        &structured,
+        &grant,
+        &sour,
+        &base,
+        &settled,
+        &granted,
+    ];
+    let (negotiated, sent) = shake_for(&parts.map(|p| &p[..]).concat(), true).unwrap();
+    let negotiated = negotiated.unwrap();
+    assert!(!negotiated.transport && negotiated.allocation_context == Some(7));
+    assert_eq!(asks(&sent), 1);
+
+    // Without GO there are no frames, whatever was granted before.
+    let old = option_reply(option::GO, reply::ERR_UNSUP, &[]);
+    let export = [&(4096u64).to_be_bytes()[..], &FLAGS.to_be_bytes()].concat();
+    let parts = [&hello, &structured, &grant, &settled, &old, &export];
+    let (negotiated, _) = shake_for(&parts.map(|p| &p[..]).concat(), true).unwrap();
+    assert!(!negotiated.unwrap().transport);
 }
 
 #[test]

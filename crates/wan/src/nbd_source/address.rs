@@ -13,6 +13,8 @@ pub struct NbdSourceConfig {
     pub export: String,
     /// What people wrote to name the source; empty: made of address and export.
     pub uri: String,
+    /// Speak frames (`docs/wire.md`) with a server that knows them, and plain NBD with others.
+    pub frames: bool,
     /// Connections wanted, at least 1, at most [`MAX_CONNECTIONS`]; fewer is not an error.
     pub connections: usize,
     /// Open more than one connection even to a server that does not promise they are coherent
@@ -40,9 +42,10 @@ pub struct NbdSourceConfig {
 
 /// More connections than that help nobody.
 pub const MAX_CONNECTIONS: usize = 16;
-/// So many requests of 28 bytes fit into any socket's send buffer (4608 bytes at the least), so
-/// that sending one never waits for the peer.
-pub const MAX_IN_FLIGHT: usize = 128;
+/// So many requests, of 28 bytes in NBD and at most 44 in frames, fit into any socket's send buffer
+/// (4608 bytes at the least, 16 KiB and more unless somebody wanted it so), so that sending one never
+/// waits for the peer. A promotion takes 40 bytes more.
+pub const MAX_IN_FLIGHT: usize = 104;
 
 impl NbdSourceConfig {
     /// Sensible settings for an export.
@@ -51,6 +54,7 @@ impl NbdSourceConfig {
             address,
             export: export.into(),
             uri: String::new(),
+            frames: true,
             connections: 4,
             several_without_promise: false,
             connect_timeout: Duration::from_secs(10),

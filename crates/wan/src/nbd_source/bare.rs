@@ -11,7 +11,7 @@ use hikkoshi_nbd::client::Negotiated;
 use super::address::NbdSourceConfig;
 use super::job::Job;
 use super::line::Line;
-use super::reader::Reader;
+use super::reader;
 use super::shared::info_of;
 use super::wire::Wire;
 use crate::source::{Completion, ExtentsAnswer, Fetched, Lane, SourceError, SourceInfo};
@@ -89,11 +89,10 @@ impl BareConnection {
 
     /// Receives and answers until the connection ends; then says why it did, and what is left.
     pub fn serve(&self) -> (SourceError, Vec<Undone>) {
-        let (error, mut jobs) = match Reader::new(&self.line, None) {
-            Ok(mut reader) => {
-                let ended = reader.run();
-                let error = SourceError::new(ended.kind(), ended.to_string());
-                (error, reader.take_unfinished())
+        let (error, mut jobs) = match reader::read(&self.line, None) {
+            Ok(ended) => {
+                let error = SourceError::new(ended.why.kind(), ended.why.to_string());
+                (error, ended.unfinished)
             }
             Err(broken) => {
                 let kind = crate::source::SourceErrorKind::Disconnected;

@@ -134,6 +134,7 @@ pub(super) fn shake_hands(
         export: config.export.clone(),
         structured: true,
         allocation: true,
+        transport: config.frames,
     })
     .map_err(refused)?;
     let deadline = Instant::now() + config.handshake_timeout;

@@ -9,8 +9,10 @@ use hikkoshi_nbd::client::{Hole, Reply, StatusExtent};
 use hikkoshi_nbd::wire::command;
 
 use crate::source::{
-    Completion, ExtentsAnswer, Fetched, Lane, SourceError, SourceErrorKind, SourceExtent,
+    Completion, ExtentsAnswer, Fetched, Hashes, Lane, SourceError, SourceErrorKind, SourceExtent,
 };
+use crate::transport::message::{Hash, Request, Wish};
+use crate::transport::{HEADER_BYTES, Priority, limits};
 
 /// The longest question for extents that goes over the wire, in bytes; a multiple of every
 /// minimum block, and far inside 32 bits.
@@ -33,6 +35,19 @@ enum Op {
         wanted: Wanted,
         done: Completion<ExtentsAnswer>,
     },
+    /// Only over a connection that speaks frames.
+    Hash {
+        grain: u32,
+        done: Completion<Hashes>,
+    },
+}
+
+/// What answers a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    Data,
+    Extents,
+    Hashes { grain: u32 },
 }
 
 /// The bytes that the caller asked for, inside those of the job.
@@ -127,6 +142,75 @@ impl Job {
         }
     }
 
+    /// A question for the hash of each grain of `offset..offset + len`, which must be one that
+    /// frames can ask.
+    pub(super) fn hashes(
+        lane: Lane,
+        offset: u64,
+        len: u32,
+        grain: u32,
+        done: Completion<Hashes>,
+    ) -> Self {
+        let op = Op::Hash { grain, done };
+        Self {
+            lane,
+            offset,
+            len,
+            op,
+        }
+    }
+
+    /// What answers it.
+    pub(super) fn answer(&self) -> Answer {
+        match self.op {
+            Op::Read { .. } => Answer::Data,
+            Op::Status { .. } => Answer::Extents,
+            Op::Hash { grain, .. } => Answer::Hashes { grain },
+        }
+    }
+
+    /// Whether it is bulk that brings bytes of this range.
+    pub(super) fn is_bulk_of(&self, offset: u64, len: u64) -> bool {
+        let end = self.offset + u64::from(self.len);
+        let overlaps = self.offset < offset.saturating_add(len) && offset < end;
+        self.lane == Lane::Bulk && self.is_read() && overlaps
+    }
+
+    /// Whether plain NBD cannot ask it.
+    pub(super) fn needs_frames(&self) -> bool {
+        matches!(self.op, Op::Hash { .. })
+    }
+
+    /// The request in frames.
+    pub(super) fn frame(&self, id: u64) -> Vec<u8> {
+        let (wish, bulk) = match self.op {
+            Op::Read { .. } => (Wish::Read, Priority::COLD),
+            Op::Status { .. } => (Wish::Extents, Priority::COLD),
+            Op::Hash { grain, .. } => (Wish::Hash { grain }, Priority::CHECK),
+        };
+        let priority = match self.lane {
+            Lane::Demand => Priority::DEMAND,
+            Lane::Bulk => bulk,
+        };
+        Request::Wish {
+            id,
+            priority,
+            wish,
+            offset: self.offset,
+            len: self.len,
+        }
+        .encode()
+    }
+
+    /// How many bytes [`Self::frame`] has.
+    pub(super) fn frame_bytes(&self) -> usize {
+        HEADER_BYTES
+            + match self.op {
+                Op::Hash { .. } => limits::REQUEST_PAYLOAD_BYTES as usize,
+                Op::Read { .. } | Op::Status { .. } => 0,
+            }
+    }
+
     /// Whether it is a read.
     pub(super) fn is_read(&self) -> bool {
         matches!(self.op, Op::Read { .. })
@@ -136,7 +220,7 @@ impl Job {
     pub(super) fn command(&self) -> u16 {
         match self.op {
             Op::Read { .. } => command::READ,
-            Op::Status { .. } => command::BLOCK_STATUS,
+            Op::Status { .. } | Op::Hash { .. } => command::BLOCK_STATUS,
         }
     }
 
@@ -144,7 +228,7 @@ impl Job {
     pub(super) fn reply(&self, structured: bool, context: Option<u32>) -> Reply {
         match self.op {
             Op::Read { .. } => Reply::to_read(self.offset, self.len, structured),
-            Op::Status { .. } => {
+            Op::Status { .. } | Op::Hash { .. } => {
                 Reply::to_block_status(self.offset, self.len, context.unwrap_or(u32::MAX))
             }
         }
@@ -155,7 +239,22 @@ impl Job {
         match self.op {
             Op::Read { done, .. } => done(Err(error)),
             Op::Status { done, .. } => done(Err(error)),
+            Op::Hash { done, .. } => done(Err(error)),
         }
+    }
+
+    /// Answers a question for hashes.
+    pub(super) fn deliver_hashes(self, hashes: Vec<Hash>, wire_bytes: u64) {
+        let Op::Hash { grain, done } = self.op else {
+            return self.fail(untold("hashes in answer to another question"));
+        };
+        done(Ok(Hashes {
+            offset: self.offset,
+            grain,
+            hashes,
+            at_source: true,
+            wire_bytes,
+        }));
     }
 
     /// Answers a read with all bytes of the job; `holes` in any order.

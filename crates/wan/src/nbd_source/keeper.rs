@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use super::dial::dial;
 use super::line::Line;
-use super::reader::Reader;
 use super::shared::{Installed, Shared};
+use super::{frames, reader};
 use crate::source::{SourceError, SourceErrorKind};
 
 /// The pause before a connection beyond the first is tried again that the server did not admit.
@@ -75,11 +75,27 @@ pub(super) fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
     );
     // A caller whose completion panics must not take with it the answers of all the others.
     let calm = catch_unwind(AssertUnwindSafe(|| {
-        match Reader::new(line, shared.config.progress_timeout) {
-            Ok(mut reader) => {
-                let ended = reader.run();
-                answered = reader.answered;
-                jobs = reader.take_unfinished();
+        let patience = shared.config.progress_timeout;
+        let outcome = if line.speaks_frames() {
+            frames::read(line, patience)
+        } else {
+            reader::read(line, patience)
+        };
+        match outcome {
+            Ok(ended) => {
+                answered = ended.answered;
+                jobs = ended.unfinished;
+                let ended = ended.why;
+                if ended.is_checksum() {
+                    shared.count_checksum_failure();
+                    tracing::warn!(
+                        slot,
+                        "{}: {ended}; nothing of it was kept, and it is asked for again over a \
+                         new connection; memory or network hardware between here and there is \
+                         failing",
+                        shared.uri
+                    );
+                }
                 let message = format!("{}: {ended}", shared.uri);
                 error = SourceError::new(ended.kind(), message);
             }

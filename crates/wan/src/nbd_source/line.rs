@@ -16,6 +16,8 @@ use super::address::NbdSourceConfig;
 use super::job::Job;
 use super::wire::Wire;
 use crate::source::Lane;
+use crate::transport::Priority;
+use crate::transport::message::Request;
 
 /// How many requests wait on one connection at most, those in flight not counted. Callers bound
 /// what they ask for far below; this is only against their mistakes.
@@ -71,6 +73,11 @@ impl Line {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether frames are spoken here, and not NBD.
+    pub(super) fn speaks_frames(&self) -> bool {
+        self.negotiated.transport
+    }
+
     /// Whether requests can still be submitted; may change at any time.
     pub(super) fn is_alive(&self) -> bool {
         !self.dead.load(Ordering::Acquire)
@@ -107,20 +114,59 @@ impl Line {
         Ok(())
     }
 
+    /// Bulk reads of this range are waited for by a guest: what is queued goes with the demand, and
+    /// of what the server has been asked for it is told, if it speaks frames. A reply that has begun
+    /// is being served already.
+    pub(super) fn promote(&self, offset: u64, len: u64) {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.closed {
+            return;
+        }
+        let mut stay = VecDeque::with_capacity(state.bulk.len());
+        for mut job in state.bulk.drain(..) {
+            if job.is_bulk_of(offset, len) {
+                job.lane = Lane::Demand;
+                self.queued_bulk
+                    .fetch_sub(u64::from(job.len), Ordering::Relaxed);
+                state.demand.push_back(job);
+            } else {
+                stay.push_back(job);
+            }
+        }
+        state.bulk = stay;
+        if self.speaks_frames() {
+            let asked = state.unanswered.iter();
+            let output: Vec<u8> = asked
+                .filter(|(_, job)| job.is_bulk_of(offset, len))
+                .flat_map(|(id, _)| Request::Promote(*id, Priority::DEMAND).encode())
+                .collect();
+            if !output.is_empty() && self.wire.send(&output).is_err() {
+                // The reader notices.
+                self.wire.hang_up();
+            }
+        }
+        self.pump(state);
+    }
+
     /// Sends what may be sent now.
     fn pump(&self, state: &mut State) {
         let mut output = Vec::new();
         while let Some(job) = self.next(state) {
             let cookie = state.next_cookie;
             state.next_cookie = cookie.wrapping_add(1);
-            output.reserve(REQUEST_BYTES);
-            output.extend_from_slice(&encode_request(
-                0,
-                job.command(),
-                cookie,
-                job.offset,
-                job.len,
-            ));
+            if self.speaks_frames() {
+                output.extend(job.frame(cookie));
+            } else {
+                output.reserve(REQUEST_BYTES);
+                output.extend_from_slice(&encode_request(
+                    0,
+                    job.command(),
+                    cookie,
+                    job.offset,
+                    job.len,
+                ));
+            }
             state.in_flight += 1;
             if job.lane == Lane::Bulk {
                 state.bulk_in_flight += 1;
@@ -191,15 +237,18 @@ impl Line {
         jobs
     }
 
-    /// Says goodbye (section "Terminating the transmission phase") and hangs up.
+    /// Says goodbye (section "Terminating the transmission phase") and hangs up. In frames the
+    /// end of the stream says it.
     pub(super) fn disconnect(&self) {
         let mut state = self.state();
         if !state.closed {
             state.closed = true;
             self.dead.store(true, Ordering::Release);
-            let goodbye = encode_request(0, command::DISC, state.next_cookie, 0, 0);
-            // Only politeness: nothing depends on its arrival.
-            self.wire.send_politely(&goodbye);
+            if !self.speaks_frames() {
+                let goodbye = encode_request(0, command::DISC, state.next_cookie, 0, 0);
+                // Only politeness: nothing depends on its arrival.
+                self.wire.send_politely(&goodbye);
+            }
         }
         self.wire.hang_up();
     }

@@ -1,12 +1,16 @@
-//! A standard NBD server as a source.
+//! An NBD server as a source; over frames where it knows them, over plain NBD else.
 //!
 //! Owns several connections to one export, each with a thread that receives and answers, and a
 //! thread for news that no connection can bring. Every connection that is lost is dialled again,
 //! and must lead to the same disk. The volume submits and is called back; no lock is held then.
+//!
+//! What is the same in both dialects is in `dial`, `keeper`, `shared`, `line`, `replies` and
+//! `receive`; requests are written by `job`, replies are read by `reader` (NBD) and `frames`.
 
 mod address;
 mod bare;
 mod dial;
+mod frames;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod herald;
@@ -14,6 +18,8 @@ mod job;
 mod keeper;
 mod line;
 mod reader;
+mod receive;
+mod replies;
 mod shared;
 mod wire;
 
@@ -32,9 +38,10 @@ use self::job::Job;
 use self::line::Line;
 use self::shared::{Installed, Shared, info_of};
 use crate::source::{
-    Completion, ExtentsAnswer, Fetched, Lane, Source, SourceError, SourceErrorKind, SourceExtent,
-    SourceInfo, SourceWatcher,
+    Completion, ExtentsAnswer, Fetched, Hashes, Lane, Source, SourceError, SourceErrorKind,
+    SourceExtent, SourceInfo, SourceWatcher, hash_by_reading,
 };
+use crate::transport::{limits, message};
 
 /// How long closing waits for threads to end. Only the lookup of a host name or a completion that
 /// takes its time can make it wait; what is left then ends by itself.
@@ -179,6 +186,25 @@ impl NbdSource {
             .dispatch(Job::status(lane, offset, len, limits, done));
     }
 
+    fn submit_hashes(
+        &self,
+        lane: Lane,
+        offset: u64,
+        len: u32,
+        grain: u32,
+        done: Completion<Hashes>,
+    ) {
+        let in_frames = message::grain_fits(grain, len) && len <= limits::HASH_BYTES && len > 0;
+        if !in_frames || !self.shared.speaks_frames() {
+            return hash_by_reading(self, lane, offset, len, grain, done);
+        }
+        if let Err(error) = check(&self.shared.info(), offset, u64::from(len)) {
+            return self.answer(move || done(Err(error)));
+        }
+        self.shared
+            .dispatch(Job::hashes(lane, offset, len, grain, done));
+    }
+
     /// Runs `answer` on the herald's thread.
     fn answer(&self, answer: impl FnOnce() + Send + 'static) {
         self.shared.tell(News::Answer(Box::new(answer)));
@@ -218,6 +244,22 @@ impl Source for NbdSource {
 
     fn extents(&self, lane: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>) {
         self.submit_extents(lane, offset, len, done);
+    }
+
+    fn hashes(&self, lane: Lane, offset: u64, len: u32, grain: u32, done: Completion<Hashes>) {
+        self.submit_hashes(lane, offset, len, grain, done);
+    }
+
+    fn promote(&self, offset: u64, len: u64) {
+        self.shared.promote(offset, len);
+    }
+
+    fn speaks_frames(&self) -> bool {
+        self.shared.speaks_frames()
+    }
+
+    fn checksum_failures(&self) -> u64 {
+        self.shared.checksum_failures()
     }
 
     fn watch(&self, watcher: Arc<dyn SourceWatcher>) {

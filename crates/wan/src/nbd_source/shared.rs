@@ -28,6 +28,8 @@ pub(super) struct Shared {
     herald: Sender<News>,
     /// Tells sources apart in thread-local marks.
     pub(super) id: u64,
+    /// Connections that were given up because bytes were changed on their way.
+    checksum_failures: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -85,6 +87,7 @@ impl Shared {
             watcher,
             herald,
             id,
+            checksum_failures: AtomicU64::new(0),
             state: Mutex::new(State {
                 info,
                 lines: vec![None; connections],
@@ -119,6 +122,21 @@ impl Shared {
         self.state().info.clone()
     }
 
+    pub(super) fn count_checksum_failure(&self) {
+        self.checksum_failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn checksum_failures(&self) -> u64 {
+        self.checksum_failures.load(Ordering::Relaxed)
+    }
+
+    /// Whether the connections that stand speak frames.
+    pub(super) fn speaks_frames(&self) -> bool {
+        let state = self.state();
+        let mut alive = state.lines.iter().flatten().filter(|line| line.is_alive());
+        alive.next().is_some_and(|line| line.speaks_frames())
+    }
+
     /// How many connections take requests.
     pub(super) fn standing(&self) -> usize {
         let state = self.state();
@@ -151,7 +169,7 @@ impl Shared {
 
     /// Gives a job to the best connection, or fails it.
     pub(super) fn dispatch(&self, mut job: Job) {
-        while let Some(line) = self.pick(job.lane) {
+        while let Some(line) = self.pick(&job) {
             match line.submit(job) {
                 Ok(()) => return,
                 Err(back) if line.is_alive() => {
@@ -172,17 +190,29 @@ impl Shared {
     }
 
     /// The connection with the least to do; bulk leaves the first one to demand.
-    fn pick(&self, lane: Lane) -> Option<Arc<Line>> {
+    fn pick(&self, job: &Job) -> Option<Arc<Line>> {
+        let lane = job.lane;
         let state = self.state();
         if state.closed {
             return None;
         }
-        let alive = || state.lines.iter().flatten().filter(|line| line.is_alive());
+        let alive = || {
+            let lines = state.lines.iter().flatten();
+            lines.filter(|line| line.is_alive() && (line.speaks_frames() || !job.needs_frames()))
+        };
         let spared = usize::from(lane == Lane::Bulk && alive().nth(1).is_some());
         alive()
             .skip(spared)
             .min_by_key(|line| line.load(lane))
             .cloned()
+    }
+
+    /// Makes bulk reads of this range urgent, on whichever connection they are.
+    pub(super) fn promote(&self, offset: u64, len: u64) {
+        let lines: Vec<_> = self.state().lines.iter().flatten().cloned().collect();
+        for line in lines {
+            line.promote(offset, len);
+        }
     }
 
     /// Remembers a socket being connected, so that closing can interrupt it; `false`: closed.
@@ -210,7 +240,12 @@ impl Shared {
         let same = if state.standing == 0 {
             fresh.may_succeed(&state.info)
         } else {
-            same_disk(&fresh, &state.info) && same_sizes
+            let same_tongue = state
+                .lines
+                .iter()
+                .flatten()
+                .all(|other| other.speaks_frames() == line.speaks_frames());
+            same_disk(&fresh, &state.info) && same_sizes && same_tongue
         };
         // Two keepers may have dialled the first connection at once: the promise is asked again.
         let several = fresh.can_multi_conn || self.config.several_without_promise;

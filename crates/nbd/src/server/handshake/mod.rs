@@ -67,7 +67,8 @@ pub struct ExportInfo {
     pub max_payload: u32,
     /// Clients that do not ask for the block sizes are turned away.
     pub block_size_required: bool,
-    /// The metadata contexts it has, in the order of their ids.
+    /// The metadata contexts it has, in the order of their ids; among them
+    /// [`wire::TRANSPORT`] if it may be had in frames.
     pub contexts: Vec<&'static str>,
 }
 
@@ -94,6 +95,13 @@ pub struct Session {
     /// The largest payload to accept: the export's if the client was told, otherwise at least
     /// what the protocol lets it assume.
     pub max_payload_bytes: u32,
+}
+
+impl Session {
+    /// Whether frames follow, and no NBD: the client chose [`wire::TRANSPORT`].
+    pub fn speaks_frames(&self) -> bool {
+        self.contexts.iter().any(|c| c.name == wire::TRANSPORT)
+    }
 }
 
 /// What came of some input.
@@ -363,7 +371,9 @@ impl Handshake {
         let Some(info) = exports.find(name).filter(|info| !info.block_size_required) else {
             return Outcome::Close;
         };
-        let session = self.session(name, info, false);
+        let mut session = self.session(name, info, false);
+        // A client that wants frames uses GO.
+        session.contexts.retain(|c| c.name != wire::TRANSPORT);
         self.output.export_name(
             session.export.size_bytes,
             session.export.flags,
@@ -416,7 +426,8 @@ impl Handshake {
         let query = MetaQuery::parse(payload)?;
         let found = exports.find(query.name).ok_or(UNKNOWN_EXPORT)?;
         for name in found.contexts {
-            if query.lists(name) {
+            // A client that chooses whatever is listed must not end up without NBD.
+            if name != wire::TRANSPORT && query.lists(name) {
                 // The id means nothing here; the document asks for zero.
                 self.output
                     .meta_context(opt::LIST_META_CONTEXT, Context { id: 0, name });

@@ -25,7 +25,7 @@ pub(super) fn disk(name: &str) -> ExportInfo {
         preferred_block: 4096,
         max_payload: 1 << 20,
         block_size_required: false,
-        contexts: vec![wire::BASE_ALLOCATION, wire::RESIDENCY],
+        contexts: vec![wire::BASE_ALLOCATION, wire::RESIDENCY, wire::TRANSPORT],
     }
 }
 

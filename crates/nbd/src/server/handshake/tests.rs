@@ -364,6 +364,42 @@ fn contexts_may_be_chosen_before_export_name_too() {
 }
 
 #[test]
+fn frames_are_for_those_who_name_them_and_never_listed() {
+    let mut talk = Talk::new();
+    talk.ask(opt::STRUCTURED_REPLY, &[]);
+    for asked in [&[][..], &["x-hikkoshi:"], &[wire::TRANSPORT]] {
+        let listed = talk.ask(opt::LIST_META_CONTEXT, &queries("disk", asked));
+        let shown = |r: &Reply| r.payload.ends_with(wire::TRANSPORT.as_bytes());
+        assert!(!listed.iter().any(shown), "{asked:?}");
+    }
+    let wanted = queries("disk", &[BASE_ALLOCATION, wire::TRANSPORT]);
+    let replies = talk.ask(opt::SET_META_CONTEXT, &wanted);
+    assert_eq!(replies[1].payload, b"\0\0\0\x03x-hikkoshi:transport-1");
+    assert!(talk.go("disk", &[]).0.speaks_frames());
+
+    for wanted in [
+        queries("disk", &["x-hikkoshi:", "x-hikkoshi:transport-2"]),
+        queries("other", &[wire::TRANSPORT]),
+    ] {
+        let mut talk = Talk::new();
+        talk.ask(opt::STRUCTURED_REPLY, &[]);
+        talk.ask(opt::SET_META_CONTEXT, &wanted);
+        assert!(!talk.go("disk", &[]).0.speaks_frames());
+    }
+    let mut talk = Talk::new();
+    talk.ask(opt::STRUCTURED_REPLY, &[]);
+    talk.ask(
+        opt::SET_META_CONTEXT,
+        &queries("disk", &[wire::TRANSPORT, RESIDENCY]),
+    );
+    let progress = talk.input(&option(opt::EXPORT_NAME, b"disk"));
+    let Outcome::Begin(session) = progress.outcome else {
+        panic!("{progress:?}");
+    };
+    assert!(!session.speaks_frames() && session.contexts.len() == 1);
+}
+
+#[test]
 fn a_wrong_magic_closes() {
     let mut bytes = option(opt::LIST, &[]);
     bytes[7] ^= 1;

@@ -1,0 +1,169 @@
+//! What is being sent: frames that leave with one system call, and nothing behind them yet.
+//!
+//! Holds one quantum or a few small answers, never more, so that what is more urgent than all
+//! that waits has at most this much in front of it. Data is sent from where it was read to.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::Arc;
+
+use hikkoshi_wan::transport::frame::{Header, Kind};
+use hikkoshi_wan::transport::{HEADER_BYTES, Priority, limits};
+use socket2::Socket;
+
+use crate::volume::relocation::zero_runs;
+
+/// Pieces handed to the kernel at once; a quantum of alternating data and zeroes has thirty.
+const MAX_SLICES: usize = 128;
+
+/// MSG_NOSIGNAL, MSG_DONTWAIT.
+const NO_SIGNAL: i32 = 0x4000;
+const DONT_WAIT: i32 = 0x40;
+
+/// Bytes that were read for an answer.
+#[derive(Clone, Debug)]
+pub(super) enum Bytes {
+    /// In the batch's own buffer.
+    Read(Range<usize>),
+    /// In a buffer that came from elsewhere.
+    Fetched(Arc<Vec<u8>>, Range<usize>),
+}
+
+enum Part {
+    Header([u8; HEADER_BYTES]),
+    Payload(Vec<u8>),
+    Data(Bytes),
+}
+
+/// Frames on their way out.
+pub(super) struct Batch {
+    parts: VecDeque<Part>,
+    /// How much of the first part is sent.
+    sent: usize,
+    buffer: Vec<u8>,
+    used: usize,
+}
+
+impl Batch {
+    pub fn new() -> Self {
+        Self {
+            parts: VecDeque::new(),
+            sent: 0,
+            buffer: vec![0; limits::QUANTUM_BYTES as usize],
+            used: 0,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    /// Room to read `len` bytes to, if there is so much.
+    pub fn room(&mut self, len: usize) -> Option<&mut [u8]> {
+        self.buffer.get_mut(self.used..)?.get_mut(..len)
+    }
+
+    /// `len` bytes were read to the room and are to stay there until they are sent.
+    pub fn keep(&mut self, len: usize) -> Bytes {
+        let start = self.used;
+        self.used += len;
+        Bytes::Read(start..self.used)
+    }
+
+    /// The bytes themselves.
+    pub fn look<'a>(&'a self, bytes: &'a Bytes) -> &'a [u8] {
+        look(&self.buffer, bytes)
+    }
+
+    /// Adds a frame with a payload of its own, or none.
+    pub fn frame(&mut self, header: Header, payload: Vec<u8>) {
+        let header = header.with_payload(&payload);
+        self.parts.push_back(Part::Header(header.encode()));
+        if !payload.is_empty() {
+            self.parts.push_back(Part::Payload(payload));
+        }
+    }
+
+    /// Adds the frames that carry `bytes`, which belong at `offset`. Runs of zeroes are told, not
+    /// sent. The checksums are made of what was read.
+    pub fn data(&mut self, id: u64, priority: Priority, offset: u64, bytes: &Bytes, last: bool) {
+        let data = look(&self.buffer, bytes);
+        let start = match bytes {
+            Bytes::Read(range) | Bytes::Fetched(_, range) => range.start,
+        };
+        let mut at = 0;
+        for (place, run, zero) in zero_runs(offset, data) {
+            let end = at + run.len();
+            let span = u32::try_from(run.len()).expect("at most a quantum");
+            let kind = if zero { Kind::Zero } else { Kind::Data };
+            let mut header = Header::request(kind, priority, id, place, span);
+            header.last = last && end == data.len();
+            if zero {
+                self.parts.push_back(Part::Header(header.encode()));
+            } else {
+                let header = header.with_payload(run);
+                self.parts.push_back(Part::Header(header.encode()));
+                let place = start + at..start + end;
+                self.parts.push_back(Part::Data(match bytes {
+                    Bytes::Read(_) => Bytes::Read(place),
+                    Bytes::Fetched(buffer, _) => Bytes::Fetched(Arc::clone(buffer), place),
+                }));
+            }
+            at = end;
+        }
+    }
+
+    /// Hands over what the socket takes without waiting.
+    ///
+    /// # Errors
+    /// The client is gone.
+    pub fn send(&mut self, socket: &Socket) -> io::Result<()> {
+        while !self.parts.is_empty() {
+            let parts = self.parts.iter().take(MAX_SLICES).enumerate();
+            let slices: Vec<IoSlice<'_>> = parts
+                .map(|(n, part)| {
+                    let bytes = bytes_of(part, &self.buffer);
+                    let sent = if n == 0 { self.sent } else { 0 };
+                    IoSlice::new(&bytes[sent..])
+                })
+                .collect();
+            match socket.send_vectored_with_flags(&slices, NO_SIGNAL | DONT_WAIT) {
+                Ok(sent) => self.consume(sent),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        self.used = 0;
+        Ok(())
+    }
+
+    fn consume(&mut self, mut sent: usize) {
+        while let Some(front) = self.parts.front() {
+            let left = bytes_of(front, &self.buffer).len() - self.sent;
+            if sent < left {
+                self.sent += sent;
+                return;
+            }
+            sent -= left;
+            self.sent = 0;
+            self.parts.pop_front();
+        }
+    }
+}
+
+fn look<'a>(buffer: &'a [u8], bytes: &'a Bytes) -> &'a [u8] {
+    match bytes {
+        Bytes::Read(range) => &buffer[range.clone()],
+        Bytes::Fetched(buffer, range) => &buffer[range.clone()],
+    }
+}
+
+fn bytes_of<'a>(part: &'a Part, buffer: &'a [u8]) -> &'a [u8] {
+    match part {
+        Part::Header(header) => header,
+        Part::Payload(payload) => payload,
+        Part::Data(bytes) => look(buffer, bytes),
+    }
+}

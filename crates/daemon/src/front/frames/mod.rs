@@ -1,0 +1,460 @@
+//! One destination of ours in transmission: the loop that serves it frames (`docs/wire.md`).
+//!
+//! One thread that never waits for anything but the next event: requests are taken as they come,
+//! what is most urgent is read and sent a quantum at a time, and only when the kernel has hardly
+//! anything unsent left, so that the order is decided as late as it can be. What is not in memory
+//! is read elsewhere meanwhile, or fetched from the volume's own source, and the others go on.
+
+mod batch;
+mod post;
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use hikkoshi_engine::geometry::ByteRange;
+use hikkoshi_nbd::server::StatusExtents;
+use hikkoshi_nbd::wire::{Errno, allocation};
+use hikkoshi_wan::transport::frame::{Header, Kind, Side};
+use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
+use hikkoshi_wan::transport::{Decoder, Scheduler, Step, Work, limits};
+use rustix::event::{PollFd, PollFlags, poll};
+use socket2::Socket;
+
+use super::outbox::errno_of;
+use crate::volume::Volume;
+use crate::volume::guest::{ReadNow, read_error};
+use crate::volume::relocation::{ReadEnd, Relocation};
+use batch::{Batch, Bytes};
+use post::{Letter, Outcome, Post};
+
+/// What the kernel may hold of this connection that it has not sent: enough to be sending on
+/// while the next quantum is read, and what demand waits behind at most, beside one quantum.
+const UNSENT_BYTES: u32 = 2 * limits::QUANTUM_BYTES;
+
+/// Bytes taken from the socket at a time: a few hundred requests.
+const RECEIVE_BYTES: usize = 16 << 10;
+
+/// What is not in memory is read this much at a time: a disk's own pace, and a multiple of a
+/// quantum, so that no step crosses its end.
+const FETCH_BYTES: u64 = 8 * limits::QUANTUM_BYTES as u64;
+
+/// Bytes that a connection may have read elsewhere and not sent, beyond which only a quantum is
+/// read at a time.
+const MAX_FETCHED_BYTES: usize = 16 << 20;
+
+/// What looking for extents counts as, where work between two looks at the socket is bounded.
+const EXTENTS_COST: u32 = 4096;
+
+/// What has come for a request that had to wait.
+enum Ready {
+    Bytes { offset: u64, data: Arc<Vec<u8>> },
+    Failed(Errno, String),
+}
+
+/// The bytes for a step.
+enum Got {
+    Bytes(Bytes),
+    /// They are being fetched.
+    Parked,
+    Failed(Errno, String),
+}
+
+pub(super) struct FrameSession {
+    volume: Arc<Volume>,
+    /// Let go of as soon as the volume is local.
+    relocation: Option<Arc<Relocation>>,
+    socket: Socket,
+    decoder: Decoder,
+    scheduler: Scheduler,
+    batch: Batch,
+    post: Arc<Post>,
+    ready: HashMap<u64, Ready>,
+    /// Bytes that are being read elsewhere, or wait in `ready`.
+    fetched_bytes: usize,
+    /// Requests that are not hashed to their end: where they began, and the hashes from there.
+    hashes: HashMap<u64, (u64, Vec<Hash>)>,
+    /// Requests of which something had to come from the volume's own source.
+    remote: HashSet<u64>,
+}
+
+impl FrameSession {
+    pub fn new(volume: Arc<Volume>, socket: Socket, early: &[u8]) -> io::Result<Self> {
+        if !socket.local_addr()?.is_unix() {
+            socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
+        }
+        let mut decoder = Decoder::new(Side::Client);
+        decoder.push(early);
+        Ok(Self {
+            relocation: volume.relocation(),
+            scheduler: Scheduler::new(volume.geometry().size_bytes()),
+            volume,
+            socket,
+            decoder,
+            batch: Batch::new(),
+            post: Arc::new(Post::new()?),
+            ready: HashMap::new(),
+            fetched_bytes: 0,
+            hashes: HashMap::new(),
+            remote: HashSet::new(),
+        })
+    }
+
+    /// Serves until the client or the daemon ends it.
+    ///
+    /// # Errors
+    /// The connection broke, or what came over it makes no sense.
+    pub fn run(mut self) -> io::Result<()> {
+        self.volume.tally.clients.fetch_add(1, Ordering::Relaxed);
+        let outcome = self.serve();
+        self.volume.tally.clients.fetch_sub(1, Ordering::Relaxed);
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        outcome
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            self.take_requests()?;
+            // Only the kernel knows whether there is room for more, and it is asked at the same
+            // time as for what is new, so that this is seen before the next quantum is chosen.
+            let sending = !self.batch.is_empty() || self.scheduler.peek().is_some();
+            let seen = self.wait(sending)?;
+            if seen.letters {
+                self.take_letters();
+            }
+            if seen.input && !self.receive()? {
+                return Ok(());
+            }
+            self.take_requests()?;
+            if self.relocation.is_some() && self.volume.is_local() {
+                self.relocation = None;
+            }
+            if seen.room || !sending {
+                if self.batch.is_empty() {
+                    self.fill();
+                }
+                self.batch.send(&self.socket)?;
+            }
+        }
+    }
+
+    fn wait(&self, sending: bool) -> io::Result<Seen> {
+        let mut wanted = PollFlags::empty();
+        if !self.scheduler.is_full() {
+            wanted |= PollFlags::IN;
+        }
+        if sending {
+            wanted |= PollFlags::OUT;
+        }
+        let bell = self.post.bell();
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.socket.as_fd(), wanted),
+            PollFd::from_borrowed_fd(bell, PollFlags::IN),
+        ];
+        loop {
+            match poll(&mut fds, None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        let socket = fds[0].revents();
+        let over = socket.intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL);
+        Ok(Seen {
+            // The end of the stream is found by receiving.
+            input: socket.contains(PollFlags::IN) || over,
+            room: socket.contains(PollFlags::OUT),
+            letters: !fds[1].revents().is_empty(),
+        })
+    }
+
+    // Requests
+
+    /// Receives what there is. False at the end of the stream.
+    fn receive(&mut self) -> io::Result<bool> {
+        let mut buffer = [MaybeUninit::<u8>::uninit(); RECEIVE_BYTES];
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.socket, &mut buffer, flags) {
+            Ok((_, 0)) => Ok(false),
+            Ok(((received, _), _)) => {
+                self.decoder.push(received);
+                Ok(true)
+            }
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(true),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Takes the requests that are here, as many as there is room for.
+    fn take_requests(&mut self) -> io::Result<()> {
+        while !self.scheduler.is_full()
+            && let Some(frame) = self.decoder.next_frame().map_err(io::Error::other)?
+        {
+            let request = Request::parse(&frame).map_err(io::Error::other)?;
+            self.scheduler.submit(request).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    // Answers
+
+    /// Fills the batch with what is most urgent. Bounded in what it does, not only in what it
+    /// sends: hashing takes its time, too.
+    fn fill(&mut self) {
+        let mut spent = 0;
+        while let Some(step) = self.scheduler.peek() {
+            let cost = match step.work {
+                Work::Wish(Wish::Extents) => EXTENTS_COST,
+                _ => step.len,
+            };
+            if spent > 0 && spent + cost > limits::QUANTUM_BYTES {
+                return;
+            }
+            spent += cost;
+            self.produce(&step);
+        }
+    }
+
+    fn produce(&mut self, step: &Step) {
+        match step.work {
+            Work::End => {
+                let end = reply(Kind::End, step, 0, 0);
+                self.batch.frame(end, Vec::new());
+                self.finish(step);
+            }
+            Work::Wish(Wish::Extents) => self.produce_extents(step),
+            Work::Wish(Wish::Read) => match self.bytes(step) {
+                Got::Bytes(bytes) => {
+                    let Step {
+                        id,
+                        priority,
+                        offset,
+                        last,
+                        ..
+                    } = *step;
+                    self.batch.data(id, priority, offset, &bytes, last);
+                    if last && !self.remote.contains(&id) {
+                        self.volume.count_read(false);
+                    }
+                    self.finish(step);
+                }
+                Got::Parked => {}
+                Got::Failed(errno, text) => self.fail(step, errno, &text),
+            },
+            Work::Wish(Wish::Hash { grain }) => match self.bytes(step) {
+                Got::Bytes(bytes) => self.produce_hashes(step, grain, &bytes),
+                Got::Parked => {}
+                Got::Failed(errno, text) => self.fail(step, errno, &text),
+            },
+        }
+    }
+
+    fn produce_extents(&mut self, step: &Step) {
+        let mut extents = StatusExtents::with_limit(step.len, limits::EXTENTS as usize);
+        let relocation = self.relocation.as_ref();
+        let outcome =
+            self.volume
+                .allocation_extents(relocation, step.offset, step.len, &mut extents);
+        if let Err(e) = outcome {
+            return self.fail(step, errno_of(&e), &e.to_string());
+        }
+        let extents: Vec<Extent> = extents
+            .as_slice()
+            .iter()
+            .map(|(len, flags)| Extent {
+                len: *len,
+                zero: flags & allocation::ZERO != 0,
+            })
+            .collect();
+        let span = extents.iter().map(|e| e.len).sum();
+        if span == 0 {
+            return self.fail(step, Errno::Io, "nothing is known of these extents");
+        }
+        let list = reply(Kind::ExtentList, step, step.offset, span);
+        self.batch.frame(list, message::encode_extents(&extents));
+        self.finish(step);
+    }
+
+    fn produce_hashes(&mut self, step: &Step, grain: u32, bytes: &Bytes) {
+        let fresh = message::hashes_of(self.batch.look(bytes), grain);
+        let begun = || (step.offset, Vec::new());
+        let (start, hashes) = self.hashes.entry(step.id).or_insert_with(begun);
+        hashes.extend(fresh);
+        if step.last {
+            let span = step.offset + u64::from(step.len) - *start;
+            let span = u32::try_from(span).expect("as long as what was asked for");
+            let header = reply(Kind::Hashes, step, *start, span);
+            self.batch.frame(header, hashes.concat());
+        }
+        self.finish(step);
+    }
+
+    fn fail(&mut self, step: &Step, errno: Errno, text: &str) {
+        let header = reply(Kind::Error, step, 0, 0);
+        self.batch.frame(header, message::encode_error(errno, text));
+        self.scheduler.forget(step.id);
+        self.let_go(step.id);
+    }
+
+    /// A step is on its way.
+    fn finish(&mut self, step: &Step) {
+        self.scheduler.done(step);
+        let end = step.offset + u64::from(step.len);
+        let used_up = match self.ready.get(&step.id) {
+            Some(Ready::Bytes { offset, data }) => offset + data.len() as u64 <= end,
+            _ => false,
+        };
+        if step.last {
+            self.let_go(step.id);
+        } else if used_up {
+            self.drop_ready(step.id);
+        }
+    }
+
+    fn let_go(&mut self, id: u64) {
+        self.drop_ready(id);
+        self.hashes.remove(&id);
+        self.remote.remove(&id);
+    }
+
+    fn drop_ready(&mut self, id: u64) {
+        if let Some(Ready::Bytes { data, .. }) = self.ready.remove(&id) {
+            self.fetched_bytes -= data.len();
+        }
+    }
+
+    // Reading
+
+    /// The bytes of a step, if they can be had without waiting.
+    fn bytes(&mut self, step: &Step) -> Got {
+        let len = step.len as usize;
+        match self.ready.get(&step.id) {
+            Some(Ready::Bytes { offset, data }) => {
+                let start = usize::try_from(step.offset - offset).unwrap_or(usize::MAX);
+                let range = start..start.saturating_add(len);
+                if range.end <= data.len() {
+                    return Got::Bytes(Bytes::Fetched(Arc::clone(data), range));
+                }
+            }
+            Some(Ready::Failed(errno, text)) => return Got::Failed(*errno, text.clone()),
+            None => {}
+        }
+        let Some(room) = self.batch.room(len) else {
+            return Got::Failed(Errno::Io, "there is no room for a quantum".to_owned());
+        };
+        let relocation = self.relocation.clone();
+        let now = self.volume.read_now(relocation.as_ref(), step.offset, room);
+        match (now, relocation) {
+            (Ok(ReadNow::Done), _) => Got::Bytes(self.batch.keep(len)),
+            (Ok(ReadNow::Missing), Some(relocation)) => {
+                self.fetch(step, &relocation);
+                Got::Parked
+            }
+            (Ok(ReadNow::WouldBlock), _) => {
+                self.read_elsewhere(step);
+                Got::Parked
+            }
+            (Ok(ReadNow::Missing), None) => {
+                Got::Failed(Errno::Io, "there is no source to fetch it from".to_owned())
+            }
+            (Err(e), _) => Got::Failed(errno_of(&e), e.to_string()),
+        }
+    }
+
+    /// Sets a request aside, and says how much of it to fetch.
+    fn park(&mut self, step: &Step) -> usize {
+        self.scheduler.park(step.id);
+        let left = self.scheduler.left(step.id).min(FETCH_BYTES);
+        let all = usize::try_from(left).unwrap_or(0);
+        let reserved = if self.fetched_bytes + all > MAX_FETCHED_BYTES {
+            step.len as usize
+        } else {
+            all
+        };
+        self.fetched_bytes += reserved;
+        reserved
+    }
+
+    /// All is here, but not in memory: the store's own threads or ring read it.
+    fn read_elsewhere(&mut self, step: &Step) {
+        let reserved_bytes = self.park(step);
+        let (post, id, offset) = (Arc::clone(&self.post), step.id, step.offset);
+        let done = move |outcome: io::Result<Vec<u8>>| {
+            let outcome = match outcome {
+                Ok(data) => Outcome::Bytes(data),
+                Err(e) => Outcome::Failed(errno_of(&e), e.to_string()),
+            };
+            post.leave(Letter {
+                id,
+                offset,
+                reserved_bytes,
+                outcome,
+            });
+        };
+        self.volume
+            .store()
+            .submit_read(step.offset, reserved_bytes, Box::new(done));
+    }
+
+    /// Only the volume's own source has it.
+    fn fetch(&mut self, step: &Step, relocation: &Arc<Relocation>) {
+        if self.remote.insert(step.id) {
+            self.volume.count_read(true);
+        }
+        let reserved_bytes = self.park(step);
+        let (post, id, offset) = (Arc::clone(&self.post), step.id, step.offset);
+        let done = move |end: ReadEnd<'_>| {
+            let outcome = match end {
+                ReadEnd::Bytes(bytes) => Outcome::Bytes(bytes.into_owned()),
+                ReadEnd::Resident => Outcome::Here,
+                ReadEnd::Failed(why) => Outcome::Failed(Errno::Io, read_error(why).to_string()),
+            };
+            post.leave(Letter {
+                id,
+                offset,
+                reserved_bytes,
+                outcome,
+            });
+        };
+        let bytes = ByteRange::at(step.offset, reserved_bytes as u64);
+        relocation.read(bytes, Box::new(done));
+    }
+
+    /// What was waited for has come.
+    fn take_letters(&mut self) {
+        for letter in self.post.take() {
+            self.fetched_bytes -= letter.reserved_bytes;
+            if !self.scheduler.resume(letter.id) {
+                continue;
+            }
+            let ready = match letter.outcome {
+                Outcome::Bytes(data) => {
+                    self.fetched_bytes += data.len();
+                    Ready::Bytes {
+                        offset: letter.offset,
+                        data: Arc::new(data),
+                    }
+                }
+                Outcome::Failed(errno, text) => Ready::Failed(errno, text),
+                Outcome::Here => continue,
+            };
+            self.ready.insert(letter.id, ready);
+        }
+    }
+}
+
+/// What a look at the socket and the post has shown.
+struct Seen {
+    input: bool,
+    room: bool,
+    letters: bool,
+}
+
+fn reply(kind: Kind, step: &Step, offset: u64, span: u32) -> Header {
+    let mut header = Header::request(kind, step.priority, step.id, offset, span);
+    header.last = true;
+    header
+}

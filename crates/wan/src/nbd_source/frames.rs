@@ -1,0 +1,180 @@
+//! The receiving half of a connection that speaks frames.
+//!
+//! Owns the way from frames to completions, and the proof that an answer is what was asked for:
+//! data comes in order, gapless, and each piece fits the checksum that the other end made of what
+//! it read. A byte that is handed on is one that the source had at that place.
+
+use std::io;
+use std::time::Duration;
+
+use hikkoshi_nbd::client::{Hole, StatusExtent};
+
+use super::job::{Answer, Job};
+use super::line::Line;
+use super::receive::{ReadError, Receiver, size, wire};
+use super::replies::{Begun, Ended, Replies};
+use crate::source::{SourceError, SourceErrorKind};
+use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
+use crate::transport::{HEADER_BYTES, Header, Kind};
+
+/// Bytes received at a time while looking for headers: a small answer at once, and a sixteenth of
+/// a quantum at most, which is copied a second time.
+const BUFFER_BYTES: usize = 4096 + 2 * HEADER_BYTES;
+
+/// What has come in answer to a request.
+struct Active {
+    job: Job,
+    data: Vec<u8>,
+    holes: Vec<Hole>,
+    extents: Vec<StatusExtent>,
+    hashes: Vec<Hash>,
+    error: Option<SourceError>,
+    wire_bytes: u64,
+}
+
+impl Begun for Active {
+    fn begin(job: Job, _: &Line) -> Self {
+        Self {
+            wire_bytes: wire(job.frame_bytes()),
+            job,
+            data: Vec::new(),
+            holes: Vec::new(),
+            extents: Vec::new(),
+            hashes: Vec::new(),
+            error: None,
+        }
+    }
+
+    fn give_up(self) -> Job {
+        self.job
+    }
+}
+
+/// Receives and answers until the connection ends.
+pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
+    Ok(Replies::new(line, progress_timeout, BUFFER_BYTES)?.run(frame))
+}
+
+/// Receives one frame.
+fn frame(replies: &mut Replies<'_, Active>) -> Result<(), ReadError> {
+    let (header, _) = replies.receiver.header(HEADER_BYTES, |bytes| {
+        let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        Ok(Some((Header::decode(header)?, HEADER_BYTES)))
+    })?;
+    let (active, receiver) = replies.of(header.id)?;
+    active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
+    take(receiver, active, &header)?;
+    if header.last {
+        return finish(replies, header.id);
+    }
+    Ok(())
+}
+
+/// A reply is complete: its answer goes to the caller.
+fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
+    let Active {
+        job,
+        data,
+        holes,
+        extents,
+        hashes,
+        error,
+        wire_bytes,
+    } = replies.take(id)?;
+    let whole = match job.answer() {
+        Answer::Data => wire(data.len()) == u64::from(job.len),
+        Answer::Extents => !extents.is_empty(),
+        Answer::Hashes { .. } => !hashes.is_empty(),
+    };
+    if error.is_none() && !whole {
+        let why = "an answer was called done with something missing";
+        return replies.broke(job, ReadError::Answer(why));
+    }
+    replies.answered(&job);
+    match (error, job.answer()) {
+        (Some(error), _) => job.fail(error),
+        (None, Answer::Data) => job.deliver_data(data, holes, wire_bytes),
+        (None, Answer::Extents) => job.deliver_status(&extents, wire_bytes),
+        (None, Answer::Hashes { .. }) => job.deliver_hashes(hashes, wire_bytes),
+    }
+    Ok(())
+}
+
+/// Takes what belongs to a header, if it is what may come now.
+fn take(
+    receiver: &mut Receiver<'_>,
+    active: &mut Active,
+    header: &Header,
+) -> Result<(), ReadError> {
+    let unexpected = Err(ReadError::Answer("an answer to something else was given"));
+    let payload_len = size(header.payload_len)?;
+    match (header.kind, active.job.answer()) {
+        (Kind::Data | Kind::Zero, Answer::Data) => {
+            let at = check_place(active, header)?;
+            let span = size(header.span)?;
+            if active.data.capacity() == 0 {
+                active.data.reserve_exact(size(active.job.len)?);
+            }
+            if header.kind == Kind::Zero {
+                active.data.resize(at + span, 0);
+                let at = u32::try_from(at).expect("less than the job's length");
+                let len = header.span;
+                active.holes.push(Hole { at, len });
+                return Ok(());
+            }
+            receiver.data(&mut active.data, at, span)?;
+            Ok(header.check_payload(&active.data[at..])?)
+        }
+        (Kind::ExtentList, Answer::Extents) => {
+            let fits = header.offset == active.job.offset && header.span <= active.job.len;
+            let extents = receiver.body(payload_len, |payload| {
+                header.check_payload(payload)?;
+                parse_extents(payload, header.span)
+                    .filter(|_| fits)
+                    .ok_or(ReadError::Answer("extents that do not add up"))
+            })??;
+            active.extents = extents;
+            Ok(())
+        }
+        (Kind::Hashes, Answer::Hashes { grain }) => {
+            let fits = header.offset == active.job.offset && header.span == active.job.len;
+            let hashes = receiver.body(payload_len, |payload| {
+                header.check_payload(payload)?;
+                parse_hashes(payload, header.span, grain)
+                    .filter(|_| fits)
+                    .ok_or(ReadError::Answer("hashes of something else"))
+            })??;
+            active.hashes = hashes;
+            Ok(())
+        }
+        (Kind::Error, _) => {
+            let (errno, text) = receiver.body(payload_len, |payload| {
+                header.check_payload(payload)?;
+                parse_error(payload).ok_or(ReadError::Answer("a malformed error"))
+            })??;
+            let Job { offset, len, .. } = active.job;
+            let message = format!("{len} bytes at {offset}: the source said {errno:?}: {text}");
+            active.error = Some(SourceError::new(SourceErrorKind::Refused, message));
+            Ok(())
+        }
+        (Kind::End, _) => Ok(()),
+        _ => unexpected,
+    }
+}
+
+/// Data comes in order and without gaps. Where it belongs, from the start of the request.
+fn check_place(active: &Active, header: &Header) -> Result<usize, ReadError> {
+    let Job { offset, len, .. } = active.job;
+    let next = offset + wire(active.data.len());
+    if header.offset != next {
+        return Err(ReadError::Answer(
+            "data came twice, not at all, or out of order",
+        ));
+    }
+    if next + u64::from(header.span) > offset + u64::from(len) {
+        return Err(ReadError::Answer("more data than was asked for"));
+    }
+    Ok(active.data.len())
+}
