@@ -17,7 +17,7 @@ use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
-use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
@@ -89,12 +89,16 @@ impl Running {
     /// See [`OpenError`].
     pub fn open(config: &ExportConfig) -> Result<Self, OpenError> {
         let state_path = state_path(config)?;
-        if StateDir::exists(&state_path) {
-            return open_known(config, &state_path);
-        }
-        match &config.source {
-            None => open_plain(config, None, false),
-            Some(source) => open_new(config, source, &state_path),
+        match (StateDir::look(&state_path)?, &config.source) {
+            (Found::State, _) => open_known(config, &state_path),
+            (Found::Nothing, None) => open_plain(config, None, false),
+            (Found::Nothing | Found::Begun, Some(source)) => open_new(config, source, &state_path),
+            (Found::Begun, None) => refuse(format!(
+                "a move into {} was begun and cut short before anything had come; give its source \
+                 (--from) to begin it anew, or remove {}",
+                config.image.display(),
+                state_path.display()
+            )),
         }
     }
 

@@ -128,6 +128,18 @@ impl StateError {
     }
 }
 
+/// What there is of a state, before it is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing.
+    Nothing,
+    /// What a crash in [`StateDir::create`] leaves: nothing was ever recorded in it, and it is made
+    /// anew by the next [`StateDir::create`].
+    Begun,
+    /// A state, whole or not.
+    State,
+}
+
 /// The open state of a volume.
 #[derive(Debug)]
 pub struct StateDir {
@@ -145,11 +157,42 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Whether there is a state at `path`, complete or not.
-    pub fn exists(path: &Path) -> bool {
-        [VOLUME, MAP, LOG]
-            .iter()
-            .any(|name| path.join(name).exists())
+    /// Looks for a state at `path`, complete or not.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn look(path: &Path) -> Result<Found, StateError> {
+        Self::look_in(&FsDirectory::new(path))
+    }
+
+    /// [`StateDir::look`] in any directory.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn look_in(dir: &dyn Directory) -> Result<Found, StateError> {
+        let read = |name| {
+            dir.read(name).map_err(|source| StateError::Io {
+                what: "reading",
+                path: dir.path(name),
+                source,
+            })
+        };
+        if read(VOLUME)?.is_some() {
+            return Ok(Found::State);
+        }
+        // The files of a new state are made in the order log, map, volume. Without the last one,
+        // and with nothing in the others, this is a creation that was cut short; with anything in
+        // them it is a state that has lost its identity.
+        let (map, log) = (read(MAP)?, read(LOG)?);
+        let is_empty = match (&map, &log) {
+            (None, None) => return Ok(Found::Nothing),
+            (_, None) => false,
+            (map, Some(log)) => {
+                log.iter().all(|byte| *byte == 0)
+                    && map.as_ref().is_none_or(|map| journal::is_new_snapshot(map))
+            }
+        };
+        Ok(if is_empty { Found::Begun } else { Found::State })
     }
 
     /// Makes the state of a new volume, of which nothing is here.
@@ -412,10 +455,10 @@ impl StateDir {
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
-        for name in [MAP, LOG, WITNESSES] {
-            // Left-overs do no harm: the identity says that they do not count.
-            let _ = self.dir.remove(name);
-        }
+        // Left-overs do no harm: the identity says that they do not count.
+        let _ = self.dir.remove(MAP);
+        let _ = self.dir.remove(LOG);
+        let _ = self.dir.remove(WITNESSES);
         Ok(())
     }
 
