@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
 use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::witness::Witnesses;
@@ -149,10 +150,12 @@ impl Running {
             let _ = thread.join();
         }
         self.volume.settle()?;
+        crash_point!("close.recorded");
         // Only now: while it is there, it is what a restart believes.
         if let Some(live) = &self.live {
             live.remove();
         }
+        crash_point!("close.forgotten");
         Ok(())
     }
 }
@@ -212,6 +215,7 @@ fn open_plain(
     if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
         live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
+        crash_point!("local.tag-removed");
     }
     // A device may be larger than the disk that moved onto it.
     let size_bytes = match &state {
@@ -247,6 +251,7 @@ fn open_new(
     })?;
     let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
     let store = open_image(config, geometry, true)?;
+    crash_point!("new.image");
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
     }
@@ -266,6 +271,7 @@ fn open_new(
     let tag = identity.volume_id;
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
+    crash_point!("new.tagged");
     move_in(
         config,
         wanted,
@@ -310,6 +316,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let mut sync = || store.sync();
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
+    crash_point!("open.tagged");
     let running = move_in(config, &wanted, store, source, (map, witnesses))?;
     if wanted.handoff == HandoffPolicy::Now {
         running
@@ -362,9 +369,11 @@ fn move_in(
         witnesses,
         at_completion: Box::new(move || {
             memory.remove();
+            crash_point!("completion.memory-removed");
             if let Err(e) = set_tag(&store, &[]) {
                 tracing::warn!("the mark of a move could not be taken off the image: {e}");
             }
+            crash_point!("completion.tag-removed");
         }),
     });
     Running::start(volume, Some(live))

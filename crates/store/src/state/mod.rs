@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::journal::{
     self, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
@@ -388,12 +389,14 @@ impl StateDir {
             this.log
                 .write_at(this.log_bytes, &frame)
                 .map_err(|source| this.failed("writing", LOG, source))?;
+            crash_point!("commit.appended");
             // What failed here is not to be believed again, whatever the reason: the kernel may
             // have let go of pages that never reached the medium.
             this.log.sync().map_err(|source| {
                 let told = io::Error::other(source);
                 this.failed("syncing", LOG, told)
             })?;
+            crash_point!("commit.recorded");
             this.seq += 1;
             this.log_bytes += frame.len() as u64;
             Ok(())
@@ -426,10 +429,13 @@ impl StateDir {
     ) -> Result<(), StateError> {
         self.guarded(|this| {
             let map = encode_snapshot(this.volume_id(), this.epoch + 1, residency);
+            crash_point!("snapshot.copied");
             sync_data().map_err(|source| {
                 this.failed("syncing the image of", VOLUME, io::Error::other(source))
             })?;
+            crash_point!("snapshot.synced");
             put(&*this.dir, MAP, &map)?;
+            crash_point!("snapshot.done");
             this.epoch += 1;
             this.seq = 0;
             this.log_bytes = 0;
@@ -455,9 +461,12 @@ impl StateDir {
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
+        crash_point!("completion.recorded");
         // Left-overs do no harm: the identity says that they do not count.
         let _ = self.dir.remove(MAP);
+        crash_point!("completion.map-removed");
         let _ = self.dir.remove(LOG);
+        crash_point!("completion.log-removed");
         let _ = self.dir.remove(WITNESSES);
         Ok(())
     }
