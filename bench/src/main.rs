@@ -4,6 +4,7 @@
 //! a threshold that fails on a busy afternoon teaches nothing. `docs/bench.md` says how to read
 //! the tables.
 
+mod ahead;
 mod client;
 mod cpu;
 mod local;
@@ -26,11 +27,14 @@ struct Cli {
 enum Command {
     /// Servers side by side on this machine: hikkoshi, nbdkit, qemu-nbd.
     Local(local::Options),
+    /// A guest's reads of a disk that is still beyond an emulated wide-area link; needs root.
+    Ahead(ahead::Options),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Local(options) => local::run(&options),
+        Command::Ahead(options) => ahead::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import shutil
 import tempfile
+import time
 import unittest
 
 import nbd
 
-from harness import (MIB, PATIENCE_S, Disk, Process, Source, binary, free_port,
+from harness import (MIB, PATIENCE_S, Disk, Hikkoshi, Process, Source, binary, free_port,
                      only_ours, run)
 
 
@@ -82,6 +84,53 @@ class ManyExports(DaemonCase):
             handle.set_export_name(name)
             with self.assertRaises(nbd.Error):
                 handle.connect_unix(self.socket)
+
+
+@only_ours
+class ReadAhead(DaemonCase):
+    """What is read in a row is fetched before it is asked for."""
+
+    PIECE = 64 * 1024
+
+    def start(self):
+        source, self.content = self.source("nbdkit")
+        server = Hikkoshi(self.path("disk.img"), self.directory, source=source)
+        self.addCleanup(self.end, server.process)
+        self.client = nbd.NBD()
+        self.client.connect_uri(server.uri)
+        self.addCleanup(self.client.shutdown)
+        return server
+
+    def read(self, number):
+        at = number * self.PIECE
+        data = self.client.pread(self.PIECE, at)
+        self.assertTrue(data == self.content[at:at + self.PIECE], f"wrong bytes at {at}")
+
+    def wait_resident(self, server, pieces):
+        deadline = time.monotonic() + PATIENCE_S
+        while server.status()["resident_bytes"] < pieces * self.PIECE:
+            self.assertLess(time.monotonic(), deadline, "nothing is fetched ahead")
+            time.sleep(0.02)
+
+    def test_a_stream_that_misses_nothing_is_noticed(self):
+        server = self.start()
+        for number in range(3):
+            self.read(number)
+        # From here on every piece is there before it is read, so the relocation hears of the
+        # stream from the connection alone.
+        for number in range(3, 64):
+            self.wait_resident(server, number + 1)
+            self.read(number)
+        counters = server.status()["counters"]
+        self.assertLessEqual(counters["reads_remote"], 3, counters)
+        self.assertGreaterEqual(counters["reads_local"], 61, counters)
+
+    def test_scattered_reads_fetch_nothing_ahead(self):
+        server = self.start()
+        numbers = random.Random(1).sample(range(700), 40)
+        for number in numbers:
+            self.read(number)
+        self.assertEqual(server.status()["resident_bytes"], len(numbers) * self.PIECE)
 
 
 @only_ours

@@ -26,7 +26,7 @@ const fn package(name: &'static str, program: &'static str, purpose: &'static st
     }
 }
 
-/// Everything that the steps `e2e` and `interop` use.
+/// Everything that the steps `test`, `fuzz`, `e2e` and `interop` use.
 pub const PACKAGES: &[Package] = &[
     package(
         "nbdkit",
@@ -83,6 +83,7 @@ pub const PACKAGES: &[Package] = &[
     package("cpio", "cpio", "the guest's initial RAM disk"),
     package("xz-utils", "xz", "unpacks kernel modules and sources"),
     package("gcc", "gcc", "builds the suites of libnbd and nbd"),
+    package("g++", "g++", "builds the fuzzer"),
     package("make", "make", "builds the suites of libnbd and nbd"),
     package("libc6-dev", "gcc", "builds the suites of libnbd and nbd"),
     package(

@@ -4,6 +4,7 @@
 //! [`debian`] sees to the packages it needs. Nothing here is part of the product.
 
 mod debian;
+mod fuzz;
 mod mutants;
 mod report;
 mod runner;
@@ -33,13 +34,17 @@ Commands:
                         five ways, all of them, or those whose names contain NAME
   crash [ARG]...        the crash sweep of the release binary, 10000 crashes if nothing else is
                         said: --restarts N, --seconds N, --seed N, --jobs N (--help has all)
+  fuzz [TARGET]... [--seconds N]
+                        fuzz targets, all or some, each for 15 s or as long as said;
+                        --merge adds to the corpus what was found here and reaches more,
+                        --coverage prints the lines that the inputs reach
   packages [--install]  the Debian packages that the tests need, and which are missing
   deny                  licences, advisories and duplicate crates (installs cargo-deny if missing)
 
 Options of test:
   --quick               only fmt, clippy and test: no packages, no release build
   --only STEP           only this step (repeatable): fmt clippy test loom doc sim mutants
-                        build e2e crash interop
+                        fuzz build e2e crash interop
   --no-install          never install packages, even as root
 ";
 
@@ -80,6 +85,10 @@ fn run(arguments: &[String]) -> Result<bool> {
         "mutants" => {
             let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
             mutants::run(&Session::new(ci)?, rest)
+        }
+        "fuzz" => {
+            let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
+            fuzz::run(&Session::new(ci)?, rest)
         }
         "packages" => packages(rest),
         "deny" => steps::deny(&Session::new(false)?),

@@ -13,6 +13,9 @@ use crate::runner::Session;
 /// Crashes in the sample that is part of the tests; a soak is `cargo xtask crash`.
 const CRASH_SAMPLE: u64 = 2000;
 
+/// How long new worlds are simulated.
+const SIM_SECONDS: &str = "90";
+
 /// One step of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -26,6 +29,12 @@ pub enum Step {
     Loom,
     /// The documentation builds without a warning.
     Doc,
+    /// New simulated worlds, after those that ever failed.
+    Sim,
+    /// The simulator notices what is broken on purpose.
+    Mutants,
+    /// Each fuzz target over all that is kept, and for some seconds more.
+    Fuzz,
     /// The release binary, which the last two steps use.
     Build,
     /// Whole moves with real virtual machines and peers.
@@ -38,12 +47,15 @@ pub enum Step {
 
 impl Step {
     /// All of them, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::Fmt,
         Self::Clippy,
         Self::Test,
         Self::Loom,
         Self::Doc,
+        Self::Sim,
+        Self::Mutants,
+        Self::Fuzz,
         Self::Build,
         Self::EndToEnd,
         Self::Crash,
@@ -61,6 +73,9 @@ impl Step {
             Self::Test => "test",
             Self::Loom => "loom",
             Self::Doc => "doc",
+            Self::Sim => "sim",
+            Self::Mutants => "mutants",
+            Self::Fuzz => "fuzz",
             Self::Build => "build",
             Self::EndToEnd => "e2e",
             Self::Crash => "crash",
@@ -85,9 +100,9 @@ impl Step {
     fn limit(self) -> Duration {
         let minutes = match self {
             Self::Fmt => 2,
-            Self::Clippy | Self::Doc => 8,
-            Self::Test | Self::Loom | Self::Build => 12,
-            Self::EndToEnd | Self::Crash | Self::Interop => 15,
+            Self::Clippy | Self::Doc | Self::Sim => 8,
+            Self::Test | Self::Loom | Self::Build | Self::Fuzz => 12,
+            Self::EndToEnd | Self::Crash | Self::Interop | Self::Mutants => 15,
         };
         Duration::from_secs(minutes * 60)
     }
@@ -101,7 +116,7 @@ impl Step {
     fn needs_packages(self) -> bool {
         matches!(
             self,
-            Self::Test | Self::EndToEnd | Self::Crash | Self::Interop
+            Self::Test | Self::Fuzz | Self::EndToEnd | Self::Crash | Self::Interop
         )
     }
 }
@@ -213,6 +228,22 @@ fn command(session: &Session, step: Step) -> Result<Command> {
             command = session.cargo("doc");
             command.args(["--workspace", "--no-deps"]);
             command.env("RUSTDOCFLAGS", "-D warnings");
+        }
+        Step::Sim => {
+            command = session.cargo("run");
+            command.args(["--profile", "sim", "--package", "hikkoshi-sim", "--"]);
+            command.args(["--seconds", SIM_SECONDS]);
+        }
+        Step::Mutants => {
+            // Ourselves, so that the step is shown, timed and ended like the others.
+            let this = std::env::current_exe().context("where is this program?")?;
+            command = session.command(&this.to_string_lossy());
+            command.arg("mutants");
+        }
+        Step::Fuzz => {
+            let this = std::env::current_exe().context("this program has no path")?;
+            command = session.command(&this.to_string_lossy());
+            command.arg("fuzz");
         }
         Step::Build => {
             command = session.cargo("build");

@@ -68,6 +68,8 @@ pub struct SourceConfig {
     pub overwrite: bool,
     /// The recorded source may be reached at another address from now on.
     pub moved: bool,
+    /// A recorded heat map that says what to copy first.
+    pub heat: Option<PathBuf>,
 }
 
 impl SourceConfig {
@@ -82,6 +84,7 @@ impl SourceConfig {
             on_loss: SourceLoss::Wait,
             overwrite: false,
             moved: false,
+            heat: None,
         }
     }
 }

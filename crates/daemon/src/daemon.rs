@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config::{DaemonConfig, Listen};
 use crate::control;
 use crate::front::{Front, Table};
+use crate::heat::Keeper;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::volume::Volume;
 use crate::volume::open::{OpenError, Running};
@@ -60,6 +61,8 @@ pub struct Daemon {
     metrics: Option<control::Server>,
     running: Vec<Running>,
     table: Arc<Table>,
+    /// Ended before the volumes are closed, which write their heat down for the last time.
+    heat: Option<Keeper>,
 }
 
 impl fmt::Debug for Daemon {
@@ -101,6 +104,13 @@ impl Daemon {
                 }
             },
         };
+        let heat = match Keeper::start(table.volumes.clone()) {
+            Ok(keeper) => Some(keeper),
+            Err(error) => {
+                tracing::warn!("reads and writes are not kept count of over a restart: {error}");
+                None
+            }
+        };
         let metrics = match &config.metrics {
             None => None,
             Some(address) => {
@@ -120,6 +130,7 @@ impl Daemon {
             metrics,
             running,
             table,
+            heat,
         })
     }
 
@@ -152,6 +163,7 @@ impl Daemon {
             STOP_PATIENCE
         };
         self.front.stop(patience);
+        drop(self.heat.take());
         let mut outcome = Ok(());
         for running in self.running.drain(..) {
             let export = running.volume().name().to_owned();

@@ -5,6 +5,7 @@ pub mod control;
 pub mod daemon;
 pub mod events;
 pub mod front;
+mod heat;
 pub mod registry;
 pub mod status;
 pub mod volume;

@@ -1,5 +1,7 @@
 //! The exports of a daemon by name, as the control interface and the front end see them.
 
+use hikkoshi_engine::heat::HeatMap;
+
 use crate::events::Event;
 use crate::status::ExportStatus;
 
@@ -21,6 +23,8 @@ pub enum CommandError {
 pub trait Controlled: Send + Sync {
     /// How it stands. Never waits.
     fn status(&self) -> ExportStatus;
+    /// How much it is read and written, region by region. Never waits.
+    fn heat(&self) -> HeatMap;
     /// Stops the background copy; demand goes on. No error when it is stopped already.
     ///
     /// # Errors

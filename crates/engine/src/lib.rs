@@ -4,9 +4,11 @@
 //! and the time, and carry out the actions that come back.
 
 pub mod geometry;
+pub mod heat;
 pub mod journal;
 pub mod mover;
 pub mod range_lock;
+pub mod readahead;
 pub mod residency;
 pub mod sync;
 pub mod witness;

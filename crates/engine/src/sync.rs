@@ -3,7 +3,7 @@
 //!
 //! [`lock`] and [`wait`] are the two places where a thread of a volume can come to stand for
 //! another one, so they are where a scheduler takes part that runs all threads of a volume on one,
-//! in an order of its own ([`pause_instead`]). Without one they are what the standard library has.
+//! in an order of its own ([`schedule_by`]). Without one they are what the standard library has.
 
 #[cfg(not(loom))]
 use std::cell::Cell;
@@ -21,30 +21,43 @@ pub use std::sync::atomic::{AtomicU64, Ordering};
 
 #[cfg(not(loom))]
 thread_local! {
-    /// What this thread does where it would come to stand.
-    static PAUSE: Cell<Option<fn()>> = const { Cell::new(None) };
+    /// Who decides when this thread goes on, if it is not the system.
+    static SCHEDULER: Cell<Option<Scheduler>> = const { Cell::new(None) };
 }
 
-/// From now on, wherever this thread would stand and wait for another one, it calls `pause` and
-/// looks again. For a scheduler that runs many flows of control on one thread, where standing
-/// would be for ever. `None`: it stands again.
+/// What a thread calls that runs many flows of control, and would stand for ever if one of them
+/// waited for another.
 #[cfg(not(loom))]
-pub fn pause_instead(pause: Option<fn()>) {
-    PAUSE.set(pause);
+#[derive(Clone, Copy, Debug)]
+pub struct Scheduler {
+    /// Called before each lock is taken: a thread may always lose the processor there.
+    pub before_lock: fn(),
+    /// Called where the thread would stand and wait; it looks again afterwards.
+    pub instead_of_waiting: fn(),
+}
+
+/// From now on this thread calls `scheduler`; with `None` it stands and waits again.
+#[cfg(not(loom))]
+pub fn schedule_by(scheduler: Option<Scheduler>) {
+    SCHEDULER.set(scheduler);
 }
 
 /// Locks, and goes on after a panic elsewhere: what these locks guard is whole between statements.
 #[cfg(not(loom))]
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     use std::sync::{PoisonError, TryLockError};
+    let scheduler = SCHEDULER.get();
+    if let Some(scheduler) = scheduler {
+        (scheduler.before_lock)();
+    }
     loop {
         match mutex.try_lock() {
             Ok(guard) => return guard,
             Err(TryLockError::Poisoned(e)) => return e.into_inner(),
             Err(TryLockError::WouldBlock) => {}
         }
-        match PAUSE.get() {
-            Some(pause) => pause(),
+        match scheduler {
+            Some(scheduler) => (scheduler.instead_of_waiting)(),
             None => return mutex.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
@@ -66,9 +79,9 @@ pub fn wait<'a, T>(
     guard: MutexGuard<'a, T>,
 ) -> MutexGuard<'a, T> {
     #[cfg(not(loom))]
-    if let Some(pause) = PAUSE.get() {
+    if let Some(scheduler) = SCHEDULER.get() {
         drop(guard);
-        pause();
+        (scheduler.instead_of_waiting)();
         return lock(mutex);
     }
     changed

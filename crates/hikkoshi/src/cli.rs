@@ -43,6 +43,8 @@ pub enum Command {
     Limit(Limit),
     /// Say that the VM runs here from now on
     Handoff(Target),
+    /// Write down how much an export is read and written where: what to copy first when it moves
+    Heat(Heat),
     /// Show a whole move on this machine: no root, no set-up, about a minute
     Demo(Demo),
     /// Print the completions for a shell
@@ -79,6 +81,19 @@ pub struct Status {
     /// Again every second, until interrupted
     #[arg(long)]
     pub watch: bool,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+/// `heat`.
+#[derive(Args, Debug)]
+pub struct Heat {
+    /// The export [default: the one that is moving, or the only one]
+    pub export: Option<String>,
+    /// One JSON object per region that was touched, one per line, instead of a file for
+    /// serve --heat
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub control: Control,
 }
@@ -187,7 +202,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size",
+        "engine", "size", "heat",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -226,6 +241,9 @@ pub struct Serve {
     /// Let the source's data overwrite what the image holds already
     #[arg(long, requires = "from")]
     pub overwrite: bool,
+    /// What to copy first: a file that `hikkoshi heat` wrote
+    #[arg(long, value_name = "FILE", requires = "from")]
+    pub heat: Option<PathBuf>,
     /// The same source is at another address than the recorded one
     #[arg(long, requires = "from")]
     pub source_moved: bool,
@@ -398,7 +416,7 @@ mod tests {
             "disk.img --export web --listen tcp://0.0.0.0:1 --listen unix:/a --from nbd://old/ \
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
-             --read-only --overwrite --source-moved --engine io-uring -v",
+             --read-only --overwrite --source-moved --engine io-uring --heat boot.heat -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -411,6 +429,7 @@ mod tests {
         assert_eq!(serve.block_size, 65536);
         assert_eq!(serve.max_rate, Some(MaxRate(Some(40_000_000))));
         assert_eq!(serve.connections, 8);
+        assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);
     }
 
@@ -422,6 +441,7 @@ mod tests {
             "--config f --from nbd://old/",
             "disk.img --no-background",
             "disk.img --max-rate 1MB/s",
+            "disk.img --heat f",
             "disk.img --size 1G --from nbd://old/",
             "disk.img --block-size 3k",
             "disk.img --block-size 2M",

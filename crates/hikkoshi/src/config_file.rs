@@ -13,7 +13,7 @@ use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use serde::Deserialize;
 
 use crate::cli::{self, ControlPlace, EngineName, Handoff};
-use crate::serve::{NewImage, Plan};
+use crate::plan::{NewImage, Plan};
 use crate::{address, quantity};
 
 /// Bytes a configuration file may have.
@@ -54,6 +54,7 @@ struct Export {
     on_source_loss: Option<String>,
     overwrite: Option<bool>,
     source_moved: Option<bool>,
+    heat: Option<PathBuf>,
 }
 
 /// Reads a configuration file.
@@ -74,7 +75,11 @@ pub fn read(path: &Path) -> Result<Plan, String> {
     parse(&text).map_err(in_file)
 }
 
-fn parse(text: &str) -> Result<Plan, String> {
+/// Reads the text of a configuration file.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse(text: &str) -> Result<Plan, String> {
     let file: File = toml::from_str(text).map_err(|error| error.to_string())?;
     if file.exports.is_empty() || file.exports.len() > MAX_EXPORTS {
         return Err(format!(
@@ -148,6 +153,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("on-source-loss", export.on_source_loss.is_some()),
             ("overwrite", export.overwrite.is_some()),
             ("source-moved", export.source_moved.is_some()),
+            ("heat", export.heat.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -173,6 +179,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         on_loss: on_loss.unwrap_or(SourceLoss::Wait),
         overwrite: export.overwrite.unwrap_or(false),
         moved: export.source_moved.unwrap_or(false),
+        heat: export.heat.clone(),
     }))
 }
 
@@ -212,6 +219,10 @@ mod tests {
         assert_eq!(source.handoff, HandoffPolicy::Command);
         assert_eq!(source.max_rate, Some(40_000_000));
         assert_eq!(source.on_loss, SourceLoss::Error(Duration::from_secs(60)));
+        assert_eq!(
+            source.heat.as_deref(),
+            Some(Path::new("/var/lib/hikkoshi/web.heat"))
+        );
         assert_eq!(web.engine, Engine::Threads);
         assert!(plan.exports[1].read_only && plan.exports[1].source.is_none());
         assert_eq!(plan.new_images.len(), 1);
@@ -228,6 +239,7 @@ mod tests {
             ("[[export]]\nimage='a'\nblocksize='4k'", "blocksize"),
             ("[[export]]\nimage='a'\nblock-size='3k'", "block-size"),
             ("[[export]]\nimage='a'\nhandoff='now'", "handoff"),
+            ("[[export]]\nimage='a'\nheat='b'", "heat"),
             (
                 "[[export]]\nimage='a'\nfrom='nbd://x/'\nhandoff='soon'",
                 "handoff",

@@ -12,7 +12,9 @@ mod config_file;
 mod demo;
 mod events;
 mod failure;
+mod heat;
 mod pages;
+mod plan;
 mod quantity;
 mod serve;
 mod signals;
@@ -65,6 +67,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Pause(target) => command::run(&target, Control::Pause),
         Command::Resume(target) => command::run(&target, Control::Resume),
         Command::Handoff(target) => command::run(&target, Control::Handoff),
+        Command::Heat(args) => heat::run(&args),
         Command::Limit(args) => command::limit(args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => pages::completions(&args),

@@ -14,34 +14,9 @@ use hikkoshi_daemon::{Daemon, DaemonError};
 
 use crate::cli::{ControlPlace, Serve};
 use crate::failure::Failure;
+use crate::plan::{NewImage, Plan};
 use crate::signals::Signals;
 use crate::{address, choose, config_file, quantity, supervisor};
-
-/// An empty image that is to be created before it is served.
-#[derive(Debug, PartialEq, Eq)]
-pub struct NewImage {
-    /// Where.
-    pub path: PathBuf,
-    /// How large, in bytes.
-    pub bytes: u64,
-}
-
-/// What is to be served, before what was left out is filled in.
-#[derive(Debug)]
-pub struct Plan {
-    /// Where clients are listened for; may be empty.
-    pub listen: Vec<Listen>,
-    /// Where the daemon is controlled; `None` for the default place.
-    pub control: Option<ControlPlace>,
-    /// Where metrics can be read over TCP.
-    pub metrics: Option<String>,
-    /// The exports.
-    pub exports: Vec<ExportConfig>,
-    /// Images to create.
-    pub new_images: Vec<NewImage>,
-    /// Most client connections at once.
-    pub max_clients: usize,
-}
 
 /// Serves until SIGTERM or SIGINT, then drains and returns.
 ///
@@ -133,6 +108,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         on_loss: args.on_source_loss,
         overwrite: args.overwrite,
         moved: args.source_moved,
+        heat: args.heat,
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),

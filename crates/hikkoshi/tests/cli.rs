@@ -102,6 +102,15 @@ fn path(dir: &Path, name: &str) -> String {
     dir.join(name).display().to_string()
 }
 
+/// A disk of 16 MiB with 3 MiB of data at 5 MiB.
+fn old_disk(dir: &Path) -> String {
+    let old = path(dir, "old.img");
+    let file = std::fs::File::create_new(&old).unwrap();
+    file.set_len(16 << 20).unwrap();
+    file.write_all_at(&vec![0x5a; 3 << 20], 5 << 20).unwrap();
+    old
+}
+
 #[test]
 fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
@@ -133,7 +142,7 @@ fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
 fn help_completions_and_manual_are_there() {
     let help = stdout(&run(&["--help"]));
     for word in [
-        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "demo",
+        "serve", "status", "wait", "pause", "resume", "limit", "handoff", "heat", "demo",
     ] {
         assert!(help.contains(&format!("  {word} ")), "{word}: {help}");
     }
@@ -234,10 +243,7 @@ fn a_control_socket_or_an_address_in_use_is_refused() {
 #[test]
 fn a_disk_moves_by_the_commands_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let (old, new) = (path(dir.path(), "old.img"), path(dir.path(), "new.img"));
-    let file = std::fs::File::create_new(&old).unwrap();
-    file.set_len(16 << 20).unwrap();
-    file.write_all_at(&vec![0x5a; 3 << 20], 5 << 20).unwrap();
+    let (old, new) = (old_disk(dir.path()), path(dir.path(), "new.img"));
     let socket = path(dir.path(), "old.sock");
     let listen = format!("unix:{socket}");
     let source = Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
@@ -275,6 +281,62 @@ fn a_disk_moves_by_the_commands_alone() {
     assert_eq!(source.end(), Some(0));
     assert_eq!(moving.end(), Some(0));
     assert!(std::fs::read(&new).unwrap() == std::fs::read(&old).unwrap());
+}
+
+/// What is counted at the old site outlives its daemon, can be exported, and is taken by the new one.
+#[test]
+fn heat_is_counted_kept_exported_and_replayed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (old_disk(dir.path()), path(dir.path(), "new.img"));
+    let socket = path(dir.path(), "old.sock");
+    let listen = format!("unix:{socket}");
+    let serve = || Served::start(dir.path(), "source", &[&old, "--listen", &listen]);
+    let source = serve();
+    assert!(source.ask(&["heat"]).stdout.starts_with(b"HKKHEAT1"));
+    assert_eq!(stdout(&source.ask(&["heat", "--json"])), "");
+    let near = format!("unix:{}", path(dir.path(), "new.sock"));
+    let mut words = vec![
+        &new,
+        "--from",
+        &socket,
+        "--listen",
+        &near,
+        "--handoff",
+        "now",
+        "--heat",
+    ];
+    // Whatever is no map of this disk is refused before anything is served.
+    let (other, map) = (path(dir.path(), "other"), path(dir.path(), "map"));
+    std::fs::write(&other, "no map").unwrap();
+    words.push(&other);
+    let refused = run(&[&["serve", "--control", "none"], &words[..]].concat());
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        stderr(&refused).contains("heat map"),
+        "{}",
+        stderr(&refused)
+    );
+
+    std::fs::write(&map, source.ask(&["heat"]).stdout).unwrap();
+    *words.last_mut().unwrap() = &map;
+    let moving = Served::start(dir.path(), "destination", &words);
+    assert!(moving.ask(&["wait", "--timeout", "60s"]).status.success());
+    assert_eq!(moving.end(), Some(0));
+    // The move has read the source.
+    let regions = stdout(&source.ask(&["heat", "--json"]));
+    let first: serde_json::Value = serde_json::from_str(regions.lines().next().unwrap()).unwrap();
+    assert_eq!(
+        (&first["offset"], &first["length"]),
+        (&(5 << 20).into(), &(1 << 20).into())
+    );
+    assert!(
+        first["reads"].as_f64().unwrap() >= 1.0 && first["writes"] == 0.0,
+        "{first}"
+    );
+    assert_eq!(source.end(), Some(0));
+    let source = serve();
+    assert_eq!(stdout(&source.ask(&["heat", "--json"])), regions);
+    assert_eq!(source.end(), Some(0));
 }
 
 #[test]

@@ -269,8 +269,14 @@ fn host_and_port(authority: &str, purpose: Purpose) -> Result<(String, u16), Pro
         let (address, after) = inner.split_once(']').ok_or_else(bad)?;
         // A zone (fe80::1%eth0) follows the address; its percent sign may be escaped.
         let address = address.replace("%25", "%");
-        let ip = address.split('%').next().unwrap_or_default();
+        let (ip, zone) = match address.split_once('%') {
+            Some((ip, zone)) => (ip, Some(zone)),
+            None => (address.as_str(), None),
+        };
         ip.parse::<std::net::Ipv6Addr>().map_err(|_| bad())?;
+        if zone.is_some_and(|zone| zone.is_empty() || !zone.chars().all(belongs_in_zone)) {
+            return Err(bad());
+        }
         let port = match after {
             "" => None,
             _ => Some(after.strip_prefix(':').ok_or_else(bad)?),
@@ -306,6 +312,11 @@ fn port_number(digits: &str, min: u16) -> Result<u16, Problem> {
         .ok()
         .filter(|port| *port >= min && digits.bytes().all(|b| b.is_ascii_digit()))
         .ok_or_else(|| Problem::BadPort(digits.to_owned(), min))
+}
+
+/// What names of interfaces are made of.
+fn belongs_in_zone(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "-._~".contains(c)
 }
 
 /// Letters of any script, for those who have such names; digits, and what joins them.

@@ -10,6 +10,9 @@ use std::cell::{Cell, RefCell};
 
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
+use hikkoshi_engine::sync::{Scheduler, schedule_by};
+
+use crate::rng::mix;
 
 /// The stack of a fiber. A debug build of the deepest call takes a few tens of KiB.
 const STACK_BYTES: usize = 256 << 10;
@@ -33,6 +36,8 @@ type Run = Coroutine<(), Wait, ()>;
 thread_local! {
     /// The way out of the fiber that runs; null outside of fibers.
     static CURRENT: Cell<*const Yielder<(), Wait>> = const { Cell::new(std::ptr::null()) };
+    /// The state of the chance that takes turns away.
+    static TURNS: Cell<u64> = const { Cell::new(0) };
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -50,9 +55,38 @@ pub fn pause(wait: Wait) {
     CURRENT.set(current);
 }
 
-/// What a fiber does where a thread would stand and wait for another one.
-pub fn pause_for_others() {
+/// In this many cases out of [`OF`] a fiber loses its turn before it takes a lock.
+const LOSES_TURN: u64 = 3;
+const OF: u64 = 64;
+
+fn before_lock() {
+    if CURRENT.get().is_null() {
+        return;
+    }
+    // Its own stream of chance: locks are taken where the world's must not be asked.
+    let n = TURNS.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+    TURNS.set(n);
+    if mix(n) % OF < LOSES_TURN {
+        pause(Wait::Turn);
+    }
+}
+
+fn instead_of_waiting() {
     pause(Wait::Others);
+}
+
+/// From here on this thread runs the fibers of the world of a seed, until [`end`].
+pub fn begin(seed: u64) {
+    TURNS.set(mix(seed));
+    schedule_by(Some(Scheduler {
+        before_lock,
+        instead_of_waiting,
+    }));
+}
+
+/// The world is over.
+pub fn end() {
+    schedule_by(None);
 }
 
 /// One flow of control.

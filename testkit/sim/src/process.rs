@@ -115,6 +115,7 @@ impl Opening {
             state: Some(state),
             had_source: true,
             clock: self.sim.clock(),
+            heat_place: None,
         };
         if state.identity().life == Life::Local {
             open_complete_in(&mut state, &self.memory)?;

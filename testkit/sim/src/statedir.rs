@@ -251,7 +251,7 @@ impl DurableFile for SimFile {
         let sim = Arc::clone(&self.dir.sim);
         sim.take_time();
         let at = usize::try_from(offset).map_err(io::Error::other)?;
-        if let Err(e) = self.dir.check(false) {
+        if let Err(e) = self.dir.check(true) {
             // Torn: the front of it was written.
             let kept = usize::try_from(sim.below(data.len() as u64 / 512 + 1)).unwrap_or(0) * 512;
             self.dir

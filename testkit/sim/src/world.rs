@@ -9,8 +9,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use hikkoshi_engine::sync::pause_instead;
-
 use crate::client::Ask;
 use crate::disk::{Disk, choose};
 use crate::fiber::{self, Fiber, Wait};
@@ -129,7 +127,7 @@ pub struct Options {
 
 /// Plays the world of a seed.
 pub fn play(seed: u64, options: Options) -> Outcome {
-    pause_instead(Some(fiber::pause_for_others));
+    fiber::begin(seed);
     let mut world = World::new(seed, options.shown);
     if let Some(steps) = options.steps {
         world.plan.steps = steps;
@@ -151,7 +149,7 @@ pub fn play(seed: u64, options: Options) -> Outcome {
     let tally = world.tally;
     world.fibers.clear();
     drop(world);
-    pause_instead(None);
+    fiber::end();
     Outcome {
         hash,
         events,

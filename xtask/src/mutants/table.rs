@@ -109,8 +109,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "completion without a last commit",
         file: COMMIT,
         edits: &[(
-            "        self.commit_locked(&mut journal)?;\n        if let",
-            "        if let",
+            "        self.commit_locked(&mut journal)?;\n        crash_point!(\"completion.committed\");\n",
+            "",
         )],
     },
     Mutation {
@@ -125,10 +125,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "handoff not durable",
         file: GUEST,
         edits: &[(
-            "        if let Some(state) = journal.state.as_mut() {\n            \
-             state.record_arriving()",
-            "        if let Some(state) = journal.state.as_mut().filter(|_| false) {\n            \
-             state.record_arriving()",
+            "            let outcome = state.record_arriving();\n",
+            "            let _ = state;\n            let outcome = Ok(());\n",
         )],
     },
     Mutation {
@@ -165,10 +163,11 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "no record of a partial block",
         file: GUEST,
         edits: &[(
-            "        self.leave(if whole {\n            Record::Owned(BlockRange::one(block))\n        \
-             } else {\n            Record::Partial { block, mask }\n        });\n",
-            "        let _ = mask;\n        if whole {\n            \
-             self.leave(Record::Owned(BlockRange::one(block)));\n        }\n",
+            "            Some(if is_whole {\n                \
+             Record::Owned(BlockRange::one(block))\n            } else {\n                \
+             Record::Partial { block, mask }\n            })",
+            "            let _ = mask;\n            \
+             is_whole.then_some(Record::Owned(BlockRange::one(block)))",
         )],
     },
     Mutation {
@@ -184,7 +183,20 @@ pub const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "no record of an owned block",
         file: RELOCATION,
-        edits: &[("        self.leave(Record::Owned(run));\n", "")],
+        edits: &[(
+            "            Some(Record::Owned(run))\n",
+            "            None\n",
+        )],
+    },
+    Mutation {
+        name: "record left after its mark, and not with it",
+        file: RELOCATION,
+        edits: &[(
+            "        self.leave(|| {\n            self.residency.mark_owned(run);\n            \
+             Some(Record::Owned(run))\n        });",
+            "        self.residency.mark_owned(run);\n        \
+             self.leave(|| Some(Record::Owned(run)));",
+        )],
     },
     Mutation {
         name: "what passes through is kept",
@@ -205,20 +217,24 @@ pub const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "log not synced",
         file: STATE,
-        edits: &[("                .and_then(|()| this.log.sync());", ";")],
+        edits: &[(
+            "            this.log.sync().map_err(|source| {",
+            "            Ok(()).map_err(|source: io::Error| {",
+        )],
     },
     Mutation {
         name: "snapshot in place before its data is durable",
         file: STATE,
         edits: &[
             (
-                "            sync_data().map_err(|source| this.failed(\"syncing the image of\", VOLUME, source))?;\n",
+                "            sync_data().map_err(|source| {\n                \
+                 this.failed(\"syncing the image of\", VOLUME, io::Error::other(source))\n            \
+                 })?;\n",
                 "",
             ),
             (
-                "            put(&*this.dir, MAP, &map)?;\n            this.epoch += 1;",
-                "            put(&*this.dir, MAP, &map)?;\n            \
-                 sync_data().map_err(|source| this.failed(\"syncing\", VOLUME, source))?;\n            \
+                "            crash_point!(\"snapshot.done\");\n            this.epoch += 1;",
+                "            sync_data().map_err(|source| this.failed(\"syncing\", VOLUME, source))?;\n            \
                  this.epoch += 1;",
             ),
         ],
@@ -235,10 +251,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "memory believed before it is filled",
         file: LIVE,
         edits: &[(
-            "            state.load(&residency)?;\n            \
-             place.publish(&live, state.identity())?;\n",
-            "            place.publish(&live, state.identity())?;\n            \
-             state.load(&residency)?;\n",
+            "            // A state that is refused is left exactly as it was.\n",
+            "            place.publish(&live, state.identity())?;\n",
         )],
     },
     Mutation {

@@ -8,6 +8,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use hikkoshi_engine::heat::HeatMap;
+
 use super::dial;
 use crate::events::Event;
 use crate::status::ExportStatus;
@@ -119,6 +121,16 @@ impl ControlClient {
         self.parse(&body)
     }
 
+    /// How much an export is read and written, region by region.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn heat(&self, name: &str) -> Result<HeatMap, ClientError> {
+        let target = format!("/v1/heat?name={}", encode(name));
+        let body = self.request("GET", &target, ASK_TIMEOUT)?;
+        HeatMap::decode(&body).map_err(|error| self.garbled(error.to_string()))
+    }
+
     /// What has happened to an export, with numbers above `since`.
     ///
     /// # Errors
@@ -178,9 +190,14 @@ impl ControlClient {
             path: self.path.clone(),
             source,
         })?;
-        let (status, body) = split_answer(&raw).map_err(|what| self.garbled(what))?;
+        self.understand(&raw).map(<[u8]>::to_vec)
+    }
+
+    /// The body of a successful answer, or the error that the daemon told.
+    fn understand<'a>(&self, raw: &'a [u8]) -> Result<&'a [u8], ClientError> {
+        let (status, body) = split_answer(raw).map_err(|what| self.garbled(what))?;
         if (200..300).contains(&status) {
-            return Ok(body.to_vec());
+            return Ok(body);
         }
         #[derive(serde::Deserialize)]
         struct Said {
@@ -192,6 +209,23 @@ impl ControlClient {
         };
         Err(ClientError::Refused { status, message })
     }
+}
+
+/// What the client makes of the bytes of an answer: to a question for all exports, and for one.
+///
+/// # Errors
+/// They are no successful answer.
+#[cfg(feature = "fuzzing")]
+pub fn understand(
+    raw: &[u8],
+) -> (
+    Result<Vec<ExportStatus>, ClientError>,
+    Result<ExportStatus, ClientError>,
+) {
+    let client = ControlClient::new("fuzzed");
+    let all = client.understand(raw).and_then(|body| client.parse(body));
+    let one = client.understand(raw).and_then(|body| client.parse(body));
+    (all, one)
 }
 
 /// One request and all bytes of its answer, before `deadline`.

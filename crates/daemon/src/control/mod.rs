@@ -217,6 +217,27 @@ impl Listening {
     }
 }
 
+/// HTTP/1.1 within the limits of this interface.
+fn http() -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(MAX_HEAD_BYTES)
+        .max_headers(MAX_HEADERS);
+    http
+}
+
+/// Serves one connection, as one that was accepted is, until it ends.
+#[cfg(feature = "fuzzing")]
+pub async fn serve_one<S>(exports: Arc<dyn Exports>, stream: S)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    let service = TowerToHyperService::new(routes::router(exports));
+    // What ends a connection badly is the client's affair, here as there.
+    let _ = http().serve_connection(TokioIo::new(stream), service).await;
+}
+
 /// Accepts connections until told to stop, then waits a moment for those that are open.
 async fn accept_until(listening: Listening, router: Router, mut stopped: oneshot::Receiver<()>) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -244,12 +265,7 @@ async fn accept_until(listening: Listening, router: Router, mut stopped: oneshot
         let service = TowerToHyperService::new(router.clone());
         let closing = Arc::clone(&closing);
         tokio::spawn(async move {
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT)
-                .max_buf_size(MAX_HEAD_BYTES)
-                .max_headers(MAX_HEADERS)
-                .serve_connection(TokioIo::new(stream), service);
+            let connection = http().serve_connection(TokioIo::new(stream), service);
             tokio::pin!(connection);
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,

@@ -22,6 +22,7 @@ hikkoshi control interface
 
 GET  /v1/status                          all exports, a JSON array
 GET  /v1/export?name=NAME                one export
+GET  /v1/heat?name=NAME                  how much it is read and written where, a heat map
 GET  /v1/events?name=NAME&since=N        what has happened to it, later than number N
 GET  /metrics                            the numbers of all, for Prometheus
 POST /v1/pause?name=NAME                 stop the background copy
@@ -41,6 +42,7 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/", get(async || INDEX))
         .route("/v1/status", get(status))
         .route("/v1/export", get(export))
+        .route("/v1/heat", get(heat))
         .route("/v1/events", get(events))
         .route("/metrics", get(metrics))
         .route("/v1/pause", post(pause))
@@ -146,6 +148,13 @@ async fn export(
 ) -> Result<Json<ExportStatus>, Refusal> {
     let Query(query) = query?;
     Ok(Json(exports.find(&query.name)?.status()))
+}
+
+/// The map as `docs/on-disk.md` has it: what `serve --heat` takes.
+async fn heat(State(exports): State<Shared>, query: NameQuery) -> Result<Response, Refusal> {
+    let Query(query) = query?;
+    let map = exports.find(&query.name)?.heat().encode();
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], map).into_response())
 }
 
 async fn events(

@@ -7,6 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use hikkoshi_engine::heat::{Heat, HeatMap};
+
 use super::client::{ClientError, Command, ControlClient};
 use super::{ControlError, place, serve};
 use crate::events::{Event, EventKind, EventLog};
@@ -74,6 +76,12 @@ impl Controlled for Pretend {
     fn set_limit(&self, rate: Option<u64>) -> Result<(), CommandError> {
         self.change(|status| status.limit_bytes_per_s = rate)
     }
+    fn heat(&self) -> HeatMap {
+        let heat = Heat::new(1 << 30);
+        heat.read(0, 4096);
+        heat.map()
+    }
+
     fn handoff(&self) -> Result<(), CommandError> {
         if self.status.lock().unwrap().export == "broken" {
             return Err(CommandError::Failed("the disk is full".into()));
@@ -154,6 +162,20 @@ fn commands_reach_the_export_they_name() {
     assert_eq!(client.export(name).unwrap(), status);
     server.shutdown();
     assert!(!path.exists());
+}
+
+#[test]
+fn a_heat_map_arrives_whole() {
+    let (_dir, path) = socket();
+    let _server = serve(&path, few()).unwrap();
+    let name = few().all()[0].status().export;
+    let map = ControlClient::new(&path).heat(&name).unwrap();
+    assert_eq!(map.regions.len(), 1);
+    let nobody = ControlClient::new(&path).heat("nobody");
+    assert!(matches!(
+        nobody,
+        Err(ClientError::Refused { status: 404, .. })
+    ));
 }
 
 #[test]

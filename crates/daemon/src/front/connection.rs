@@ -6,10 +6,11 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hikkoshi_engine::geometry::ByteRange;
+use hikkoshi_engine::readahead::Detector;
 use hikkoshi_nbd::server::reply::{self, Last};
 use hikkoshi_nbd::server::{Command, ReplyStyle, Request, Rules, Session, StatusExtents, Verdict};
 use hikkoshi_nbd::wire::{self, Errno};
@@ -43,10 +44,16 @@ const MAX_CACHE_BYTES: u64 = 32 << 20;
 /// Extents of one answer to BLOCK_STATUS. The client asks again for what is beyond.
 const MAX_EXTENTS: usize = 4096;
 
+/// Numbers for the streams of all connections: so many for each, more than one can read.
+const STREAM_IDS: u64 = 1 << 40;
+static NEXT_STREAM_ID: AtomicU64 = AtomicU64::new(0);
+
 pub(super) struct Connection {
     volume: Arc<Volume>,
     /// Let go of as soon as the volume is local.
     relocation: Option<Arc<Relocation>>,
+    /// Recognises what is read sequentially. Asked only while there is a relocation.
+    detector: Detector,
     session: Session,
     style: ReplyStyle,
     rules: Rules,
@@ -83,6 +90,7 @@ impl Connection {
     ) -> Self {
         Self {
             relocation: volume.relocation(),
+            detector: Detector::new(NEXT_STREAM_ID.fetch_add(STREAM_IDS, Ordering::Relaxed)),
             volume,
             style: outbox.style(),
             rules: Rules::new(&session),
@@ -144,10 +152,17 @@ impl Connection {
 
     fn run_command(&mut self, cookie: u64, command: Command) -> Result<(), End> {
         match command {
-            Command::Read { offset, len, .. } => self.read(cookie, offset, len),
-            Command::Write { offset, len, fua } => self.write(cookie, offset, len as usize, fua),
+            Command::Read { offset, len, .. } => {
+                self.volume.heat().read(offset, len.into());
+                self.read(cookie, offset, len)
+            }
+            Command::Write { offset, len, fua } => {
+                self.volume.heat().written(offset, len.into());
+                self.write(cookie, offset, len as usize, fua)
+            }
             Command::Flush => self.make_durable(cookie),
             Command::Trim { offset, len, fua } => {
+                self.volume.heat().written(offset, len.into());
                 let done = self
                     .volume
                     .trim(self.relocation.as_ref(), offset, len.into());
@@ -160,6 +175,7 @@ impl Connection {
                 no_hole,
                 fast,
             } => {
+                self.volume.heat().written(offset, len.into());
                 let mode = match (no_hole, fast) {
                     (_, true) => ZeroMode::FastOnly,
                     (true, false) => ZeroMode::Allocate,
@@ -193,20 +209,34 @@ impl Connection {
                     .put_read_header(&mut self.out[self.out_len..], cookie, offset, len);
                 self.out_len = at + wanted;
                 self.reads += 1;
+                self.watch(offset, len, false);
                 Ok(())
             }
             Ok(ReadNow::WouldBlock) => {
                 self.reads += 1;
+                self.watch(offset, len, false);
                 let ticket = self.ticket(cookie, wanted)?;
                 read_elsewhere(&self.volume, ticket, offset, wanted);
                 Ok(())
             }
-            Ok(ReadNow::Missing) => self.read_missing(cookie, offset, wanted),
+            Ok(ReadNow::Missing) => self.read_missing(cookie, offset, len),
             Err(e) => self.answer(cookie, Err(e)),
         }
     }
 
-    fn read_missing(&mut self, cookie: u64, offset: u64, len: usize) -> Result<(), End> {
+    /// Tells the relocation when a sequential stream has got on. Reads of what is here already
+    /// reach nobody else, and yet the rest of the stream is to be here in time.
+    #[inline]
+    fn watch(&mut self, offset: u64, len: u32, missing: bool) {
+        if let Some(relocation) = &self.relocation
+            && let Some(told) = self.detector.note(offset, len, missing)
+        {
+            relocation.read_ahead(told);
+        }
+    }
+
+    fn read_missing(&mut self, cookie: u64, offset: u64, wanted: u32) -> Result<(), End> {
+        let len = wanted as usize;
         let ticket = self.ticket(cookie, len)?;
         let Some(relocation) = &self.relocation else {
             return Ok(());
@@ -229,6 +259,7 @@ impl Connection {
             }
         };
         relocation.read(ByteRange::at(offset, len as u64), Box::new(done));
+        self.watch(offset, wanted, true);
         Ok(())
     }
 
@@ -240,9 +271,10 @@ impl Connection {
                 .all_resident(self.volume.geometry().covering(bytes))
         });
         if !here {
-            return self.read_missing(cookie, offset, len as usize);
+            return self.read_missing(cookie, offset, len);
         }
         self.reads += 1;
+        self.watch(offset, len, false);
         self.flush_out()?;
         match self.style {
             ReplyStyle::Simple => {

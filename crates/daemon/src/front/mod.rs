@@ -336,6 +336,22 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
     Ok(())
 }
 
+/// Serves one client on the calling thread, as a listening address would on a thread of its own.
+///
+/// # Errors
+/// The socket fails.
+#[cfg(feature = "fuzzing")]
+pub fn serve_one(table: Arc<Table>, socket: Socket) -> io::Result<()> {
+    let shared = Shared {
+        table,
+        max_clients: 1,
+        stopping: AtomicBool::new(false),
+        next_client: AtomicU64::new(0),
+        clients: Mutex::default(),
+    };
+    serve(&shared, 0, socket)
+}
+
 /// The handshake. `None` if the client left or was shown the door.
 fn shake_hands(table: &Table, socket: &Socket) -> io::Result<Option<(Session, Vec<u8>)>> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;

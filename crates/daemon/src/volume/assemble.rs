@@ -4,10 +4,12 @@
 //! whoever brings other parts and runs the duties ([`Volume::run_committer`],
 //! [`Volume::keep_time`]) in its own way.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex, RwLock};
 
 use hikkoshi_engine::geometry::Geometry;
+use hikkoshi_engine::heat::Heat;
 use hikkoshi_engine::mover::{Mover, Phase, Policy};
 use hikkoshi_engine::residency::Residency;
 use hikkoshi_engine::witness::Witnesses;
@@ -22,6 +24,7 @@ use super::space::DiskTrouble;
 use super::{AtCompletion, Clock, Tally, Volume};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
 use crate::events::EventLog;
+use crate::heat;
 use crate::status::LifeState;
 
 /// What every volume is made of.
@@ -38,6 +41,8 @@ pub struct Parts<'a> {
     pub had_source: bool,
     /// The time.
     pub clock: Clock,
+    /// Where the heat is kept over a restart.
+    pub heat_place: Option<PathBuf>,
 }
 
 /// What a volume has besides while its blocks are still coming.
@@ -122,7 +127,12 @@ impl Parts<'_> {
             at_completion: Mutex::new(None),
             last_traffic: Traffic::default(),
             tally: Tally::default(),
+            heat: Heat::new(self.geometry.size_bytes()),
+            heat_place: self.heat_place,
         };
+        if let Some(place) = &volume.heat_place {
+            heat::restore(&volume.heat, place);
+        }
         volume.set_life(life);
         volume
     }

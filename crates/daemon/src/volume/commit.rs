@@ -312,18 +312,36 @@ impl Volume {
     pub fn run_committer(self: Arc<Self>) {
         loop {
             let (waiting, lazy, complete, stop) = self.await_duties();
-            if !waiting.is_empty() || lazy || stop {
-                self.commit_for(waiting);
-                self.checkpoint_if_due();
-                self.keep_witnesses(stop);
-            }
-            if complete && let Err(e) = self.complete() {
-                tracing::debug!(export = %self.name, "the move could not be completed: {e}");
-            }
+            self.do_duties(waiting, lazy || stop, complete);
+            self.keep_witnesses(stop);
             if stop {
                 return;
             }
         }
+    }
+
+    fn do_duties(&self, waiting: Vec<FlushDone>, lazy: bool, complete: bool) {
+        if !waiting.is_empty() || lazy {
+            self.commit_for(waiting);
+            self.checkpoint_if_due();
+        }
+        if complete && let Err(e) = self.complete() {
+            tracing::debug!(export = %self.name, "the move could not be completed: {e}");
+        }
+    }
+
+    /// One turn of that loop, if there is anything to do; for callers without that thread.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn attend_commits(&self) {
+        let (waiting, lazy, complete) = {
+            let mut queue = lock(&self.committer.queue);
+            (
+                std::mem::take(&mut queue.waiting),
+                std::mem::take(&mut queue.lazy),
+                std::mem::take(&mut queue.complete),
+            )
+        };
+        self.do_duties(waiting, lazy, complete);
     }
 
     fn await_duties(&self) -> (Vec<FlushDone>, bool, bool, bool) {

@@ -13,6 +13,8 @@ pub mod commit;
 mod extents;
 #[cfg(test)]
 mod full_tests;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod guest;
 pub mod open;
 pub mod proof;
@@ -31,10 +33,12 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use hikkoshi_engine::geometry::Geometry;
+use hikkoshi_engine::heat::Heat;
 use hikkoshi_store::Store;
 
 use crate::config::{HandoffPolicy, SourceLoss};
 use crate::events::{EventKind, EventLog};
+use crate::heat;
 use crate::status::LifeState;
 use commit::{Committer, Journal};
 use relocation::{Relocation, Traffic};
@@ -111,6 +115,10 @@ pub struct Volume {
     last_traffic: Traffic,
     /// What is counted; front ends add to it.
     pub tally: Tally,
+    /// How much is read and written where; front ends count into it.
+    heat: Heat,
+    /// Where that is kept over a restart.
+    heat_place: Option<PathBuf>,
 }
 
 const LIFE_LOCAL: u8 = 0;
@@ -166,6 +174,20 @@ impl Volume {
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
             .clone()
+    }
+
+    /// How much is read and written where. Counting costs next to nothing and never waits.
+    #[inline]
+    pub fn heat(&self) -> &Heat {
+        &self.heat
+    }
+
+    /// Writes down what was counted of reads and writes.
+    pub(crate) fn save_heat(&self) -> io::Result<()> {
+        match &self.heat_place {
+            Some(place) => heat::save(&self.heat, place),
+            None => Ok(()),
+        }
     }
 
     /// The local image.

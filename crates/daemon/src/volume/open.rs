@@ -27,6 +27,7 @@ use super::assemble::{Moving, Parts};
 use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss};
 use crate::events::EventKind;
+use crate::heat::{self, HeatFileError};
 
 /// Why an export cannot be opened. Each text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +57,9 @@ pub enum OpenError {
         /// What happened.
         source: io::Error,
     },
+    /// The heat map that was named.
+    #[error(transparent)]
+    Heat(#[from] HeatFileError),
     /// A thread could not be started.
     #[error("a thread could not be started: {0}")]
     Thread(io::Error),
@@ -151,6 +155,9 @@ impl Running {
         }
         self.volume.settle()?;
         crash_point!("close.recorded");
+        if let Err(error) = self.volume.save_heat() {
+            tracing::warn!("what was counted of reads and writes is not kept: {error}");
+        }
         // Only now: while it is there, it is what a restart believes.
         if let Some(live) = &self.live {
             live.remove();
@@ -181,6 +188,10 @@ fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
     let mut name = name.to_owned();
     name.push(".hikkoshi");
     Ok(config.image.with_file_name(name))
+}
+
+fn heat_place(config: &ExportConfig) -> Result<Option<PathBuf>, OpenError> {
+    Ok(heat::place_of(config, &state_path(config)?))
 }
 
 fn engine(config: &ExportConfig) -> EngineChoice {
@@ -234,6 +245,7 @@ fn open_plain(
         state,
         had_source,
         clock: system_clock(),
+        heat_place: heat_place(config)?,
     };
     Running::start(parts.plain(), None)
 }
@@ -360,6 +372,7 @@ fn move_in(
         state: Some(state),
         had_source: true,
         clock: system_clock(),
+        heat_place: heat_place(config)?,
     };
     let memory = Arc::clone(&live);
     let volume = parts.moving(Moving {
@@ -376,6 +389,12 @@ fn move_in(
             crash_point!("completion.tag-removed");
         }),
     });
+    if let Some(recorded) = &wanted.heat {
+        heat::replay(volume.heat(), recorded)?;
+    }
+    if let Some(relocation) = volume.relocation() {
+        relocation.set_order(volume.heat().map().order(volume.geometry()));
+    }
     Running::start(volume, Some(live))
 }
 

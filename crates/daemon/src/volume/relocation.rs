@@ -15,8 +15,9 @@ use std::time::Duration;
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
 use hikkoshi_engine::journal::{Pending, Record};
-use hikkoshi_engine::mover::{self, Action, FetchFailure, FlightId, Mover, ReadFailure};
+use hikkoshi_engine::mover::{self, Action, CopyOrder, FetchFailure, FlightId, Mover, ReadFailure};
 use hikkoshi_engine::range_lock::RangeLocks;
+use hikkoshi_engine::readahead::Advance;
 use hikkoshi_engine::residency::{BlockState, Residency};
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::{Store, ZeroMode};
@@ -190,6 +191,16 @@ impl Relocation {
         self.drive(|m, now, out| m.read(now, reader, range, &self.residency, out));
     }
 
+    /// A client reads sequentially and has got on.
+    pub fn read_ahead(self: &Arc<Self>, told: Advance) {
+        self.drive(|m, now, out| m.read_ahead(now, told, &self.residency, out));
+    }
+
+    /// The order of the background copy from here on.
+    pub fn set_order(self: &Arc<Self>, order: CopyOrder) {
+        self.drive(|m, now, out| m.set_order(now, order, &self.residency, out));
+    }
+
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
@@ -245,7 +256,9 @@ impl Relocation {
         let bytes = self.geometry.bytes(range);
         let lane = match lane {
             mover::Lane::Demand => Lane::Demand,
-            mover::Lane::Bulk => Lane::Bulk,
+            // A source knows two lanes. Read-ahead goes before the background copy by being asked
+            // for first, and must not stand in demand's way.
+            mover::Lane::Ahead | mover::Lane::Bulk => Lane::Bulk,
         };
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
         let this = Arc::clone(self);

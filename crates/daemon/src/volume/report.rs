@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use hikkoshi_engine::heat::HeatMap;
+
 use super::relocation::Relocation;
 use super::{Volume, lock};
 use crate::config::{HandoffPolicy, SourceLoss};
@@ -184,6 +186,10 @@ impl Controlled for Volume {
             clients: self.tally.clients.load(Ordering::Relaxed),
             counters: self.counters(r),
         }
+    }
+
+    fn heat(&self) -> HeatMap {
+        self.heat.map()
     }
 
     fn pause(&self) -> Result<(), CommandError> {

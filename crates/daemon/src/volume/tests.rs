@@ -1,8 +1,6 @@
-//! The volume against an oracle: random interleavings of everything that can happen to it.
-//!
-//! One thread and no clock of its own, so that a case is its seed: the source answers when the
-//! test says so, in the order that the test chooses; kills keep what is in the kernel, power cuts
-//! keep what was synced and any part of the rest.
+//! What has gone wrong once, or must never, told one case at a time: on one thread where that
+//! does, over media in memory, with a source that answers when the test says so. Whole lives, with
+//! everything that can happen to them at once, are the simulator's (`testkit/sim`).
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -20,9 +18,8 @@ use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::MemoryDirectory;
 use hikkoshi_store::state::{Identity, Life, StateDir};
-use hikkoshi_store::{MemoryStore, Store, ZeroMode};
-use hikkoshi_wan::{MemorySource, Source, SourceErrorKind};
-use proptest::prelude::*;
+use hikkoshi_store::{MemoryStore, Store};
+use hikkoshi_wan::{MemorySource, Source};
 
 use super::assemble::{Moving, Parts};
 use super::guest::ReadNow;
@@ -473,6 +470,7 @@ fn assemble(
         state: Some(state),
         had_source: true,
         clock,
+        heat_place: None,
     };
     if is_local {
         return parts.plain();
@@ -486,161 +484,6 @@ fn assemble(
     });
     volume.relocation().unwrap().start();
     volume
-}
-
-#[derive(Clone, Debug)]
-enum Op {
-    Write {
-        at: u64,
-        len: u64,
-        value: u8,
-        unit: u64,
-    },
-    Zero {
-        at: u64,
-        len: u64,
-    },
-    Trim {
-        at: u64,
-        len: u64,
-    },
-    Read {
-        at: u64,
-        len: u64,
-    },
-    Flush,
-    Answer(usize),
-    Refuse(usize),
-    Connect(bool),
-    Time(u64),
-    Pause(bool),
-    HandOff,
-    Kill,
-    PowerCut(u64),
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    let place = (0..DISK, 1_u64..20_000);
-    prop_oneof![
-        10 => (place.clone(), any::<u8>(), prop_oneof![4 => Just(512_u64), 2 => Just(4096), 1 => Just(1)])
-            .prop_map(|((at, len), value, unit)| Op::Write { at, len, value, unit }),
-        2 => place.clone().prop_map(|(at, len)| Op::Zero { at, len }),
-        2 => place.clone().prop_map(|(at, len)| Op::Trim { at, len }),
-        6 => place.prop_map(|(at, len)| Op::Read { at, len }),
-        4 => Just(Op::Flush),
-        20 => any::<usize>().prop_map(Op::Answer),
-        1 => any::<usize>().prop_map(Op::Refuse),
-        1 => any::<bool>().prop_map(Op::Connect),
-        6 => (1_u64..200).prop_map(Op::Time),
-        1 => any::<bool>().prop_map(Op::Pause),
-        1 => Just(Op::HandOff),
-        1 => Just(Op::Kill),
-        1 => any::<u64>().prop_map(|seed| Op::PowerCut(seed | 1)),
-    ]
-}
-
-/// The bytes from `at` on, cut to the disk and widened to units.
-fn cut(at: u64, len: u64, unit: u64) -> ByteRange {
-    let start = at / unit * unit;
-    ByteRange {
-        start,
-        end: (start + len.next_multiple_of(unit)).min(DISK),
-    }
-}
-
-fn play(world: &mut World, op: Op) {
-    match op {
-        Op::Write {
-            at,
-            len,
-            value,
-            unit,
-        } => {
-            let bytes = cut(at, len, unit);
-            let data: Vec<u8> = (0..bytes.len())
-                .map(|n| value.wrapping_add(n as u8))
-                .collect();
-            world.write(bytes.start, &data);
-        }
-        Op::Zero { at, len } => {
-            let bytes = cut(at, len, 512);
-            let zeroes = vec![0; bytes.len() as usize];
-            world.mutate(bytes, &zeroes, |v, r| {
-                v.zero(r, bytes.start, bytes.len(), ZeroMode::MayPunch)
-            });
-        }
-        Op::Trim { at, len } => {
-            let bytes = cut(at, len, 512);
-            // Whole blocks become zero; the rest may stay while it is not here.
-            let kept = world.geometry.bytes(world.geometry.within(bytes));
-            let bytes = if world.relocation().is_some() {
-                kept
-            } else {
-                bytes
-            };
-            if !bytes.is_empty() {
-                let zeroes = vec![0; bytes.len() as usize];
-                world.mutate(bytes, &zeroes, |v, r| v.trim(r, bytes.start, bytes.len()));
-            }
-        }
-        Op::Read { at, len } => {
-            let bytes = cut(at, len, 1);
-            world.read(bytes.start, bytes.len() as usize);
-        }
-        Op::Flush => world.flush(),
-        Op::Answer(n) => {
-            let pending = world.source.pending();
-            if pending > 0 {
-                world.source.complete(n % pending);
-            }
-        }
-        Op::Refuse(n) => {
-            let pending = world.source.pending();
-            if pending > 0 {
-                world.source.fail(n % pending, SourceErrorKind::Refused);
-            }
-        }
-        Op::Connect(connected) => world.source.set_connected(connected),
-        Op::Time(ms) => world.pass_time(ms),
-        Op::Pause(pause) => {
-            if let Some(relocation) = world.relocation() {
-                relocation.drive(|m, now, out| {
-                    if pause {
-                        m.pause();
-                    } else {
-                        m.resume(now, &relocation.residency, out);
-                    }
-                });
-            }
-        }
-        Op::HandOff => world.volume.hand_off().unwrap(),
-        Op::Kill => world.kill(),
-        Op::PowerCut(seed) => world.power_cut(seed),
-    }
-    world.duties();
-    world.check_reads();
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig {
-        cases: std::env::var("HIKKOSHI_MODEL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(1500),
-        max_shrink_iters: 4000,
-        ..ProptestConfig::default()
-    })]
-
-    #[test]
-    fn a_volume_is_the_disk_that_was_written(
-        ops in prop::collection::vec(op(), 1..120),
-        granularity in prop_oneof![Just(None), Just(Some(512)), Just(Some(4096))],
-        now in any::<bool>(),
-    ) {
-        let handoff = if now { HandoffPolicy::Now } else { HandoffPolicy::FirstWrite };
-        let mut world = World::new(granularity, handoff);
-        for op in ops {
-            play(&mut world, op);
-        }
-        world.finish();
-    }
 }
 
 /// Before the handoff a read shows the source's bytes of now, and leaves nothing behind: the VM
@@ -753,7 +596,8 @@ fn a_failed_sync_poisons_the_volume() {
 }
 
 /// Between the durable handoff and the mover's knowing of it, a read of a partly written block
-/// could pass by the write to the source. The model cannot see it (one thread), so this tries.
+/// could pass by the write to the source. The simulator steps between the two as well; here it is real
+/// threads that try.
 #[test]
 fn no_read_passes_by_the_first_write() {
     for _ in 0..200 {

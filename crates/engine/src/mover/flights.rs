@@ -17,12 +17,21 @@ pub(super) enum Purpose {
     Demand,
     /// The rest of a partially written block.
     Rest,
+    /// A stream that is read sequentially will want it.
+    Ahead,
     /// The background copy.
     Bulk,
     /// No fetch at all: known zeroes are being installed.
     Zero,
     /// A read before the handoff: not kept.
     PassThrough,
+}
+
+impl Purpose {
+    /// Whether it is counted among what fills the path: all that is kept.
+    pub fn is_paced(self) -> bool {
+        !matches!(self, Self::Zero | Self::PassThrough)
+    }
 }
 
 #[derive(Debug)]
@@ -45,6 +54,11 @@ impl Flight {
             sent,
         }
     }
+
+    /// Whether the pacer was told of it.
+    pub fn is_charged(&self) -> bool {
+        self.sent && self.purpose.is_paced()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -53,7 +67,7 @@ pub(super) struct Flights {
     all: HashMap<FlightId, Flight>,
     /// Kept flights by their first block; they do not overlap.
     by_start: BTreeMap<u64, FlightId>,
-    counts: [usize; 5],
+    counts: [usize; 6],
 }
 
 impl Flights {
@@ -79,6 +93,11 @@ impl Flights {
 
     pub fn count(&self, purpose: Purpose) -> usize {
         self.counts[purpose as usize]
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
     }
 
     pub fn any_zeroing(&self) -> bool {

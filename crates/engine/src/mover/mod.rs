@@ -9,9 +9,16 @@
 //! It must never be told that a fetch landed before the residency shows it: a read that comes in
 //! between looks there first.
 
+mod ahead;
+mod background;
+#[cfg(all(test, not(loom)))]
+mod background_tests;
 mod bucket;
+mod failures;
 mod flights;
+mod order;
 mod pacer;
+mod readers;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
@@ -19,12 +26,15 @@ use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use crate::geometry::{BlockIndex, BlockRange, Geometry};
-use crate::residency::{BlockState, Residency};
+use crate::residency::Residency;
 
+use ahead::Streams;
 use bucket::TokenBucket;
 pub use flights::FlightId;
 use flights::{Flight, Flights, Purpose};
+pub use order::CopyOrder;
 use pacer::Pacer;
+use readers::Waiter;
 
 /// Two missing runs with at most this much resident data between them are fetched as one: the
 /// data costs less time on the wire than a further request costs at both ends.
@@ -57,6 +67,9 @@ const MAX_REFUSED: usize = 1024;
 pub enum Lane {
     /// A guest waits for it, or will.
     Demand,
+    /// A guest will likely ask for it soon. It must not hold demand up; with a source that knows
+    /// two lanes only it therefore travels with bulk, and goes before it by being asked for first.
+    Ahead,
     /// The background copy.
     Bulk,
 }
@@ -142,15 +155,6 @@ pub struct Policy {
     pub has_extents: bool,
 }
 
-/// A reader and how many fetches it still waits for.
-#[derive(Debug)]
-struct Waiter<W> {
-    who: W,
-    range: BlockRange,
-    outstanding: usize,
-    since: Duration,
-}
-
 /// The state of one relocation. `W` stands for a reader that waits.
 #[derive(Debug)]
 pub struct Mover<W> {
@@ -166,8 +170,10 @@ pub struct Mover<W> {
     next_waiter: u64,
     pacer: Pacer,
     bucket: TokenBucket,
-    /// Where the background copy looks next, a block number.
-    cursor: u64,
+    /// Where the background copy looks next.
+    order: CopyOrder,
+    /// What is read sequentially.
+    streams: Streams,
     /// Zeroes before this block have been installed (or are being).
     scanned_to: u64,
     /// A question for extents is under way.
@@ -196,7 +202,8 @@ impl<W> Mover<W> {
             next_waiter: 0,
             pacer: Pacer::new(),
             bucket: TokenBucket::new(policy.max_rate),
-            cursor: 0,
+            order: CopyOrder::default(),
+            streams: Streams::new(),
             scanned_to: 0,
             scanning: false,
             rests: BTreeSet::new(),
@@ -240,78 +247,6 @@ impl<W> Mover<W> {
         self.refused.len()
     }
 
-    /// A reader needs these blocks. It is woken at once if all are here.
-    pub fn read(
-        &mut self,
-        now: Duration,
-        who: W,
-        range: BlockRange,
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) {
-        let id = self.next_waiter;
-        self.next_waiter += 1;
-        self.waiters.insert(
-            id,
-            Waiter {
-                who,
-                range,
-                outstanding: 0,
-                since: now,
-            },
-        );
-        if self.phase == Phase::Standby {
-            self.launch_for(now, id, range, Purpose::PassThrough, out);
-        } else {
-            for run in missing_runs(self.geometry, residency, range) {
-                self.await_run(now, id, run, out);
-            }
-        }
-        self.wake_if_ready(id, out);
-    }
-
-    /// Attaches a reader to what is in flight for `run`, and launches the rest.
-    fn await_run(&mut self, now: Duration, id: u64, run: BlockRange, out: &mut Vec<Action<W>>) {
-        let mut at = run.start;
-        while at < run.end {
-            match self.flights.covering(at, run.end) {
-                Some((flight, covered)) if covered.start <= at => {
-                    if self.flights.attach(flight, id) {
-                        self.expect_one_more(id);
-                    }
-                    at = covered.end;
-                }
-                next => {
-                    let gap_end = next.map_or(run.end, |(_, r)| r.start.min(run.end));
-                    let step = self.blocks_in(MAX_FETCH_BYTES);
-                    let end = gap_end.min(at + step);
-                    let range = BlockRange::new(at, end);
-                    self.launch_for(now, id, range, Purpose::Demand, out);
-                    at = end;
-                }
-            }
-        }
-    }
-
-    fn expect_one_more(&mut self, id: u64) {
-        if let Some(waiter) = self.waiters.get_mut(&id) {
-            waiter.outstanding += 1;
-        }
-    }
-
-    fn launch_for(
-        &mut self,
-        now: Duration,
-        id: u64,
-        range: BlockRange,
-        purpose: Purpose,
-        out: &mut Vec<Action<W>>,
-    ) {
-        let flight = self.launch(now, range, purpose, out);
-        self.flights.attach(flight, id);
-        self.expect_one_more(id);
-    }
-
     /// Puts a fetch under way, or keeps it for when the source is back.
     fn launch(
         &mut self,
@@ -323,9 +258,22 @@ impl<W> Mover<W> {
         let sent = self.connected || purpose == Purpose::Zero;
         let flight = self.flights.insert(Flight::new(range, purpose, now, sent));
         if sent {
-            out.push(action_for(flight, range, purpose));
+            self.send(flight, range, purpose, out);
         }
         flight
+    }
+
+    fn send(
+        &mut self,
+        flight: FlightId,
+        range: BlockRange,
+        purpose: Purpose,
+        out: &mut Vec<Action<W>>,
+    ) {
+        if purpose.is_paced() {
+            self.pacer.sent(self.geometry.bytes(range).len());
+        }
+        out.push(action_for(flight, range, purpose));
     }
 
     /// A write left these blocks partly here; their rest should come soon.
@@ -368,10 +316,11 @@ impl<W> Mover<W> {
         };
         if done.purpose != Purpose::Zero {
             self.store_rests_until = None;
+        }
+        if done.is_charged() {
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
-            self.pacer
-                .landed(now, rtt, bytes, done.purpose == Purpose::Bulk);
+            self.pacer.landed(now, rtt, bytes);
         }
         for id in done.waiters {
             self.one_landed(id, out);
@@ -391,180 +340,6 @@ impl<W> Mover<W> {
             .collect()
     }
 
-    /// A fetch came, but the local store could not keep it. Returns the readers that need nothing
-    /// else: they are to be answered from its data, together with what is here. Those that need
-    /// more are asked for anew, as reads that pass through.
-    pub fn unkept(
-        &mut self,
-        now: Duration,
-        flight: FlightId,
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) -> Vec<W> {
-        let Some(mut lost) = self.flights.remove(flight) else {
-            return Vec::new();
-        };
-        if lost.purpose == Purpose::Bulk {
-            self.pacer.lost(self.geometry.bytes(lost.range).len());
-        }
-        let mut answered = Vec::new();
-        for id in std::mem::take(&mut lost.waiters) {
-            let Some(waiter) = self.waiters.get_mut(&id) else {
-                continue;
-            };
-            let range = waiter.range;
-            if lost.range.start <= range.start && range.end <= lost.range.end {
-                answered.extend(self.waiters.remove(&id).map(|w| w.who));
-            } else {
-                waiter.outstanding = 0;
-                self.flights.detach(id, range);
-                self.launch_for(now, id, range, Purpose::PassThrough, out);
-            }
-        }
-        self.forget(residency, &lost);
-        self.store_rests_until = Some(now + STORE_PAUSE);
-        self.pump(now, residency, out);
-        answered
-    }
-
-    /// A fetch came to nothing.
-    pub fn failed(
-        &mut self,
-        now: Duration,
-        flight: FlightId,
-        why: FetchFailure,
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) {
-        let Some(mut lost) = self.flights.remove(flight) else {
-            return;
-        };
-        if lost.purpose == Purpose::Bulk {
-            self.pacer.lost(self.geometry.bytes(lost.range).len());
-        }
-        match why {
-            FetchFailure::Disconnected => {
-                // Nothing is launched now: the next tick does, so that a source that refuses at
-                // once is not asked in a tight loop.
-                if lost.waiters.is_empty() {
-                    self.forget(residency, &lost);
-                } else {
-                    self.hold(now, lost);
-                }
-                return;
-            }
-            FetchFailure::Refused | FetchFailure::StoreFailed => {
-                let why = match why {
-                    FetchFailure::StoreFailed => ReadFailure::StoreFailed,
-                    _ => ReadFailure::SourceRefused,
-                };
-                for id in std::mem::take(&mut lost.waiters) {
-                    self.fail_waiter(id, why, out);
-                }
-                if lost.purpose != Purpose::PassThrough {
-                    if why == ReadFailure::StoreFailed {
-                        self.store_rests_until = Some(now + STORE_PAUSE);
-                    } else {
-                        self.refuse(now, lost.range);
-                    }
-                    self.forget(residency, &lost);
-                }
-            }
-        }
-        self.pump(now, residency, out);
-    }
-
-    /// Keeps what readers wait for until it can be asked for again. A read that began before the
-    /// handoff still passes through after it: it was there first, so it may show the disk of then.
-    fn hold(&mut self, now: Duration, lost: Flight) {
-        let purpose = match lost.purpose {
-            Purpose::PassThrough => Purpose::PassThrough,
-            _ => Purpose::Demand,
-        };
-        let flight = self
-            .flights
-            .insert(Flight::new(lost.range, purpose, now, false));
-        for id in lost.waiters {
-            self.flights.attach(flight, id);
-        }
-    }
-
-    /// Lets the background find the blocks of a lost fetch again.
-    fn forget(&mut self, residency: &Residency, lost: &Flight) {
-        self.cursor = self.cursor.min(lost.range.start);
-        for (run, state) in residency.runs(lost.range) {
-            if state == BlockState::Partial {
-                self.rests.extend((run.start..run.end).map(BlockIndex));
-            }
-        }
-    }
-
-    fn refuse(&mut self, now: Duration, range: BlockRange) {
-        if self.refused.len() < MAX_REFUSED {
-            self.refused.push((range, now + REFUSED_PAUSE));
-        } else if let Some(last) = self.refused.last_mut() {
-            // Too many to tell apart: leave the whole disk alone for a while.
-            *last = (self.geometry.all(), now + REFUSED_PAUSE);
-        }
-    }
-
-    /// The source answered a question for extents: `zeroes` are whole blocks that read as zero,
-    /// within `range`; the rest of `range` is data. Call with the part that was really answered.
-    pub fn extents(
-        &mut self,
-        now: Duration,
-        range: BlockRange,
-        zeroes: &[BlockRange],
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) {
-        self.scanning = false;
-        if self.phase == Phase::Arriving && range.start <= self.scanned_to {
-            self.scanned_to = self.scanned_to.max(range.end);
-            for zero in zeroes {
-                self.install_zeroes(now, *zero, residency, out);
-            }
-        }
-        self.pump(now, residency, out);
-    }
-
-    /// The question for extents failed.
-    pub fn extents_failed(
-        &mut self,
-        now: Duration,
-        why: FetchFailure,
-        range: BlockRange,
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) {
-        self.scanning = false;
-        if why == FetchFailure::Disconnected {
-            // The next tick asks again: see `failed`.
-            return;
-        }
-        if range.start <= self.scanned_to {
-            // A source that cannot say is asked for the data.
-            self.scanned_to = self.scanned_to.max(range.end);
-        }
-        self.pump(now, residency, out);
-    }
-
-    fn install_zeroes(
-        &mut self,
-        now: Duration,
-        zero: BlockRange,
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) {
-        let step = self.blocks_in(ZERO_STEP_BYTES);
-        let mut at = zero.start;
-        while let Some(run) = self.next_free(at, zero.end, residency) {
-            let range = BlockRange::new(run.start, run.end.min(run.start + step));
-            self.launch(now, range, Purpose::Zero, out);
-            at = range.end;
-        }
-    }
-
     /// The VM runs here from now on.
     pub fn handoff(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         if self.phase == Phase::Standby {
@@ -577,14 +352,14 @@ impl<W> Mover<W> {
     pub fn source_up(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         self.connected = true;
         self.lost_at = None;
-        self.pacer.restart();
+        self.pacer.restart(now);
         self.send_held(now, out);
         self.pump(now, residency, out);
     }
 
     fn send_held(&mut self, now: Duration, out: &mut Vec<Action<W>>) {
         for (flight, range, purpose) in self.flights.send_all(now) {
-            out.push(action_for(flight, range, purpose));
+            self.send(flight, range, purpose, out);
         }
     }
 
@@ -605,6 +380,18 @@ impl<W> Mover<W> {
         self.pump(now, residency, out);
     }
 
+    /// The order of the background copy from here on; without one it goes along the disk.
+    pub fn set_order(
+        &mut self,
+        now: Duration,
+        order: CopyOrder,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) {
+        self.order.replace(order);
+        self.pump(now, residency, out);
+    }
+
     /// Caps the background copy, in bytes per second.
     pub fn set_limit(
         &mut self,
@@ -620,7 +407,14 @@ impl<W> Mover<W> {
     /// Time has passed: time-outs, the cap, and blocks that writes completed. To be called every
     /// [`Mover::TICK`] or so.
     pub fn tick(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        self.refused.retain(|(_, until)| *until > now);
+        let order = &mut self.order;
+        self.refused.retain(|(range, until)| {
+            if *until <= now {
+                order.revisit(*range);
+            }
+            *until > now
+        });
+        self.streams.expire(now, self.pacer.base());
         if self.phase == Phase::Arriving {
             self.land_resident(residency, out);
         }
@@ -652,151 +446,7 @@ impl<W> Mover<W> {
         for (_, waiter) in waiters {
             out.push(Action::Fail(waiter.who, ReadFailure::SourceLost));
         }
-    }
-
-    /// Launches what may go now: rests, questions, bulk.
-    fn pump(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        if self.phase != Phase::Arriving {
-            return;
-        }
-        if residency.missing_blocks() == 0 {
-            // Readers whose blocks a guest's writes completed need no fetch any more; those that
-            // are under way still land and wake them.
-            if self.waiters.is_empty() && !self.flights.any_zeroing() {
-                self.phase = Phase::Complete;
-                out.push(Action::Complete);
-            }
-            return;
-        }
-        if !self.connected || self.must_rest(now) {
-            return;
-        }
-        self.pump_rests(now, residency, out);
-        if self.paused || !self.policy.background {
-            return;
-        }
-        self.pump_scan(out);
-        self.pump_bulk(now, residency, out);
-    }
-
-    /// Whether nothing may be fetched that nobody waits for. While the store is in trouble, one
-    /// fetch at a time tries it once the pause is over.
-    fn must_rest(&self, now: Duration) -> bool {
-        self.store_rests_until
-            .is_some_and(|until| now < until || self.own_flights() > 0)
-    }
-
-    /// Fetches under way that nobody asked for.
-    fn own_flights(&self) -> usize {
-        self.flights.count(Purpose::Rest) + self.flights.count(Purpose::Bulk)
-    }
-
-    fn pump_rests(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        while !self.must_rest(now) && self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
-            let Some(block) = self.rests.pop_first() else {
-                return;
-            };
-            let range = BlockRange::one(block);
-            let wanted = residency.partial_mask(block).is_some();
-            if wanted && self.flights.covering(range.start, range.end).is_none() {
-                if self.is_refused(range) {
-                    self.rests.insert(block);
-                    return;
-                }
-                self.launch(now, range, Purpose::Rest, out);
-            }
-        }
-    }
-
-    fn pump_scan(&mut self, out: &mut Vec<Action<W>>) {
-        let blocks = self.geometry.blocks();
-        if !self.policy.has_extents {
-            self.scanned_to = blocks;
-        } else if !self.scanning && self.scanned_to < blocks {
-            let end = blocks.min(self.scanned_to + self.blocks_in(EXTENTS_BYTES));
-            self.scanning = true;
-            out.push(Action::QueryExtents {
-                range: BlockRange::new(self.scanned_to, end),
-            });
-        }
-    }
-
-    fn pump_bulk(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        let chunk = self.blocks_in(self.pacer.chunk_bytes());
-        loop {
-            if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
-                return;
-            }
-            let Some(range) = self.next_bulk(chunk, residency) else {
-                return;
-            };
-            let bytes = self.geometry.bytes(range).len();
-            self.pacer.sent(bytes);
-            self.bucket.take(bytes);
-            self.cursor = range.end;
-            self.launch(now, range, Purpose::Bulk, out);
-        }
-    }
-
-    /// The next chunk in the order of the disk, wrapping around once for what failed earlier.
-    fn next_bulk(&mut self, chunk: u64, residency: &Residency) -> Option<BlockRange> {
-        for _ in 0..2 {
-            let mut at = self.cursor;
-            while let Some(run) = self.next_free(at, self.scanned_to, residency) {
-                // Chunks end at multiples of their size, so that neighbours stay whole.
-                let end = run.end.min((run.start / chunk + 1) * chunk);
-                let range = BlockRange::new(run.start, end);
-                if !self.is_refused(range) {
-                    return Some(range);
-                }
-                at = range.end;
-            }
-            if self.scanned_to < self.geometry.blocks() || self.cursor == 0 {
-                return None;
-            }
-            self.cursor = 0;
-        }
-        None
-    }
-
-    /// The next run from `at` on, before `end`, that is missing and not in flight.
-    fn next_free(&self, at: u64, end: u64, residency: &Residency) -> Option<BlockRange> {
-        let mut at = at;
-        while at < end {
-            let run = residency.next_missing(at, end)?;
-            match self.flights.covering(run.start, run.end) {
-                Some((_, flying)) if flying.start <= run.start => at = flying.end,
-                Some((_, flying)) => return Some(BlockRange::new(run.start, flying.start)),
-                None => return Some(run),
-            }
-        }
-        None
-    }
-
-    fn is_refused(&self, range: BlockRange) -> bool {
-        self.refused.iter().any(|(r, _)| r.overlaps(range))
-    }
-
-    fn one_landed(&mut self, id: u64, out: &mut Vec<Action<W>>) {
-        if let Some(waiter) = self.waiters.get_mut(&id) {
-            waiter.outstanding = waiter.outstanding.saturating_sub(1);
-            self.wake_if_ready(id, out);
-        }
-    }
-
-    fn wake_if_ready(&mut self, id: u64, out: &mut Vec<Action<W>>) {
-        if self.waiters.get(&id).is_some_and(|w| w.outstanding == 0)
-            && let Some(waiter) = self.waiters.remove(&id)
-        {
-            out.push(Action::Wake(waiter.who));
-        }
-    }
-
-    fn fail_waiter(&mut self, id: u64, why: ReadFailure, out: &mut Vec<Action<W>>) {
-        if let Some(waiter) = self.waiters.remove(&id) {
-            self.flights.detach(id, waiter.range);
-            out.push(Action::Fail(waiter.who, why));
-        }
+        self.streams.clear();
     }
 
     fn blocks_in(&self, bytes: u64) -> u64 {
@@ -807,10 +457,14 @@ impl<W> Mover<W> {
 fn action_for<W>(flight: FlightId, range: BlockRange, purpose: Purpose) -> Action<W> {
     match purpose {
         Purpose::Zero => Action::InstallZero { flight, range },
-        Purpose::Bulk => Action::Fetch {
+        Purpose::Ahead | Purpose::Bulk => Action::Fetch {
             flight,
             range,
-            lane: Lane::Bulk,
+            lane: if purpose == Purpose::Bulk {
+                Lane::Bulk
+            } else {
+                Lane::Ahead
+            },
             keep: true,
         },
         Purpose::Demand | Purpose::Rest => Action::Fetch {
@@ -826,19 +480,4 @@ fn action_for<W>(flight: FlightId, range: BlockRange, purpose: Purpose) -> Actio
             keep: false,
         },
     }
-}
-
-/// The missing runs of `range`, those with a small gap between them joined.
-fn missing_runs(geometry: Geometry, residency: &Residency, range: BlockRange) -> Vec<BlockRange> {
-    let gap = MERGE_GAP_BYTES / geometry.block_bytes();
-    let mut runs: Vec<BlockRange> = Vec::new();
-    let mut at = range.start;
-    while let Some(run) = residency.next_missing(at, range.end) {
-        at = run.end;
-        match runs.last_mut() {
-            Some(last) if run.start - last.end <= gap => last.end = run.end,
-            _ => runs.push(run),
-        }
-    }
-    runs
 }

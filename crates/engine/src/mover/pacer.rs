@@ -1,29 +1,85 @@
-//! How much of the background copy is in flight.
+//! How much may be in flight.
 //!
-//! The window follows the bandwidth-delay product: it grows while round trips stay near the
-//! shortest that was seen, and shrinks when they grow, so that the pipe is full and the queue in
-//! front of it, in which demand would have to wait, is short. (The idea is that of TCP Vegas and
-//! LEDBAT.) Chunks shrink with the link's speed, so that one of them delays demand by little.
+//! The window follows the bandwidth-delay product, by a model of the path: the rate at which
+//! bytes land when the window is full, times the round trip of an empty queue, and a little on
+//! top. What lands lets the next request go, so requests leave at the pace of the bottleneck, and
+//! the queue in front of it, in which demand would have to wait, stays at that little. (The idea is
+//! that of TCP BBR. A window that merely shrinks when round trips grow, as LEDBAT's does, takes
+//! TCP's own slow start at the source for a queue, and at long round trips never gets going.)
+//!
+//! Demand counts as in flight but never waits for room: what a guest asks for takes the place of
+//! read-ahead and of the background copy.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// The smallest and largest chunk of the background copy.
-const MIN_CHUNK_BYTES: u64 = 64 << 10;
-const MAX_CHUNK_BYTES: u64 = 512 << 10;
+const MIN_CHUNK_BYTES: u64 = 16 << 10;
+const MAX_CHUNK_BYTES: u64 = 1 << 20;
 
-/// How long one chunk may occupy the link.
-const CHUNK_TIME: Duration = Duration::from_millis(5);
+/// How long one chunk may occupy the link: what a demand read may find in front of it.
+const CHUNK_TIME: Duration = Duration::from_millis(2);
+
+/// At long round trips chunks may be longer: a window is at least so many of them. A source has a
+/// bounded number of requests in flight (48 on three connections), and each costs time at both ends.
+const CHUNKS_IN_WINDOW: u64 = 28;
 
 /// Bounds of the window. The upper one fills 2.5 Gbit/s at 200 ms.
-const MIN_WINDOW_BYTES: u64 = 2 * MIN_CHUNK_BYTES;
+const MIN_WINDOW_BYTES: u64 = 4 * MIN_CHUNK_BYTES;
 const MAX_WINDOW_BYTES: u64 = 64 << 20;
 
-/// Queueing that is tolerated: the larger of this and a share of the shortest round trip.
-const QUEUE_FLOOR: Duration = Duration::from_millis(4);
-const QUEUE_SHARE: u32 = 8;
+/// The window that a path begins with.
+const FIRST_WINDOW_BYTES: u64 = 1 << 20;
+
+/// What the window is above the measured product: a sixteenth of it, and one chunk at least, so that
+/// one is on its way while another is installed. It keeps the pipe full between two landings, and
+/// lets the rate be found again after it has grown.
+const SLACK: u64 = 16;
+
+/// While the rate is still being found: the window over the product so far. It doubles with every
+/// round trip, as TCP's does at the source.
+const START_GAIN: u64 = 2;
+
+/// The rate counts as found when it has grown by less than a quarter over so many full rounds.
+const FLAT_ROUNDS: u32 = 3;
+
+/// Once it is found, a larger window is tried after so many full rounds. If more lands, the rate is
+/// looked for anew: the path has become faster, or it was the source's TCP that was slow before,
+/// and a TCP grows only while somebody asks for more than it can send.
+const CRUISE_ROUNDS: u32 = 8;
+
+/// How much larger (in eighths), and how much more must land (in sixteenths).
+const PROBE_GAIN_8TH: u64 = 10;
+const PROBE_SUCCESS_16TH: u64 = 18;
+
+/// The shortest round: over less, the rate of a few chunks says nothing.
+const MIN_ROUND: Duration = Duration::from_millis(40);
+
+/// Full rounds whose rates are remembered. The second best of them counts: one that was measured
+/// too high, because landings were held up and then came at once, does not.
+const RATE_ROUNDS: usize = 8;
 
 /// How long the shortest round trip is believed.
 const BASE_LIFETIME: Duration = Duration::from_secs(20);
+
+/// How often the window is halved for a round, so that the queue empties and the shortest round
+/// trip can be seen again. A window computed from a round trip with a queue in it keeps the queue.
+const DRAIN_EVERY: Duration = Duration::from_secs(8);
+
+/// Chunks are shorter then: their own time on the wire counts as distance.
+const DRAIN_CHUNKS_IN_WINDOW: u64 = 64;
+
+/// What the window is being used for. Rounds are full rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// To find the rate: the best so far, and for how many rounds it has been that.
+    Start { best: u64, rounds: u32 },
+    /// To keep the pipe full, for so many rounds now.
+    Cruise { rounds: u32 },
+    /// To see whether more would land. What a larger window brings lands a round trip later, so
+    /// the first round does not count.
+    Probe { before: u64, rounds: u32 },
+}
 
 #[derive(Debug)]
 pub(super) struct Pacer {
@@ -33,13 +89,14 @@ pub(super) struct Pacer {
     base: Option<Duration>,
     next_base: Option<Duration>,
     base_since: Duration,
-    /// Bytes landed in this round, and when it began: one round is one window.
+    /// Bytes landed in this round, and when it began.
     round_bytes: u64,
     round_started: Duration,
-    /// The shortest round trip in this round: a queue shows in the best case, jitter does not.
-    round_best: Option<Duration>,
-    rate_bytes_per_s: u64,
-    slow_start: bool,
+    /// Rates of the last full rounds, bytes per second.
+    rates: VecDeque<u64>,
+    stage: Stage,
+    drained_at: Duration,
+    draining: bool,
     /// The window, and not the cap or the disk, held something back in this round.
     held_back: bool,
 }
@@ -47,38 +104,60 @@ pub(super) struct Pacer {
 impl Pacer {
     pub fn new() -> Self {
         Self {
-            window_bytes: 4 * MIN_CHUNK_BYTES,
+            window_bytes: FIRST_WINDOW_BYTES,
             in_flight_bytes: 0,
             base: None,
             next_base: None,
             base_since: Duration::ZERO,
             round_bytes: 0,
             round_started: Duration::ZERO,
-            round_best: None,
-            rate_bytes_per_s: 0,
-            slow_start: true,
+            rates: VecDeque::with_capacity(RATE_ROUNDS),
+            stage: Stage::Start { best: 0, rounds: 0 },
+            drained_at: Duration::ZERO,
+            draining: false,
             held_back: false,
         }
     }
 
     /// Forgets the path: the source was away and may be reached differently.
-    pub fn restart(&mut self) {
-        let in_flight_bytes = self.in_flight_bytes;
+    pub fn restart(&mut self, now: Duration) {
         *self = Self {
-            in_flight_bytes,
+            in_flight_bytes: self.in_flight_bytes,
+            base_since: now,
+            round_started: now,
+            drained_at: now,
             ..Self::new()
         };
     }
 
+    /// How long a chunk of the background copy should be.
     pub fn chunk_bytes(&self) -> u64 {
-        let ms = u64::try_from(CHUNK_TIME.as_millis()).unwrap_or(1);
-        let wanted = self.rate_bytes_per_s / 1000 * ms;
-        let chunk = wanted.clamp(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES);
-        1 << chunk.ilog2()
+        let wanted = if self.draining {
+            self.window_bytes / DRAIN_CHUNKS_IN_WINDOW
+        } else {
+            bytes_in(self.rate(), CHUNK_TIME).max(self.window_bytes / CHUNKS_IN_WINDOW)
+        };
+        1 << wanted.clamp(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES).ilog2()
     }
 
+    /// How much fills the path, as far as it is known.
+    pub fn window_bytes(&self) -> u64 {
+        self.window_bytes
+    }
+
+    /// The shortest round trip; zero while there was none.
+    pub fn base(&self) -> Duration {
+        self.base.unwrap_or(Duration::ZERO)
+    }
+
+    /// Whether what nobody waits for may go now.
     pub fn may_send(&mut self) -> bool {
-        let room = self.in_flight_bytes < self.window_bytes;
+        let window = if self.draining {
+            self.window_bytes / 2
+        } else {
+            self.window_bytes
+        };
+        let room = self.in_flight_bytes < window;
         self.held_back |= !room;
         room
     }
@@ -91,20 +170,20 @@ impl Pacer {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(bytes);
     }
 
-    /// A fetch came back after `rtt`. Demand teaches the base; only bulk moves the window.
-    pub fn landed(&mut self, now: Duration, rtt: Duration, bytes: u64, bulk: bool) {
-        self.learn_base(now, rtt);
-        if !bulk {
-            return;
-        }
+    /// A fetch came back after `rtt`.
+    pub fn landed(&mut self, now: Duration, rtt: Duration, bytes: u64) {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(bytes);
-        self.round_best = Some(self.round_best.map_or(rtt, |b| b.min(rtt)));
+        self.learn_base(now, rtt);
         self.round_bytes += bytes;
-        if self.round_bytes >= self.window_bytes {
+        if now.saturating_sub(self.round_started) >= self.base().max(MIN_ROUND) {
             self.end_round(now);
         }
     }
 
+    /// A chunk's own time on the wire counts as distance. To take it off one would have to know the
+    /// rate, and with a rate that is far too low, as it is at the start, nothing would be left. The
+    /// small reads of guests show the distance without it, and so do the short chunks that are
+    /// asked for while the queue empties.
     fn learn_base(&mut self, now: Duration, rtt: Duration) {
         if now.saturating_sub(self.base_since) > BASE_LIFETIME {
             self.base = self.next_base.take();
@@ -114,36 +193,209 @@ impl Pacer {
         self.next_base = Some(self.next_base.map_or(rtt, |b| b.min(rtt)));
     }
 
+    /// The rate of the path, bytes per second; zero while it is not known.
+    fn rate(&self) -> u64 {
+        let (mut best, mut second) = (0, 0);
+        for &rate in &self.rates {
+            if rate > best {
+                (best, second) = (rate, best);
+            } else {
+                second = second.max(rate);
+            }
+        }
+        if self.rates.len() < 3 { best } else { second }
+    }
+
     fn end_round(&mut self, now: Duration) {
         let elapsed = now.saturating_sub(self.round_started).as_micros().max(1);
         let rate = u128::from(self.round_bytes) * 1_000_000 / elapsed;
         let rate = u64::try_from(rate).unwrap_or(u64::MAX);
-        self.rate_bytes_per_s = self.rate_bytes_per_s / 2 + rate / 2;
-
-        let base = self.base.unwrap_or(Duration::ZERO);
-        // A chunk's own time on the wire is part of its round trip and no queue.
-        let on_wire = Duration::from_secs_f64(
-            self.chunk_bytes() as f64 / (self.rate_bytes_per_s.max(1)) as f64,
-        );
-        let queue = self
-            .round_best
-            .unwrap_or(base)
-            .saturating_sub(base + on_wire);
-        let tolerated = QUEUE_FLOOR.max(base / QUEUE_SHARE);
-        if queue > tolerated {
-            self.slow_start = false;
-            self.window_bytes -= self.window_bytes / 8;
-        } else if !self.held_back {
-            // Growing a window that nobody fills would only save up a burst.
-        } else if self.slow_start {
-            self.window_bytes *= 2;
-        } else {
-            self.window_bytes += self.window_bytes / 16 + self.chunk_bytes() / 2;
+        let full = self.held_back && !self.draining;
+        // A round in which there was little to fetch tells nothing, unless it is the best.
+        if full || rate > self.rate() {
+            if self.rates.len() == RATE_ROUNDS {
+                self.rates.pop_front();
+            }
+            self.rates.push_back(rate);
         }
-        self.window_bytes = self.window_bytes.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
         self.round_bytes = 0;
         self.round_started = now;
-        self.round_best = None;
         self.held_back = false;
+        self.draining = false;
+        if full {
+            let started = matches!(self.stage, Stage::Start { .. });
+            self.fit_window(rate);
+            let cruising = matches!(self.stage, Stage::Cruise { .. });
+            if cruising && (started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY) {
+                self.drained_at = now;
+                self.draining = true;
+            }
+        }
+    }
+
+    /// After a full round: what fills the path.
+    fn fit_window(&mut self, rate: u64) {
+        self.stage = self.next_stage(rate);
+        let product = bytes_in(self.rate(), self.base());
+        let window = match self.stage {
+            Stage::Start { best, .. } => {
+                let product = bytes_in(best, self.base());
+                self.window_bytes.max(product * START_GAIN)
+            }
+            Stage::Cruise { .. } => product + (product / SLACK).max(self.chunk_bytes()),
+            Stage::Probe { rounds: 0, .. } => self.window_bytes / 8 * PROBE_GAIN_8TH,
+            Stage::Probe { .. } => self.window_bytes,
+        };
+        self.window_bytes = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
+    }
+
+    fn next_stage(&self, rate: u64) -> Stage {
+        match self.stage {
+            Stage::Start { best, .. } if rate > best + best / 4 => Stage::Start {
+                best: rate,
+                rounds: 0,
+            },
+            Stage::Start { best, rounds } if rounds + 1 < FLAT_ROUNDS => Stage::Start {
+                best,
+                rounds: rounds + 1,
+            },
+            Stage::Start { .. } => Stage::Cruise { rounds: 0 },
+            Stage::Cruise { rounds } if rounds + 1 < CRUISE_ROUNDS => {
+                Stage::Cruise { rounds: rounds + 1 }
+            }
+            Stage::Cruise { .. } => Stage::Probe {
+                before: self.rate(),
+                rounds: 0,
+            },
+            Stage::Probe { before, rounds: 0 } => Stage::Probe { before, rounds: 1 },
+            Stage::Probe { before, .. } if rate > before / 16 * PROBE_SUCCESS_16TH => {
+                Stage::Start {
+                    best: rate,
+                    rounds: 0,
+                }
+            }
+            Stage::Probe { .. } => Stage::Cruise { rounds: 0 },
+        }
+    }
+}
+
+/// How many bytes pass in `time` at `rate` bytes per second.
+fn bytes_in(rate: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(rate) * time.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// A link that carries one chunk after the other, and a source that always has something.
+    struct Link {
+        rate: u64,
+        rtt: Duration,
+        free_at: Duration,
+    }
+
+    /// What came of some seconds: the share of the link used, and the mean time that a small read
+    /// would have had to wait for the queue.
+    fn drive(pacer: &mut Pacer, link: &mut Link, from: Duration, to: Duration) -> (f64, Duration) {
+        let mut under_way: VecDeque<(Duration, Duration, u64)> = VecDeque::new();
+        let (mut now, mut bytes, mut queue, mut looks) = (from, 0, Duration::ZERO, 0);
+        while now < to {
+            // Half of what waits before and half of what waits after: the mean over time.
+            queue += link.free_at.saturating_sub(now + link.rtt / 2) / 2;
+            while pacer.may_send() {
+                let chunk = pacer.chunk_bytes();
+                pacer.sent(chunk);
+                let there = now + link.rtt / 2;
+                link.free_at = link.free_at.max(there) + time_of(chunk, link.rate);
+                under_way.push_back((link.free_at + link.rtt / 2, now, chunk));
+            }
+            let wait = link.free_at.saturating_sub(now + link.rtt / 2);
+            queue += wait / 2;
+            looks += 1;
+            if looks % 32 == 0 {
+                // A guest's small read: what shows how far away the source is.
+                pacer.sent(4096);
+                pacer.landed(now, link.rtt + wait, 4096);
+            }
+            let (at, sent_at, chunk) = under_way.pop_front().expect("a window has room for one");
+            now = now.max(at);
+            bytes += chunk;
+            pacer.landed(now, now - sent_at, chunk);
+        }
+        for (_, _, chunk) in under_way {
+            pacer.lost(chunk);
+        }
+        let could = link.rate as f64 * (now - from).as_secs_f64();
+        (bytes as f64 / could, queue / looks)
+    }
+
+    fn link(mbit: u64, rtt_ms: u64) -> Link {
+        Link {
+            rate: mbit * 125_000,
+            rtt: Duration::from_millis(rtt_ms),
+            free_at: Duration::ZERO,
+        }
+    }
+
+    fn time_of(bytes: u64, rate: u64) -> Duration {
+        Duration::from_nanos(bytes * 1_000_000_000 / rate)
+    }
+
+    /// From 10 to 200 ms, from 20 Mbit/s to 1 Gbit/s: the link is full and the queue short.
+    #[test]
+    fn the_link_is_full_and_the_queue_short() {
+        for rtt_ms in [1, 10, 50, 200] {
+            for mbit in [20, 400, 1000] {
+                let mut pacer = Pacer::new();
+                let mut link = link(mbit, rtt_ms);
+                let warm = Duration::from_secs(4);
+                drive(&mut pacer, &mut link, Duration::ZERO, warm);
+                let (share, queue) = drive(&mut pacer, &mut link, warm, warm * 4);
+                let told = format!("{rtt_ms} ms, {mbit} Mbit/s: {share:.2}, queue {queue:?}");
+                assert!(share > 0.92, "{told}");
+                // The smallest window, a seventh of the round trip, or what nobody notices.
+                let chunk = time_of(MIN_WINDOW_BYTES + MIN_CHUNK_BYTES, link.rate);
+                let jitter = Duration::from_micros(2500);
+                assert!(queue < (link.rtt / 7).max(chunk).max(jitter), "{told}");
+            }
+        }
+    }
+
+    /// A link that becomes four times as fast is found within seconds, and so is a slower one.
+    #[test]
+    fn a_change_of_the_link_is_found() {
+        let mut pacer = Pacer::new();
+        let mut link = link(100, 50);
+        let second = Duration::from_secs(1);
+        drive(&mut pacer, &mut link, Duration::ZERO, second * 3);
+        link.rate *= 4;
+        drive(&mut pacer, &mut link, second * 3, second * 8);
+        let (share, _) = drive(&mut pacer, &mut link, second * 8, second * 12);
+        assert!(share > 0.92, "{share:.2} of the faster link");
+        link.rate /= 10;
+        drive(&mut pacer, &mut link, second * 12, second * 30);
+        let (share, queue) = drive(&mut pacer, &mut link, second * 30, second * 50);
+        assert!(share > 0.92, "{share:.2} of the slower link");
+        assert!(queue < Duration::from_millis(30), "{queue:?}");
+    }
+
+    /// Little is asked for: the window stays, instead of shrinking to what is used.
+    #[test]
+    fn a_quiet_time_does_not_shrink_the_window() {
+        let mut pacer = Pacer::new();
+        let mut link = link(400, 50);
+        let second = Duration::from_secs(1);
+        drive(&mut pacer, &mut link, Duration::ZERO, second * 5);
+        let before = pacer.window_bytes();
+        for n in 0..1000 {
+            pacer.sent(4096);
+            pacer.landed(second * 5 + link.rtt * (n + 1), link.rtt, 4096);
+        }
+        let after = pacer.window_bytes();
+        // (It may have been in the middle of a probe.)
+        assert!(after > before * 3 / 4, "{after} after {before}");
     }
 }

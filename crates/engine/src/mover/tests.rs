@@ -6,9 +6,9 @@ use super::*;
 use crate::residency::Residency;
 use crate::sync::AtomicU64;
 
-const MS: Duration = Duration::from_millis(1);
+pub(super) const MS: Duration = Duration::from_millis(1);
 
-fn disk(mib: u64) -> (Geometry, Residency) {
+pub(super) fn disk(mib: u64) -> (Geometry, Residency) {
     let g = Geometry::new(mib << 20, 4096).unwrap();
     let words = (0..Residency::required_words(g))
         .map(|_| AtomicU64::new(0))
@@ -16,7 +16,7 @@ fn disk(mib: u64) -> (Geometry, Residency) {
     (g, Residency::new(g, Box::new(words)))
 }
 
-fn policy() -> Policy {
+pub(super) fn policy() -> Policy {
     Policy {
         background: true,
         max_rate: None,

@@ -54,6 +54,11 @@ impl SectorMask {
         (0..sectors).all(|s| self.has(s))
     }
 
+    /// Whether any of the first `sectors` is valid.
+    pub fn has_any(&self, sectors: u32) -> bool {
+        (0..sectors).any(|s| self.has(s))
+    }
+
     /// Whether none is valid.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|w| *w == 0)

@@ -157,7 +157,7 @@ impl Residency {
         let (mut resident, mut owned) = (0, 0);
         for word in 0..geometry.blocks().div_ceil(WORD_BLOCKS) {
             let valid = bits(geometry.all(), word);
-            let (r, mut o) = (
+            let (mut r, mut o) = (
                 this.resident_word(word) & valid,
                 this.owned_word(word) & valid,
             );
@@ -165,8 +165,14 @@ impl Residency {
             while partial != 0 {
                 let bit = partial & partial.wrapping_neg();
                 let block = BlockIndex(word * WORD_BLOCKS + u64::from(bit.trailing_zeros()));
+                let sectors = geometry.sectors_in(block);
                 match index.mask(this.layout, &*this.memory, block) {
-                    Some(mask) if !mask.is_empty() => {}
+                    // Killed between the last sector's mark and the block's.
+                    Some(mask) if mask.is_full(sectors) => {
+                        index.remove(this.layout, &*this.memory, block.0);
+                        r |= bit;
+                    }
+                    Some(mask) if mask.has_any(sectors) => {}
                     _ => {
                         index.remove(this.layout, &*this.memory, block.0);
                         o &= !bit;
@@ -174,7 +180,9 @@ impl Residency {
                 }
                 partial &= !bit;
             }
+            // Bits beyond the last block go as well: a snapshot that has them is refused.
             this.owned_at(word).store(o, Ordering::Release);
+            this.resident_at(word).store(r, Ordering::Release);
             resident += u64::from(r.count_ones());
             owned += u64::from((r & o).count_ones());
         }

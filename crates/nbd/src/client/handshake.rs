@@ -22,6 +22,10 @@ const MAX_REPLIES_PER_OPTION: u32 = 256;
 const EXPORT_NAME_ZEROES: usize = 124;
 /// The largest minimum block size that the protocol allows (section "Block size constraints").
 const MAX_MIN_BLOCK_BYTES: u32 = 64 << 10;
+/// The smallest maximum that a server may set, unless the whole export is smaller (the same
+/// section). Below it a read would become so many requests that it costs more to keep them than to
+/// keep the data.
+const LEAST_MAX_BLOCK_BYTES: u32 = 512;
 /// Sizes above are negative as a file offset, so no server can mean them.
 const MAX_EXPORT_BYTES: u64 = i64::MAX.unsigned_abs();
 
@@ -434,11 +438,18 @@ impl Handshake {
                 "transmission flags without HAS_FLAGS",
             ));
         }
+        let block_sizes = self.block_sizes.unwrap_or(BlockSizes::DEFAULT);
+        let max = block_sizes.max;
+        if max < LEAST_MAX_BLOCK_BYTES && u64::from(max) < size_bytes {
+            return Err(ClientError::violation(format!(
+                "requests of at most {max} bytes"
+            )));
+        }
         self.awaiting = Awaiting::Nothing;
         Ok(Progress::Done(Negotiated {
             size_bytes,
             flags,
-            block_sizes: self.block_sizes.unwrap_or(BlockSizes::DEFAULT),
+            block_sizes,
             structured: self.structured,
             allocation_context: self.allocation_context,
         }))

@@ -105,6 +105,27 @@ fn a_complete_server_is_taken_at_its_word() {
     }
 }
 
+/// Fuzzing of `nbd_client`: a server that said "at most 1 byte a request" was believed. A fetch of
+/// 1 MiB became a million requests, which took hundreds of megabytes.
+#[test]
+fn a_server_that_takes_a_byte_at_a_time_is_refused() {
+    let with = |size: u64, max: u32| {
+        let bytes = [
+            up_to_go(),
+            option_reply(option::GO, reply::INFO, &info_sizes(1, 4096, max)),
+            option_reply(option::GO, reply::INFO, &info_export(size, FLAGS)),
+            option_reply(option::GO, reply::ACK, &[]),
+        ];
+        shake(&bytes.concat())
+    };
+    for max in [1, 511] {
+        let refused = with(1 << 20, max).unwrap_err();
+        assert_eq!(refused.kind(), ClientErrorKind::Violation, "{refused}");
+    }
+    assert!(with(1 << 20, 512).unwrap().is_some());
+    assert!(with(100, 100).unwrap().is_some());
+}
+
 #[test]
 fn a_server_without_options_is_asked_the_old_way() {
     for (flags, zeroes) in [(FIXED, 0), (wire::handshake::FIXED_NEWSTYLE, 124)] {

@@ -201,3 +201,21 @@ proptest! {
         prop_assert_eq!(uri.to_string().parse(), Ok(uri));
     }
 }
+
+/// Fuzzing of `config`: the zone of an IPv6 address could hold anything, control characters too, and
+/// an address written out again was another one.
+#[test]
+fn a_zone_is_the_name_of_an_interface() {
+    for good in ["nbd://[fe80::1%25eth0.7]/", "nbd://[fe80::1%eth0]:1/"] {
+        let parsed: NbdUri = good.parse().unwrap();
+        assert_eq!(parsed.to_string().parse(), Ok(parsed));
+    }
+    for bad in [
+        "nbd://[::1%]/",
+        "nbd://[::1%25\u{7f}]/",
+        "nbd://[::1%25a%25b]/",
+        "nbd://[::1%a/b]/",
+    ] {
+        assert!(bad.parse::<NbdUri>().is_err(), "{bad:?}");
+    }
+}

@@ -65,6 +65,9 @@ pub enum IdentityError {
     /// A line is missing, doubled or says what cannot be.
     #[error("the line {0:?} is missing or wrong")]
     Line(&'static str),
+    /// It means something, but is not written as this program writes it.
+    #[error("it is not written as this program writes it")]
+    Form,
     /// The disk it speaks of cannot be.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
@@ -126,6 +129,10 @@ impl Identity {
         let block = number("block-bytes", value("block-bytes")?)?;
         let block = u32::try_from(block).map_err(|_| IdentityError::Line("block-bytes"))?;
         let generation = number("generation", value("generation")?)?;
+        // The next one must be a number as well.
+        if generation == u64::MAX {
+            return Err(IdentityError::Line("generation"));
+        }
         let life = match value("life")? {
             "standby" => Life::Standby,
             "arriving" => Life::Arriving,
@@ -142,7 +149,7 @@ impl Identity {
         if lines.next().is_some() || source_uri.len() > MAX_URI_BYTES {
             return Err(IdentityError::Line("source"));
         }
-        Ok(Self {
+        let identity = Self {
             volume_id,
             geometry,
             generation,
@@ -150,7 +157,12 @@ impl Identity {
             source_uri,
             incarnation,
             image_inode,
-        })
+        };
+        // Numbers can be written in more ways than one: `+5`, `007`, digits above 9 as capitals.
+        if identity.encode() != content {
+            return Err(IdentityError::Form);
+        }
+        Ok(identity)
     }
 }
 

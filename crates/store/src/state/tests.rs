@@ -49,6 +49,29 @@ fn every_flipped_bit_of_an_identity_is_found() {
     assert!(Identity::decode(&longer).is_err());
 }
 
+/// Fuzzing of `state`: an identity with `generation = +7` and a right checksum was read, although
+/// no program of ours writes it. What is believed is now what would be written again, byte for byte.
+#[test]
+fn an_identity_that_nobody_wrote_is_refused_though_its_checksum_is_right() {
+    let good = String::from_utf8(identity().encode()).unwrap();
+    let body = &good[..good.rfind("crc32c").unwrap()];
+    for (right, wrong) in [
+        ("generation = 0", "generation = +7"),
+        ("generation = 0", "generation = 007"),
+        ("generation = 0", "generation = 18446744073709551615"),
+        ("block-bytes = 4096", "block-bytes = 04096"),
+        ("image-inode = 77", "image-inode = +77"),
+        ("0303", "+303"),
+        ("%25", "%"),
+    ] {
+        assert!(body.contains(right), "{right}");
+        let body = body.replacen(right, wrong, 1);
+        let sealed = format!("{body}crc32c = {:08x}\n", crc32c::crc32c(body.as_bytes()));
+        let outcome = Identity::decode(sealed.as_bytes());
+        assert!(outcome.is_err(), "{wrong} was believed: {outcome:?}");
+    }
+}
+
 #[test]
 fn a_state_with_a_file_missing_is_refused_and_not_begun_anew() {
     for name in [VOLUME, MAP, LOG] {

@@ -113,7 +113,10 @@ fn connect_one(
     Ok(socket)
 }
 
-fn shake_hands(socket: &Socket, config: &NbdSourceConfig) -> Result<Negotiated, SourceError> {
+pub(super) fn shake_hands(
+    socket: &Socket,
+    config: &NbdSourceConfig,
+) -> Result<Negotiated, SourceError> {
     let refused = |error: ClientError| {
         let kind = match error.kind() {
             ClientErrorKind::Refused => SourceErrorKind::Refused,

@@ -41,7 +41,7 @@ pub(super) fn start(
     Ok(sender)
 }
 
-fn tell(receiver: &Receiver<News>, watcher: &WatcherSlot) {
+pub(super) fn tell(receiver: &Receiver<News>, watcher: &WatcherSlot) {
     let current = || {
         let slot = watcher.lock().unwrap_or_else(PoisonError::into_inner);
         slot.clone()

@@ -66,7 +66,7 @@ pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>
 
 /// Reads a connection until it dies and settles what is left of it. Returns how many requests it
 /// answered.
-fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
+pub(super) fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
     let mut answered = 0;
     let mut jobs = Vec::new();
     let mut error = SourceError::new(

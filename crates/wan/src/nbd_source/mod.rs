@@ -7,6 +7,8 @@
 mod address;
 mod bare;
 mod dial;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod herald;
 mod job;
 mod keeper;

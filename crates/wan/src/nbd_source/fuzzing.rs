@@ -1,0 +1,49 @@
+//! A source over one connected socket, for the fuzz targets: all of the real one but its threads.
+//!
+//! Only compiled with the feature `fuzzing`. What keepers and the herald do on threads of their own
+//! happens here one after the other, so that an input always runs the same way.
+
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+
+use socket2::Socket;
+
+use super::dial::shake_hands;
+use super::line::Line;
+use super::shared::{Installed, Shared, info_of};
+use super::wire::SocketWire;
+use super::{NbdSource, NbdSourceConfig, SOURCE_THREAD, herald, keeper};
+use crate::source::SourceError;
+
+/// Shakes hands with the server at the other end of `socket`, lets `ask` submit requests, and
+/// receives until the connection ends. Every completion has run when it returns.
+///
+/// # Errors
+/// The handshake failed.
+pub fn converse(
+    socket: Socket,
+    config: NbdSourceConfig,
+    ask: impl FnOnce(&NbdSource),
+) -> Result<(), SourceError> {
+    let config = config.clamped();
+    let socket = Arc::new(socket);
+    let negotiated = shake_hands(&socket, &config)?;
+    let info = info_of(&config.shown_uri(), &negotiated);
+    let line = Line::new(Arc::new(SocketWire(socket)), negotiated, &config);
+    let id = Shared::fresh_id();
+    SOURCE_THREAD.set(id);
+    let watcher = Arc::new(Mutex::new(None));
+    let (herald, news) = channel();
+    let shared = Shared::new(config, info, Arc::clone(&watcher), herald, id);
+    let agreed = matches!(shared.install(0, &line, false), Installed::Yes);
+    assert!(agreed, "the first connection agrees with itself");
+    let source = NbdSource {
+        shared: Arc::clone(&shared),
+    };
+    ask(&source);
+    keeper::read(&shared, 0, &line);
+    drop(source);
+    drop(shared);
+    herald::tell(&news, &watcher);
+    Ok(())
+}

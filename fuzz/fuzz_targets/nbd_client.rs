@@ -1,0 +1,4 @@
+//! See `hikkoshi_fuzz::nbd_client`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| hikkoshi_fuzz::nbd_client::run(data));
