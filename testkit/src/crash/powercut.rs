@@ -79,6 +79,7 @@ pub fn run(sweep: &Sweep<'_>, seed: u64, stop: &dyn Fn() -> bool) -> Result<()> 
         }
         return outcome;
     }
+    forget_memory(&session.dir);
     fs::remove_dir_all(&session.dir)?;
     fs::remove_dir_all(&traces)?;
     Ok(())

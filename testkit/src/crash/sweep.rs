@@ -132,6 +132,7 @@ impl<'a> Sweep<'a> {
             volume.end()?;
             self.counts.volume();
         }
+        forget_memory(&volume.dir);
         fs::remove_dir_all(&volume.dir)?;
         Ok(())
     }
@@ -152,6 +153,7 @@ impl<'a> Sweep<'a> {
         let reached = volume.through_all_steps(name, nth, snapshot)?;
         volume.end()?;
         self.counts.volume();
+        forget_memory(&volume.dir);
         fs::remove_dir_all(&volume.dir)?;
         Ok(reached)
     }
