@@ -91,6 +91,25 @@ pub fn hikkoshi() -> Result<PathBuf> {
     Ok(target.join("debug/hikkoshi"))
 }
 
+/// The `hikkoshi` program with crash points, built from this workspace now: beside the release,
+/// never in its place.
+///
+/// # Errors
+/// It does not build; the message has what cargo said.
+pub fn armed_hikkoshi() -> Result<PathBuf> {
+    let target = target_dir()?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build
+        .args(["build", "--quiet", "--profile", "crash"])
+        .args(["--package", "hikkoshi", "--features", "crash-points"])
+        .arg("--target-dir")
+        .arg(&target)
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    process::output(&mut build).context("build hikkoshi with crash points")?;
+    Ok(target.join("crash/hikkoshi"))
+}
+
 /// Copies `image` to `to`, holes kept.
 ///
 /// # Errors

@@ -8,10 +8,12 @@
 pub mod cache;
 pub mod client;
 pub mod console;
+pub mod crash;
 pub mod daemon;
 pub mod faults;
 pub mod guest;
 pub mod link;
+pub mod nbd;
 pub mod netns;
 pub mod offline;
 pub mod oracle;

@@ -20,6 +20,8 @@ const TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("ldd", "libc-bin"),
     ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
     ("mount", "mount"),
     ("nbd-client", "nbd-client"),
     ("nbdinfo", "libnbd-bin"),

@@ -32,6 +32,8 @@ Commands:
   mutants [--all | --list | NAME...]
                         breaks the product on purpose, in a copy, and sees the simulator notice:
                         five ways, all of them, or those whose names contain NAME
+  crash [ARG]...        the crash sweep of the release binary, 10000 crashes if nothing else is
+                        said: --restarts N, --seconds N, --seed N, --jobs N (--help has all)
   fuzz [TARGET]... [--seconds N]
                         fuzz targets, all or some, each for 15 s or as long as said;
                         --merge adds to the corpus what was found here and reaches more,
@@ -42,7 +44,7 @@ Commands:
 Options of test:
   --quick               only fmt, clippy and test: no packages, no release build
   --only STEP           only this step (repeatable): fmt clippy test loom doc sim mutants
-                        fuzz build e2e interop
+                        fuzz build e2e crash interop
   --no-install          never install packages, even as root
 ";
 
@@ -74,6 +76,11 @@ fn run(arguments: &[String]) -> Result<bool> {
             let session =
                 Session::new(std::env::var_os("CI").is_some_and(|value| value == "true"))?;
             steps::interop(&session, rest)
+        }
+        "crash" => {
+            let session =
+                Session::new(std::env::var_os("CI").is_some_and(|value| value == "true"))?;
+            steps::crash(&session, rest)
         }
         "mutants" => {
             let ci = std::env::var_os("CI").is_some_and(|value| value == "true");

@@ -10,6 +10,9 @@ use crate::debian;
 use crate::report::{self, Outcome};
 use crate::runner::Session;
 
+/// Crashes in the sample that is part of the tests; a soak is `cargo xtask crash`.
+const CRASH_SAMPLE: u64 = 2000;
+
 /// How long new worlds are simulated.
 const SIM_SECONDS: &str = "90";
 
@@ -36,13 +39,15 @@ pub enum Step {
     Build,
     /// Whole moves with real virtual machines and peers.
     EndToEnd,
+    /// The binary killed at any instant, and its power cut: a sample.
+    Crash,
     /// Other people's clients and test suites.
     Interop,
 }
 
 impl Step {
     /// All of them, in order.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Fmt,
         Self::Clippy,
         Self::Test,
@@ -53,6 +58,7 @@ impl Step {
         Self::Fuzz,
         Self::Build,
         Self::EndToEnd,
+        Self::Crash,
         Self::Interop,
     ];
 
@@ -72,6 +78,7 @@ impl Step {
             Self::Fuzz => "fuzz",
             Self::Build => "build",
             Self::EndToEnd => "e2e",
+            Self::Crash => "crash",
             Self::Interop => "interop",
         }
     }
@@ -95,21 +102,21 @@ impl Step {
             Self::Fmt => 2,
             Self::Clippy | Self::Doc | Self::Sim => 8,
             Self::Test | Self::Loom | Self::Build | Self::Fuzz => 12,
-            Self::EndToEnd | Self::Interop | Self::Mutants => 15,
+            Self::EndToEnd | Self::Crash | Self::Interop | Self::Mutants => 15,
         };
         Duration::from_secs(minutes * 60)
     }
 
     /// Whether it uses the release binary.
     fn needs_binary(self) -> bool {
-        matches!(self, Self::EndToEnd | Self::Interop)
+        matches!(self, Self::EndToEnd | Self::Crash | Self::Interop)
     }
 
     /// Whether it uses programs that Debian packages bring. Unit tests do too, some of them.
     fn needs_packages(self) -> bool {
         matches!(
             self,
-            Self::Test | Self::Fuzz | Self::EndToEnd | Self::Interop
+            Self::Test | Self::Fuzz | Self::EndToEnd | Self::Crash | Self::Interop
         )
     }
 }
@@ -247,9 +254,42 @@ fn command(session: &Session, step: Step) -> Result<Command> {
             command.args(["--package", "hikkoshi-testkit", "--no-fail-fast"]);
             command.env("HIKKOSHI_BIN", binary(session));
         }
+        Step::Crash => {
+            // Counted, not timed: what is visited must not depend on the machine's speed.
+            let sample = ["--restarts".to_owned(), CRASH_SAMPLE.to_string()];
+            command = crash_command(session, &sample);
+        }
         Step::Interop => command = interop_command(session, &[])?,
     }
     Ok(command)
+}
+
+/// Runs the crash sweep alone, with arguments of its own.
+///
+/// # Errors
+/// Packages are missing and cannot be installed.
+pub fn crash(session: &Session, arguments: &[String]) -> Result<bool> {
+    debian::ensure(debian::PACKAGES, true)?;
+    let mut outcomes = Vec::new();
+    let limit = Step::Crash.limit();
+    if std::env::var_os("HIKKOSHI_BIN").is_none() {
+        outcomes.push(session.run("build", limit, command(session, Step::Build)?));
+    }
+    if outcomes.iter().all(|outcome| outcome.failure.is_none()) {
+        // A soak takes as long as it is told to.
+        let limit = Duration::from_secs(24 * 60 * 60);
+        outcomes.push(session.run("crash", limit, crash_command(session, arguments)));
+    }
+    Ok(report::print(&outcomes))
+}
+
+fn crash_command(session: &Session, arguments: &[String]) -> Command {
+    let mut command = session.cargo("run");
+    command.args(["--release", "--quiet", "--package", "hikkoshi-testkit"]);
+    command.args(["--bin", "hikkoshi-crash", "--"]);
+    command.args(arguments);
+    command.env("HIKKOSHI_BIN", binary(session));
+    command
 }
 
 /// Runs the interop scripts alone, with arguments of their own.

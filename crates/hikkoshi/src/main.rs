@@ -42,6 +42,13 @@ fn main() -> ExitCode {
         (Command::Serve(_), false) => "info",
         _ => "warn",
     });
+    #[cfg(feature = "crash-points")]
+    if let Ok(order) = std::env::var("HIKKOSHI_CRASH_AT")
+        && let Err(why) = hikkoshi_crashpoint::arm(&order)
+    {
+        eprintln!("hikkoshi: {why}");
+        return ExitCode::from(2);
+    }
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,

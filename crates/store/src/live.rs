@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
@@ -166,9 +167,12 @@ pub fn create_map_in<P: LivePlace>(
     state: StateDir,
     place: &P,
 ) -> Result<OpenedMap<P::Handle>, StateError> {
+    crash_point!("new.state");
     let (live, memory) = place.make(state.identity())?;
     let residency = Residency::new(state.identity().geometry, Box::new(memory));
+    crash_point!("new.memory");
     place.publish(&live, state.identity())?;
+    crash_point!("new.published");
     Ok(OpenedMap {
         residency: Arc::new(residency),
         state,
@@ -214,6 +218,7 @@ pub fn open_map_in<P: LivePlace>(
         None => {
             let (live, memory) = place.make(state.identity())?;
             let residency = Residency::new(geometry, Box::new(memory));
+            crash_point!("open.memory");
             // A state that is refused is left exactly as it was.
             if let Err(error) = state.load(&residency) {
                 place.discard(state.identity());
@@ -221,14 +226,18 @@ pub fn open_map_in<P: LivePlace>(
             }
             // The order matters: the new incarnation is durable before memory that carries it is
             // published, and memory of the old one is never believed again.
+            crash_point!("open.loaded");
             state.change(|identity| identity.incarnation = incarnation)?;
+            crash_point!("open.incarnation");
             place.publish(&live, state.identity())?;
+            crash_point!("open.published");
             (residency, Recovered::FromDisk, live)
         }
     };
     // The memory of a killed process is ahead of its records, and a log that a power cut tore
     // must not be continued: a new epoch settles both.
     state.checkpoint(&residency, sync_data)?;
+    crash_point!("open.recorded");
     Ok(OpenedMap {
         residency: Arc::new(residency),
         state,
@@ -261,7 +270,9 @@ pub fn open_complete_in<P: LivePlace>(state: &mut StateDir, place: &P) -> Result
     // A process that was killed while it recorded the completion may have left that in the kernel
     // alone. From here on people rely on it: the source is switched off.
     state.change(|_| ())?;
+    crash_point!("local.recorded");
     place.discard(state.identity());
+    crash_point!("local.memory-removed");
     Ok(())
 }
 

@@ -7,6 +7,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use hikkoshi_crashpoint::crash_point;
+
 /// Whether an error says that there is no room: it may go away by itself, and what was not written
 /// is known.
 pub fn is_no_space(error: &io::Error) -> bool {
@@ -90,6 +92,7 @@ impl Directory for FsDirectory {
         let new = self.path.join(format!("{name}.new"));
         let made = File::create(&new).and_then(|mut file| {
             file.write_all(content)?;
+            crash_point!(name, ".written");
             file.sync_all()
         });
         if let Err(error) = made {
@@ -97,8 +100,12 @@ impl Directory for FsDirectory {
             let _ = fs::remove_file(&new);
             return Err(error);
         }
-        let moved = fs::rename(&new, self.path.join(name))
-            .and_then(|()| File::open(&self.path)?.sync_all());
+        crash_point!(name, ".synced");
+        let moved = fs::rename(&new, self.path.join(name)).and_then(|()| {
+            crash_point!(name, ".renamed");
+            File::open(&self.path)?.sync_all()
+        });
+        crash_point!(name, ".done");
         // Here it may not pass for a lack of space any more: the new file may be in place.
         moved.map_err(|error| io::Error::other(format!("putting it in its place failed: {error}")))
     }

@@ -14,10 +14,37 @@ use crate::range::{len_u64, len_usize};
 /// Zeroes are written in pieces of so many bytes at most.
 const WRITE_PIECE_BYTES: usize = 1 << 20;
 
+/// The smallest page of any machine.
+const PAGE_BYTES: usize = 4096;
+
 /// What the primitives are aligned to inwards, at least: the block of the usual file systems and
 /// the page of the cache. The kernel could do the edges of a file by itself, but for a range
 /// without a whole block a write is cheaper than a transaction of the file system.
 const MIN_BLOCK_BYTES: u64 = 4096;
+
+/// Zeroes to write, beginning at a page.
+///
+/// They are pages that the kernel gave zeroed and nobody has touched, so that they cost nothing
+/// until they are written from. Therefore a write from them faults at every page, and there, and
+/// only there, can a kill end it: on a page of ours, which must not lie within a sector of the
+/// image, or that sector would be left half zeroed.
+struct Zeroes {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Zeroes {
+    fn new(len: usize) -> Self {
+        let memory = vec![0; len + PAGE_BYTES];
+        let start = memory.as_ptr().align_offset(PAGE_BYTES).min(PAGE_BYTES);
+        Self { memory, start, len }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+}
 
 /// How an image is zeroed, and what has been found not to work.
 #[derive(Debug)]
@@ -150,14 +177,30 @@ fn write_zeroes(image: &Image, mut offset: u64, mut len: u64) -> io::Result<()> 
     if len == 0 {
         return Ok(());
     }
-    // Zeroed pages from the kernel, never touched: costs nothing for what is not written from it.
     let piece_bytes = len.min(len_u64(WRITE_PIECE_BYTES));
-    let zeroes = vec![0; len_usize(piece_bytes)];
+    let zeroes = Zeroes::new(len_usize(piece_bytes));
     while len > 0 {
         let piece = len.min(piece_bytes);
-        image.write_all(offset, &zeroes[..len_usize(piece)])?;
+        image.write_all(offset, &zeroes.bytes()[..len_usize(piece)])?;
         offset += piece;
         len -= piece;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{PAGE_BYTES, Zeroes};
+
+    /// A daemon that was killed while it zeroed 64 KiB left a sector of which the first 480 bytes
+    /// were zero and the last 32 were not: the buffer it wrote from began 16 bytes into a page, was
+    /// never touched, and the kill came at a fault in it. No disk tears a sector like that.
+    #[test]
+    fn zeroes_begin_at_a_page() {
+        for len in [1, 512, 4096, 65_536, 1 << 20] {
+            let zeroes = Zeroes::new(len);
+            assert_eq!(zeroes.bytes().len(), len);
+            assert_eq!(zeroes.bytes().as_ptr().align_offset(PAGE_BYTES), 0);
+        }
+    }
 }

@@ -109,8 +109,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "completion without a last commit",
         file: COMMIT,
         edits: &[(
-            "        self.commit_locked(&mut journal)?;\n        if let",
-            "        if let",
+            "        self.commit_locked(&mut journal)?;\n        crash_point!(\"completion.committed\");\n",
+            "",
         )],
     },
     Mutation {
@@ -233,9 +233,8 @@ pub const MUTATIONS: &[Mutation] = &[
                 "",
             ),
             (
-                "            put(&*this.dir, MAP, &map)?;\n            this.epoch += 1;",
-                "            put(&*this.dir, MAP, &map)?;\n            \
-                 sync_data().map_err(|source| this.failed(\"syncing\", VOLUME, source))?;\n            \
+                "            crash_point!(\"snapshot.done\");\n            this.epoch += 1;",
+                "            sync_data().map_err(|source| this.failed(\"syncing\", VOLUME, source))?;\n            \
                  this.epoch += 1;",
             ),
         ],
@@ -252,10 +251,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "memory believed before it is filled",
         file: LIVE,
         edits: &[(
-            "            state.load(&residency)?;\n            \
-             place.publish(&live, state.identity())?;\n",
-            "            place.publish(&live, state.identity())?;\n            \
-             state.load(&residency)?;\n",
+            "            // A state that is refused is left exactly as it was.\n",
+            "            place.publish(&live, state.identity())?;\n",
         )],
     },
     Mutation {

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::journal::Gathered;
 use hikkoshi_engine::mover::Phase;
 use hikkoshi_engine::sync::wait;
@@ -131,8 +132,10 @@ impl Volume {
             .as_ref()
             .map(|r| r.pending.take())
             .unwrap_or_default();
+        crash_point!("commit.taken");
         // 2. their data
         self.sync_image()?;
+        crash_point!("commit.synced");
         // 3. the records
         if let Some(relocation) = relocation.filter(|_| !gathered.is_empty())
             && let Err(error) = self.write_records(journal, &relocation, &gathered)
@@ -141,6 +144,7 @@ impl Volume {
             relocation.pending.put_back(gathered);
             return Err(error);
         }
+        crash_point!("commit.done");
         let took = self.now().saturating_sub(started);
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let mean = self.committer.last_sync_us.load(Ordering::Relaxed);
@@ -212,9 +216,12 @@ impl Volume {
         let mut journal = lock(&self.journal);
         if self.is_snapshot_due(&journal)
             && let Some(relocation) = self.relocation()
-            && let Err(e) = self.snapshot(&mut journal, &relocation)
         {
-            tracing::debug!(export = %self.name, "no snapshot of the durable state: {e}");
+            crash_point!("snapshot-due.begun");
+            if let Err(e) = self.snapshot(&mut journal, &relocation) {
+                tracing::debug!(export = %self.name, "no snapshot of the durable state: {e}");
+            }
+            crash_point!("snapshot-due.done");
         }
     }
 
@@ -278,7 +285,9 @@ impl Volume {
         let Some(relocation) = self.relocation() else {
             return Ok(());
         };
+        crash_point!("completion.begun");
         self.commit_locked(&mut journal)?;
+        crash_point!("completion.committed");
         if let Some(state) = journal.state.as_mut() {
             let outcome = state.record_local();
             self.note_state("recording that the move is complete", outcome)?;
@@ -417,6 +426,7 @@ impl Volume {
     /// It could not be made durable. What a guest flushed before is.
     pub fn settle(&self) -> io::Result<()> {
         self.commit()?;
+        crash_point!("close.committed");
         let Some(relocation) = self.relocation() else {
             return Ok(());
         };

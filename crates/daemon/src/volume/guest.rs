@@ -16,6 +16,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, SECTOR_BYTES};
 use hikkoshi_engine::journal::Record;
 use hikkoshi_engine::mover::ReadFailure;
@@ -166,13 +167,16 @@ impl Volume {
         let Some(relocation) = self.relocation() else {
             return Ok(());
         };
+        crash_point!("handoff.begun");
         if let Some(state) = journal.state.as_mut() {
             let outcome = state.record_arriving();
             self.note_state("recording the handoff", outcome)?;
         }
+        crash_point!("handoff.recorded");
         // The mover first: as soon as a write is accepted, no read may pass by it to the source.
         relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         self.set_life(LifeState::Arriving);
+        crash_point!("handoff.done");
         drop(journal);
         self.event(
             EventKind::Handoff,
@@ -197,7 +201,10 @@ impl Volume {
         loop {
             if relocation.residency.all_resident(blocks) {
                 relocation.own(blocks);
-                return change.apply(&*self.store, bytes);
+                crash_point!("write.marked");
+                let outcome = change.apply(&*self.store, bytes);
+                crash_point!("write.written");
+                return outcome;
             }
             if relocation.change_missing(bytes, change)? {
                 return Ok(());
@@ -241,6 +248,7 @@ impl Relocation {
             };
             // 1. the data
             change.apply(&*self.store, bytes)?;
+            crash_point!("change.written");
             // 2. the marks and the records
             let whole = self.geometry.within(bytes);
             if !whole.is_empty() {
@@ -259,6 +267,7 @@ impl Relocation {
                     self.now_owned(BlockRange::one(block));
                 }
             }
+            crash_point!("change.marked");
         }
         self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));
         Ok(true)

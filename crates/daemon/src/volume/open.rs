@@ -11,13 +11,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::{DEFAULT_BLOCK_BYTES, Geometry, GeometryError};
 use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
-use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
@@ -93,12 +94,16 @@ impl Running {
     /// See [`OpenError`].
     pub fn open(config: &ExportConfig) -> Result<Self, OpenError> {
         let state_path = state_path(config)?;
-        if StateDir::exists(&state_path) {
-            return open_known(config, &state_path);
-        }
-        match &config.source {
-            None => open_plain(config, None, false),
-            Some(source) => open_new(config, source, &state_path),
+        match (StateDir::look(&state_path)?, &config.source) {
+            (Found::State, _) => open_known(config, &state_path),
+            (Found::Nothing, None) => open_plain(config, None, false),
+            (Found::Nothing | Found::Begun, Some(source)) => open_new(config, source, &state_path),
+            (Found::Begun, None) => refuse(format!(
+                "a move into {} was begun and cut short before anything had come; give its source \
+                 (--from) to begin it anew, or remove {}",
+                config.image.display(),
+                state_path.display()
+            )),
         }
     }
 
@@ -149,6 +154,7 @@ impl Running {
             let _ = thread.join();
         }
         self.volume.settle()?;
+        crash_point!("close.recorded");
         if let Err(error) = self.volume.save_heat() {
             tracing::warn!("what was counted of reads and writes is not kept: {error}");
         }
@@ -156,6 +162,7 @@ impl Running {
         if let Some(live) = &self.live {
             live.remove();
         }
+        crash_point!("close.forgotten");
         Ok(())
     }
 }
@@ -219,6 +226,7 @@ fn open_plain(
     if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
         live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
+        crash_point!("local.tag-removed");
     }
     // A device may be larger than the disk that moved onto it.
     let size_bytes = match &state {
@@ -255,6 +263,7 @@ fn open_new(
     })?;
     let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
     let store = open_image(config, geometry, true)?;
+    crash_point!("new.image");
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
     }
@@ -274,6 +283,7 @@ fn open_new(
     let tag = identity.volume_id;
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
+    crash_point!("new.tagged");
     move_in(
         config,
         wanted,
@@ -318,6 +328,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let mut sync = || store.sync();
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
+    crash_point!("open.tagged");
     let running = move_in(config, &wanted, store, source, (map, witnesses))?;
     if wanted.handoff == HandoffPolicy::Now {
         running
@@ -371,9 +382,11 @@ fn move_in(
         witnesses,
         at_completion: Box::new(move || {
             memory.remove();
+            crash_point!("completion.memory-removed");
             if let Err(e) = set_tag(&store, &[]) {
                 tracing::warn!("the mark of a move could not be taken off the image: {e}");
             }
+            crash_point!("completion.tag-removed");
         }),
     });
     if let Some(recorded) = &wanted.heat {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
 use hikkoshi_engine::journal::{Pending, Record};
 use hikkoshi_engine::mover::{self, Action, CopyOrder, FetchFailure, FlightId, Mover, ReadFailure};
@@ -533,7 +534,9 @@ impl Relocation {
                 self.store.write(offset, piece)?;
             }
         }
+        crash_point!("install.written");
         self.now_clean(run);
+        crash_point!("install.marked");
         lock(&self.witnesses).came(self.geometry, run, data);
         Ok(())
     }
@@ -565,6 +568,7 @@ impl Relocation {
             let len = u64::from(sectors.end - sectors.start) * SECTOR_BYTES;
             self.store.write(at, data(at, len)?)?;
         }
+        crash_point!("install.merged");
         self.now_owned(BlockRange::one(block));
         Ok(())
     }
@@ -613,6 +617,7 @@ impl Relocation {
                 BlockState::Absent => {
                     self.store
                         .write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch)?;
+                    crash_point!("install.zeroed");
                     self.traffic
                         .zero_bytes_skipped
                         .fetch_add(bytes.len(), Ordering::Relaxed);

@@ -13,7 +13,9 @@ mod tests;
 pub use frame::{FRAME_ALIGN, LogEnd, encode_frame, read_log};
 pub use pending::{Gathered, Pending};
 pub use record::Record;
-pub use snapshot::{apply_snapshot, empty_snapshot, encode_snapshot, snapshot_epoch};
+pub use snapshot::{
+    apply_snapshot, empty_snapshot, encode_snapshot, is_new_snapshot, snapshot_epoch,
+};
 
 /// Marks everything that belongs to one volume.
 pub type VolumeId = [u8; 16];

@@ -6,6 +6,8 @@
 //! flushed write. Were the record first, a snapshot between the two could end the epoch that holds
 //! the record without knowing of the mark, to the same effect.
 
+use hikkoshi_crashpoint::crash_point;
+
 use super::Record;
 use crate::geometry::BlockRange;
 use crate::sync::{Mutex, lock};
@@ -62,6 +64,7 @@ impl Pending {
     pub fn leave(&self, mark: impl FnOnce() -> Option<Record>) -> usize {
         let mut gathered = lock(&self.gathered);
         if let Some(record) = mark() {
+            crash_point!("mark.marked");
             gathered.add(record);
         }
         let waiting = gathered.records.len();

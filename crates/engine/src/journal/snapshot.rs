@@ -98,6 +98,21 @@ fn seal(mut out: Vec<u8>) -> Vec<u8> {
     out
 }
 
+/// Whether this is the first snapshot of some volume, with nothing in it: what
+/// [`empty_snapshot`] makes for epoch 0.
+pub fn is_new_snapshot(bytes: &[u8]) -> bool {
+    let (Some(volume), Some(epoch)) = (bytes.get(8..24), bytes.get(24..32)) else {
+        return false;
+    };
+    bytes.len() == HEADER_BYTES + 1 + CRC_BYTES
+        && bytes[..8] == MAGIC
+        && epoch.iter().all(|byte| *byte == 0)
+        && bytes[HEADER_BYTES] == END
+        // A volume of zeroes is nobody's.
+        && volume.iter().any(|byte| *byte != 0)
+        && crc32c::crc32c(&bytes[..HEADER_BYTES + 1]).to_le_bytes() == bytes[HEADER_BYTES + 1..]
+}
+
 /// The epoch of a snapshot that is whole and belongs to this volume.
 ///
 /// # Errors

@@ -27,6 +27,8 @@ mod tests;
 use std::fmt;
 use std::ops::Range;
 
+use hikkoshi_crashpoint::crash_point;
+
 use crate::geometry::{BlockIndex, BlockRange, Geometry};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -309,6 +311,7 @@ impl Residency {
         for word in words_of(range) {
             let wanted = bits(range, word);
             let owned = self.owned_at(word).fetch_or(wanted, Ordering::AcqRel);
+            crash_point!("mark.owned-half");
             let resident = self.resident_at(word).fetch_or(wanted, Ordering::AcqRel);
             new_resident += u64::from((wanted & !resident).count_ones());
             new_owned += u64::from((wanted & !(owned & resident)).count_ones());

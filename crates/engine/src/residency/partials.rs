@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use hikkoshi_crashpoint::crash_point;
+
 use super::PlaneMemory;
 use super::mask::{SectorMask, words_for};
 use crate::geometry::{BlockIndex, Geometry};
@@ -137,10 +139,12 @@ impl Index {
         for (word, value) in words[1..].iter().zip(mask.words()) {
             word.store(*value, Ordering::Release);
         }
+        crash_point!("mark.partial-mask");
         if known.is_none() {
             words[0].store(block.0 + 1, Ordering::Release);
             self.slots.insert(block.0, slot);
         }
+        crash_point!("mark.partial-slot");
         Ok(mask)
     }
 

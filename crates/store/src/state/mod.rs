@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::journal::{
     self, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
@@ -128,6 +129,18 @@ impl StateError {
     }
 }
 
+/// What there is of a state, before it is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing.
+    Nothing,
+    /// What a crash in [`StateDir::create`] leaves: nothing was ever recorded in it, and it is made
+    /// anew by the next [`StateDir::create`].
+    Begun,
+    /// A state, whole or not.
+    State,
+}
+
 /// The open state of a volume.
 #[derive(Debug)]
 pub struct StateDir {
@@ -145,11 +158,42 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Whether there is a state at `path`, complete or not.
-    pub fn exists(path: &Path) -> bool {
-        [VOLUME, MAP, LOG]
-            .iter()
-            .any(|name| path.join(name).exists())
+    /// Looks for a state at `path`, complete or not.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn look(path: &Path) -> Result<Found, StateError> {
+        Self::look_in(&FsDirectory::new(path))
+    }
+
+    /// [`StateDir::look`] in any directory.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn look_in(dir: &dyn Directory) -> Result<Found, StateError> {
+        let read = |name| {
+            dir.read(name).map_err(|source| StateError::Io {
+                what: "reading",
+                path: dir.path(name),
+                source,
+            })
+        };
+        if read(VOLUME)?.is_some() {
+            return Ok(Found::State);
+        }
+        // The files of a new state are made in the order log, map, volume. Without the last one,
+        // and with nothing in the others, this is a creation that was cut short; with anything in
+        // them it is a state that has lost its identity.
+        let (map, log) = (read(MAP)?, read(LOG)?);
+        let is_empty = match (&map, &log) {
+            (None, None) => return Ok(Found::Nothing),
+            (_, None) => false,
+            (map, Some(log)) => {
+                log.iter().all(|byte| *byte == 0)
+                    && map.as_ref().is_none_or(|map| journal::is_new_snapshot(map))
+            }
+        };
+        Ok(if is_empty { Found::Begun } else { Found::State })
     }
 
     /// Makes the state of a new volume, of which nothing is here.
@@ -345,12 +389,14 @@ impl StateDir {
             this.log
                 .write_at(this.log_bytes, &frame)
                 .map_err(|source| this.failed("writing", LOG, source))?;
+            crash_point!("commit.appended");
             // What failed here is not to be believed again, whatever the reason: the kernel may
             // have let go of pages that never reached the medium.
             this.log.sync().map_err(|source| {
                 let told = io::Error::other(source);
                 this.failed("syncing", LOG, told)
             })?;
+            crash_point!("commit.recorded");
             this.seq += 1;
             this.log_bytes += frame.len() as u64;
             Ok(())
@@ -383,10 +429,13 @@ impl StateDir {
     ) -> Result<(), StateError> {
         self.guarded(|this| {
             let map = encode_snapshot(this.volume_id(), this.epoch + 1, residency);
+            crash_point!("snapshot.copied");
             sync_data().map_err(|source| {
                 this.failed("syncing the image of", VOLUME, io::Error::other(source))
             })?;
+            crash_point!("snapshot.synced");
             put(&*this.dir, MAP, &map)?;
+            crash_point!("snapshot.done");
             this.epoch += 1;
             this.seq = 0;
             this.log_bytes = 0;
@@ -412,10 +461,13 @@ impl StateDir {
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
-        for name in [MAP, LOG, WITNESSES] {
-            // Left-overs do no harm: the identity says that they do not count.
-            let _ = self.dir.remove(name);
-        }
+        crash_point!("completion.recorded");
+        // Left-overs do no harm: the identity says that they do not count.
+        let _ = self.dir.remove(MAP);
+        crash_point!("completion.map-removed");
+        let _ = self.dir.remove(LOG);
+        crash_point!("completion.log-removed");
+        let _ = self.dir.remove(WITNESSES);
         Ok(())
     }
 

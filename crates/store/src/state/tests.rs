@@ -83,6 +83,40 @@ fn a_state_with_a_file_missing_is_refused_and_not_begun_anew() {
     }
 }
 
+/// A daemon that was killed while it made the state of a new volume left a log and a map without a
+/// `volume`. The next start refused that as a state that has lost its identity, for ever, though
+/// nothing had been recorded in it and the move had only to begin anew.
+#[test]
+fn a_creation_that_was_cut_short_is_no_state_that_has_lost_its_identity() {
+    let dir = MemoryDirectory::default();
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::Nothing);
+    let (mut state, residency) = {
+        let state = StateDir::create_in(Box::new(dir.clone()), identity(), None).unwrap();
+        (state, fresh(identity().geometry))
+    };
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::State);
+    // In the order in which the files are made: log, map, volume.
+    dir.remove(VOLUME).unwrap();
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::Begun);
+    let map = dir.read(MAP).unwrap().unwrap();
+    dir.remove(MAP).unwrap();
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::Begun);
+    dir.replace(MAP, &map).unwrap();
+    // With anything recorded it is one, and must not be begun anew.
+    let clean = Record::Clean(BlockRange::new(1, 2));
+    state.append(&[clean]).unwrap();
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::State);
+    dir.replace(LOG, &vec![0; PREALLOCATED_BYTES]).unwrap();
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::Begun);
+    let later = journal::encode_snapshot([3; 16], 1, &residency);
+    for bad in [&later[..], &map[..map.len() - 1], b""] {
+        dir.replace(MAP, bad).unwrap();
+        assert_eq!(StateDir::look_in(&dir).unwrap(), Found::State);
+    }
+    dir.remove(LOG).unwrap();
+    assert_eq!(StateDir::look_in(&dir).unwrap(), Found::State);
+}
+
 #[test]
 fn a_state_of_another_volume_is_refused() {
     let (ours, theirs) = (MemoryDirectory::default(), MemoryDirectory::default());
