@@ -12,6 +12,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("apt-cache", "apt"),
     ("apt-get", "apt"),
     ("busybox", "busybox-static"),
+    ("chrt", "util-linux"),
     ("cp", "coreutils"),
     ("debugfs", "e2fsprogs"),
     ("dpkg", "dpkg"),
