@@ -9,6 +9,8 @@ mod cpu;
 mod local;
 mod report;
 mod server;
+mod trace;
+mod wan;
 
 use std::process::ExitCode;
 
@@ -26,11 +28,14 @@ struct Cli {
 enum Command {
     /// Servers side by side on this machine: hikkoshi, nbdkit, qemu-nbd.
     Local(local::Options),
+    /// A disk that moves across an emulated wide-area link, beside its peers; needs root.
+    Wan(Box<wan::Options>),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Local(options) => local::run(&options),
+        Command::Wan(options) => wan::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

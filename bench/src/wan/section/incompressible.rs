@@ -1,0 +1,166 @@
+//! A disk that cannot be compressed: how much of the link becomes disk.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hikkoshi_testkit::process::{Process, listens_on};
+use serde_json::Value;
+
+use super::{Findings, Section, columns, each, movers, rows};
+use crate::report::Role;
+use crate::wan::Bench;
+use crate::wan::disk::Disk;
+use crate::wan::grid::{Better, Bound, Cell, Grid};
+use crate::wan::mover::{How, Mover};
+use crate::wan::site::Sites;
+use crate::wan::watch::watch;
+
+const IPERF_PORT: u16 = 5201;
+/// How many connections iperf3 has; the better result counts.
+const STREAMS: [usize; 2] = [1, 4];
+const SOON: Duration = Duration::from_secs(20);
+
+pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
+    let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
+    let movers = movers(bench, ours, &[How::Nbdcopy]);
+    let disk = bench.noise()?;
+    let (mut grid, iperf) = table(
+        bench,
+        sites,
+        Section::Incompressible,
+        &movers,
+        &disk,
+        &STREAMS,
+        bench.patience(&disk, &sites.case),
+    )?;
+    grid.section = "incompressible";
+    grid.title = format!("Incompressible data: {}", sites.case.name());
+    grid.rows[0].bound = Some(Bound {
+        text: "95 % of iperf3's".into(),
+        limit: iperf.map(|rate| 0.95 * rate),
+    });
+    Ok(Findings {
+        grid,
+        charts: Vec::new(),
+    })
+}
+
+/// Moves `disk` in every way, beside iperf3 with each of these numbers of connections.
+pub(super) fn table(
+    bench: &Bench<'_>,
+    sites: &Sites,
+    section: Section,
+    movers: &[Mover],
+    disk: &Disk,
+    streams: &[usize],
+    limit: Duration,
+) -> Result<(Grid, Option<f64>)> {
+    let case = &sites.case;
+    let [mut rate, mut used] = rows(
+        [
+            ("disk bytes, MB/s", Better::More),
+            ("link used meanwhile", Better::More),
+        ],
+        movers.len() + 1,
+    );
+    let dir = bench.fast_dir();
+    each(
+        bench,
+        sites,
+        section,
+        movers,
+        disk,
+        dir,
+        true,
+        |index, attempt| {
+            let terms = attempt.terms();
+            let seen = watch(sites, disk, limit, false, || {
+                let source = attempt.mover.start_source(&terms)?;
+                attempt.mover.start(&terms, source)
+            })?;
+            let (seconds, _, projected) =
+                seen.until_resident(case).context("nothing has arrived")?;
+            rate.cells[index]
+                .values
+                .push(disk.data_bytes() as f64 / seconds / 1e6);
+            rate.cells[index].projected |= projected;
+            if let Some(share) = seen.link_use(case) {
+                used.cells[index].values.push(share);
+            }
+            Ok(())
+        },
+    )?;
+    let mut iperf = Cell::default();
+    for _ in 0..bench.rounds() {
+        let mut best = None;
+        for &streams in streams {
+            bench.progress(&format!(
+                "{}, {}: iperf3, {streams} connections",
+                case.name(),
+                section.name()
+            ));
+            match iperf3(bench, sites, streams, disk.size_bytes, limit) {
+                Ok(rate) => best = Some(rate.max(best.unwrap_or(0.0))),
+                Err(error) => eprintln!("  not measured: {error:#}"),
+            }
+        }
+        iperf.values.extend(best);
+    }
+    let reached = iperf.middle();
+    if let Some(last) = rate.cells.last_mut() {
+        *last = iperf;
+    }
+    let mut columns = columns(movers);
+    columns.push(("iperf3".into(), Role::Other));
+    let grid = Grid {
+        section: "",
+        title: String::new(),
+        note: format!(
+            "{} MiB of noise, from nothing until all is there, the start of TCP included; iperf3 sends as \
+             many bytes, the best of {streams:?} connections.",
+            disk.size_bytes >> 20
+        ),
+        columns,
+        rows: vec![rate, used],
+    };
+    Ok((grid, reached))
+}
+
+/// What iperf3 gets from the old site to the new one, in 10^6 bytes a second.
+fn iperf3(
+    bench: &Bench<'_>,
+    sites: &Sites,
+    streams: usize,
+    bytes: u64,
+    limit: Duration,
+) -> Result<f64> {
+    let dir = bench.scratch(bench.fast_dir())?;
+    let address = sites.link.address_b.to_string();
+    let port = IPERF_PORT.to_string();
+    let log = dir.path().join("server");
+    let arguments = ["--server", "--one-off", "--bind", &address, "--port", &port];
+    let mut server = Process::start(Some(&sites.new), "iperf3", arguments, &log)?;
+    server.wait_until("listening socket", SOON, |server| {
+        listens_on(server.pid(), IPERF_PORT)
+    })?;
+    let log = dir.path().join("client");
+    let (bytes, streams) = (bytes.to_string(), streams.to_string());
+    let arguments = [
+        "--client",
+        &address,
+        "--port",
+        &port,
+        "--bytes",
+        &bytes,
+        "--parallel",
+        &streams,
+        "--json",
+    ];
+    let mut client = Process::start(Some(&sites.old), "iperf3", arguments, &log)?;
+    let status = client.wait(limit)?;
+    let said = std::fs::read_to_string(&log)?;
+    ensure!(status.success(), "iperf3 failed, {status}: {said}");
+    let report: Value = serde_json::from_str(&said).context("read iperf3's report")?;
+    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok(bits.context("no rate in iperf3's report")? / 8e6)
+}

@@ -1,0 +1,62 @@
+//! A link that loses packets: nobody gets much, and ours no less than nbdcopy.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::incompressible::table;
+use super::{Findings, Section, movers};
+use crate::wan::Bench;
+use crate::wan::disk::Disk;
+use crate::wan::grid::{Bound, Grid};
+use crate::wan::mover::{How, Mover};
+use crate::wan::site::Sites;
+
+/// As many connections as ours has by default.
+const CONNECTIONS: usize = 4;
+/// Enough for TCP to settle, little enough to end.
+const DISK_MIB: u64 = 128;
+/// What has not ended by then is projected.
+const LIMIT: Duration = Duration::from_secs(45);
+
+pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
+    let mut ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
+    for mover in &mut ours {
+        if let How::Hikkoshi { options, .. } = &mut mover.how {
+            options.push(format!("--connections={CONNECTIONS}"));
+        }
+    }
+    let movers = movers(bench, ours, &[How::NbdcopyConnections(CONNECTIONS)]);
+    let disk = Disk::noise(DISK_MIB)?;
+    let (grid, _) = table(
+        bench,
+        sites,
+        Section::Loss,
+        &movers,
+        &disk,
+        &[CONNECTIONS],
+        LIMIT,
+    )?;
+    let peer = |mover: &Mover| matches!(mover.how, How::NbdcopyConnections(_));
+    let nbdcopy = movers.iter().position(peer);
+    let limit = nbdcopy.and_then(|index| grid.rows[0].cells[index].middle());
+    let mut rows = grid.rows;
+    rows[0].bound = Some(Bound {
+        text: "nbdcopy's".into(),
+        limit,
+    });
+    let grid = Grid {
+        section: "loss",
+        title: format!("A link that loses packets: {}", sites.case.name()),
+        note: format!(
+            "{} Congestion control: {}. Each packet is lost by a seeded draw of its own.",
+            grid.note, bench.options.congestion
+        ),
+        columns: grid.columns,
+        rows,
+    };
+    Ok(Findings {
+        grid,
+        charts: Vec::new(),
+    })
+}
