@@ -26,7 +26,7 @@ const fn package(name: &'static str, program: &'static str, purpose: &'static st
     }
 }
 
-/// Everything that the steps `e2e` and `interop` use.
+/// Everything that the steps `test`, `e2e` and `interop` use.
 pub const PACKAGES: &[Package] = &[
     package(
         "nbdkit",
@@ -64,6 +64,11 @@ pub const PACKAGES: &[Package] = &[
         "nbd-server",
         "nbd-server",
         "a source with simple replies only",
+    ),
+    package(
+        "iperf3",
+        "iperf3",
+        "what a link can carry, in the test of `bench wan`",
     ),
     package("busybox-static", "busybox", "the guest's userland"),
     package(

@@ -35,7 +35,8 @@ use self::site::{LinkCase, Sites, tcp_settings};
 
 const FULL_MIB: u64 = 4096;
 const QUICK_MIB: u64 = 512;
-/// The round trip, of those that are measured, at which the traces are replayed unless asked for.
+/// The round trip, of those that are measured, at which traces are replayed and writes are timed
+/// unless that is asked for.
 const TRACE_RTT_MS: u64 = 50;
 /// Packets lost on the link of the section `loss`, in percent.
 const LOSS_PERCENT: f64 = 0.1;
@@ -115,6 +116,8 @@ struct Bench<'a> {
     fast: TempDir,
     disk: TempDir,
     copies: Mutex<BTreeMap<PathBuf, Arc<SourceCopy>>>,
+    /// What could not be measured in the section that runs, and why.
+    failures: Mutex<Vec<String>>,
     started: Instant,
 }
 
@@ -123,7 +126,7 @@ pub fn run(options: &Options) -> Result<()> {
     let bench = Bench::new(options)?;
     let mut findings = Vec::new();
     let mut facts = bench.facts();
-    for (case, sections) in bench.cases() {
+    for (case, sections) in cases_of(options) {
         let sites = Sites::new(case, &options.congestion)?;
         if findings.is_empty() {
             facts.push(format!(
@@ -139,7 +142,8 @@ pub fn run(options: &Options) -> Result<()> {
         }
         for section in sections {
             match section.run(&bench, &sites) {
-                Ok(found) => {
+                Ok(mut found) => {
+                    found.grid.note.push_str(&bench.take_failures());
                     println!("{}", found.grid.markdown());
                     findings.push((found.grid, found.charts));
                 }
@@ -163,11 +167,89 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// The links, and what is measured on each.
+fn cases_of(options: &Options) -> Vec<(LinkCase, Vec<Section>)> {
+    let (rates, rtts, losses) = if options.matrix {
+        (
+            MATRIX_MBIT.to_vec(),
+            MATRIX_RTT_MS.to_vec(),
+            vec![0.0, LOSS_PERCENT],
+        )
+    } else {
+        let rtts = match (options.rtt.is_empty(), options.quick) {
+            (false, _) => options.rtt.clone(),
+            (true, true) => vec![50],
+            (true, false) => vec![10, 50, 200],
+        };
+        (options.rate.clone(), rtts, options.loss.clone())
+    };
+    let asked = |section: Section| options.only.contains(&section);
+    let traced = if rtts.contains(&TRACE_RTT_MS) {
+        Some(TRACE_RTT_MS)
+    } else {
+        rtts.first().copied()
+    };
+    let mut cases = Vec::new();
+    for &mbit in &rates {
+        for &rtt_ms in &rtts {
+            for &loss_percent in &losses {
+                let case = LinkCase {
+                    mbit,
+                    rtt_ms,
+                    loss_percent,
+                    queue_bdp: options.queue,
+                };
+                let wanted = |section: &Section| match section {
+                    // It has a link of its own.
+                    Section::Loss => false,
+                    Section::Trace if options.only.is_empty() => {
+                        options.matrix || Some(rtt_ms) == traced
+                    }
+                    _ => options.only.is_empty() || asked(*section),
+                };
+                let sections: Vec<Section> = [
+                    Section::Incompressible,
+                    Section::Copy,
+                    Section::Cold,
+                    Section::Sequential,
+                    Section::Writes,
+                    Section::Trace,
+                ]
+                .into_iter()
+                .filter(wanted)
+                .collect();
+                if !sections.is_empty() {
+                    cases.push((case, sections));
+                }
+            }
+        }
+    }
+    if options.only.is_empty() || asked(Section::Loss) {
+        for &mbit in &rates {
+            let rtts = if options.matrix {
+                rtts.clone()
+            } else {
+                Vec::from_iter(traced)
+            };
+            for rtt_ms in rtts {
+                let case = LinkCase {
+                    mbit,
+                    rtt_ms,
+                    loss_percent: LOSS_PERCENT,
+                    queue_bdp: options.queue,
+                };
+                cases.push((case, vec![Section::Loss]));
+            }
+        }
+    }
+    cases
+}
+
 impl<'a> Bench<'a> {
     fn new(options: &'a Options) -> Result<Self> {
         let hikkoshi = crate::local::hikkoshi_binary(options.hikkoshi.as_deref())?;
-        let hikkoshi = fs::canonicalize(&hikkoshi)
-            .with_context(|| format!("find {}", hikkoshi.display()))?;
+        let hikkoshi =
+            fs::canonicalize(&hikkoshi).with_context(|| format!("find {}", hikkoshi.display()))?;
         let scratch = |parent: &Path| {
             let made = tempfile::Builder::new()
                 .prefix("hikkoshi-wan-")
@@ -184,88 +266,10 @@ impl<'a> Bench<'a> {
             fast: scratch(&options.dir)?,
             disk,
             copies: Mutex::default(),
+            failures: Mutex::default(),
             started: Instant::now(),
             options,
         })
-    }
-
-    /// The links, and what is measured on each.
-    fn cases(&self) -> Vec<(LinkCase, Vec<Section>)> {
-        let options = self.options;
-        let (rates, rtts, losses) = if options.matrix {
-            (
-                MATRIX_MBIT.to_vec(),
-                MATRIX_RTT_MS.to_vec(),
-                vec![0.0, LOSS_PERCENT],
-            )
-        } else {
-            let rtts = match (options.rtt.is_empty(), options.quick) {
-                (false, _) => options.rtt.clone(),
-                (true, true) => vec![50],
-                (true, false) => vec![10, 50, 200],
-            };
-            (options.rate.clone(), rtts, options.loss.clone())
-        };
-        let asked = |section: Section| options.only.contains(&section);
-        let traced = if rtts.contains(&TRACE_RTT_MS) {
-            Some(TRACE_RTT_MS)
-        } else {
-            rtts.first().copied()
-        };
-        let mut cases = Vec::new();
-        for &mbit in &rates {
-            for &rtt_ms in &rtts {
-                for &loss_percent in &losses {
-                    let case = LinkCase {
-                        mbit,
-                        rtt_ms,
-                        loss_percent,
-                        queue_bdp: options.queue,
-                    };
-                    let wanted = |section: &Section| match section {
-                        // It has a link of its own.
-                        Section::Loss => false,
-                        Section::Trace if options.only.is_empty() => {
-                            options.matrix || Some(rtt_ms) == traced
-                        }
-                        _ => options.only.is_empty() || asked(*section),
-                    };
-                    let sections: Vec<Section> = [
-                        Section::Incompressible,
-                        Section::Copy,
-                        Section::Cold,
-                        Section::Sequential,
-                        Section::Writes,
-                        Section::Trace,
-                    ]
-                    .into_iter()
-                    .filter(wanted)
-                    .collect();
-                    if !sections.is_empty() {
-                        cases.push((case, sections));
-                    }
-                }
-            }
-        }
-        if options.only.is_empty() || asked(Section::Loss) {
-            for &mbit in &rates {
-                let rtts = if options.matrix {
-                    rtts.clone()
-                } else {
-                    Vec::from_iter(traced)
-                };
-                for rtt_ms in rtts {
-                    let case = LinkCase {
-                        mbit,
-                        rtt_ms,
-                        loss_percent: LOSS_PERCENT,
-                        queue_bdp: options.queue,
-                    };
-                    cases.push((case, vec![Section::Loss]));
-                }
-            }
-        }
-        cases
     }
 
     /// What the reader of the report has to know.
@@ -362,6 +366,22 @@ impl<'a> Bench<'a> {
                 false
             }
         }
+    }
+
+    /// Notes that something could not be measured, and goes on.
+    fn failed(&self, what: &str, error: &anyhow::Error) {
+        eprintln!("        not measured: {error:#}");
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        // The end of a server's output is for the terminal.
+        let reason = format!("{error:#}");
+        let reason = reason.lines().next().unwrap_or_default();
+        failures.push(format!(" Not measured: {what} ({reason})."));
+    }
+
+    /// What was noted since the last call, for a table's note.
+    fn take_failures(&self) -> String {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *failures).concat()
     }
 
     /// Says on standard error what is going on.

@@ -23,8 +23,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;
     let disk = bench.files()?;
-    let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
-    let movers = movers(bench, ours, &[How::Stream, How::Scan]);
+    let movers = movers(bench, vec![Mover::ours()], &[How::Stream, How::Scan]);
     let [mut median, mut tail] = rows(
         [
             ("cold 4 KiB read, median, ms", Better::Less),

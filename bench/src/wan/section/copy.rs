@@ -13,8 +13,9 @@ use crate::wan::plot::{Chart, Series};
 use crate::wan::site::Sites;
 use crate::wan::watch::{Watched, watch};
 
-/// Peers that no bound refers to are cut off after this, and their end is projected.
-const CUT_OFF: Duration = Duration::from_secs(20);
+/// Ways that no bound refers to are cut off after this, and their end is projected.
+const CUT_OFF: Duration = Duration::from_secs(15);
+const QUICK_CUT_OFF: Duration = Duration::from_secs(8);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;
@@ -43,6 +44,11 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let mut watched: Vec<(String, Watched)> = Vec::new();
     let mut emulator = Vec::new();
     let patience = bench.patience(&disk, case);
+    let cut_off = if bench.options.quick {
+        QUICK_CUT_OFF
+    } else {
+        CUT_OFF
+    };
     each(
         bench,
         sites,
@@ -53,11 +59,11 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         true,
         |index, attempt| {
             let mover = attempt.mover;
-            let cut = matches!(mover.how, How::Convert | How::Stream | How::Scan);
-            let limit = if cut && !bench.options.full {
-                CUT_OFF
-            } else {
+            let whole = *mover == Mover::ours() || mover.how == How::Nbdcopy;
+            let limit = if whole || bench.options.full {
                 patience
+            } else {
+                cut_off
             };
             let terms = attempt.terms();
             let seen = watch(sites, &disk, limit, mover.serves(), || {
@@ -125,7 +131,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
          emulator used {:.0} % of a core.",
         disk.size_bytes >> 20,
         disk.data_bytes() / 1_000_000,
-        CUT_OFF.as_secs(),
+        cut_off.as_secs(),
         100.0 * crate::report::median(emulator),
     );
     let charts = charts(sites, &watched);

@@ -101,7 +101,7 @@ pub(super) fn table(
             ));
             match iperf3(bench, sites, streams, disk.size_bytes, limit) {
                 Ok(rate) => best = Some(rate.max(best.unwrap_or(0.0))),
-                Err(error) => eprintln!("  not measured: {error:#}"),
+                Err(error) => bench.failed("iperf3", &error),
             }
         }
         iperf.values.extend(best);

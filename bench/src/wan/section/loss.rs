@@ -17,7 +17,7 @@ const CONNECTIONS: usize = 4;
 /// Enough for TCP to settle, little enough to end.
 const DISK_MIB: u64 = 128;
 /// What has not ended by then is projected.
-const LIMIT: Duration = Duration::from_secs(45);
+const LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let mut ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
@@ -27,7 +27,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         }
     }
     let movers = movers(bench, ours, &[How::NbdcopyConnections(CONNECTIONS)]);
-    let disk = Disk::noise(DISK_MIB)?;
+    let disk = Disk::noise(DISK_MIB.min(bench.mib()))?;
     let (grid, _) = table(
         bench,
         sites,

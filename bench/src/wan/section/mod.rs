@@ -14,7 +14,7 @@ mod writes;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::ValueEnum;
 use serde::Serialize;
 use tempfile::TempDir;
@@ -156,8 +156,8 @@ fn each<'a>(
                 dir: bench.scratch(dir)?,
                 background,
             };
-            if let Err(error) = measure(index, &attempt).with_context(|| what) {
-                eprintln!("  not measured: {error:#}");
+            if let Err(error) = measure(index, &attempt) {
+                bench.failed(&mover.name, &error);
             }
             drop(attempt);
             settle(sites);

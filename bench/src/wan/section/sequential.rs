@@ -14,13 +14,12 @@ use crate::wan::site::Sites;
 /// Round trips in which TCP and the windows above it find the link's rate; not counted.
 const WARM_UP_ROUND_TRIPS: u32 = 12;
 /// How long is measured, at most.
-const TIME: Duration = Duration::from_secs(6);
+const TIME: Duration = Duration::from_secs(5);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;
     let disk = bench.noise()?;
-    let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
-    let movers = movers(bench, ours, &[How::Stream, How::Scan]);
+    let movers = movers(bench, vec![Mover::ours()], &[How::Stream, How::Scan]);
     let mut both = rows(
         [
             ("nothing copied, share of the link", Better::More),

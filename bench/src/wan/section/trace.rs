@@ -31,7 +31,8 @@ const SEEN_BEFORE: [&[u8]; 2] = [
 /// The guest thinks no longer than this at once.
 const THINK_CAP: Duration = Duration::from_millis(500);
 /// What has not ended by then is projected from the requests answered.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(30);
+const QUICK_LIMIT: Duration = Duration::from_secs(12);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let map = DiskMap::decode(DISK).context("read disk.map")?;
@@ -129,12 +130,21 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
              answered within {} s.",
             bench.options.think,
             THINK_CAP.as_millis(),
-            LIMIT.as_secs()
+            limit(bench).as_secs()
         ),
         columns,
         rows: table,
     };
     Ok(Findings { grid, charts })
+}
+
+/// How long a replay may take.
+fn limit(bench: &Bench<'_>) -> Duration {
+    if bench.options.quick {
+        QUICK_LIMIT
+    } else {
+        LIMIT
+    }
 }
 
 fn third_of_best_peer(extra: &Row, movers: &[Mover]) -> Option<Bound> {
@@ -179,7 +189,7 @@ fn measure(
             .context("the copy takes too long")?;
         return Ok((copied + local_s, true, None));
     };
-    let outcome = replay(trace, &endpoint, thinking, LIMIT)?;
+    let outcome = replay(trace, &endpoint, thinking, limit(attempt.bench))?;
     ensure!(outcome.answered > 0, "nothing was answered");
     let all = trace.requests.len() as f64;
     let seconds = if outcome.complete {

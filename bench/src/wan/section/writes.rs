@@ -21,8 +21,7 @@ const KINDS: [(usize, bool); 4] = [(512, false), (4096, false), (512, true), (40
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let disk = bench.files()?;
     let dir = bench.disk_dir();
-    let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
-    let movers = movers(bench, ours, &[How::Stream, How::Scan]);
+    let movers = movers(bench, vec![Mover::ours()], &[How::Stream, How::Scan]);
     let plain = movers.len();
     let figures = [
         ("512 B, p99, ms", Better::Less),
