@@ -14,14 +14,15 @@ use super::plot::{Chart, escape};
 const STYLE: &str = "
 :root{color-scheme:light dark;--ink:#1d2433;--soft:#5b6475;--line:#dfe3ea;--paper:#fff;--page:#f4f6f9;--good:#1b7f4b;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9f0;--soft:#9aa3b5;--line:#333b4a;--paper:#161b26;--page:#0e121a;--good:#5fd39a;--bad:#ff8a80}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;padding:24px;max-width:1200px}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;padding:24px;max-width:1360px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 4px}
 p{color:var(--soft);max-width:85ch;margin:4px 0 12px}
 .scroll{overflow-x:auto;background:var(--paper);border-radius:8px;padding:4px 10px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
-th,td{padding:7px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:500;vertical-align:bottom;white-space:normal;min-width:70px}
+th,td{padding:7px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--soft);font-weight:500;vertical-align:bottom;white-space:normal;min-width:60px}
 th:first-child,td:first-child{text-align:left;white-space:normal;min-width:190px}
+td:nth-last-child(2){white-space:normal;min-width:130px;color:var(--soft);font-size:13px}
 tr:last-child td{border-bottom:0}td:nth-child(2){font-weight:600}
 .met{color:var(--good);font-weight:600}.not{color:var(--bad);font-weight:600}
 svg{display:block;width:100%;height:auto;margin:14px 0}

@@ -9,6 +9,7 @@ mod grid;
 mod guest;
 mod html;
 mod mover;
+mod moving;
 mod plot;
 mod section;
 mod site;
@@ -29,7 +30,8 @@ use hikkoshi_testkit::cache;
 use tempfile::TempDir;
 
 use self::disk::Disk;
-use self::mover::{Mover, SourceCopy, serve_help};
+use self::mover::{Mover, serve_help};
+use self::moving::SourceCopy;
 use self::section::Section;
 use self::site::{LinkCase, Sites, tcp_settings};
 
@@ -83,7 +85,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     movers: Vec<String>,
     /// Another column: hikkoshi with these options at the new site, and a source that has seen the
-    /// guest work
+    /// guest work; {heat} in them is the file that `hikkoshi heat` wrote there
     #[arg(long, value_name = "NAME=OPTIONS", value_parser = Mover::parse_variant)]
     variant: Vec<Mover>,
     /// How long the guest of the traces thinks in all: what its boot, or its compile, would take
@@ -208,6 +210,7 @@ fn cases_of(options: &Options) -> Vec<(LinkCase, Vec<Section>)> {
                     _ => options.only.is_empty() || asked(*section),
                 };
                 let sections: Vec<Section> = [
+                    Section::Link,
                     Section::Incompressible,
                     Section::Copy,
                     Section::Cold,

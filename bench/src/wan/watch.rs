@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::disk::Disk;
 use super::guest::{Felt, percentile, probe};
-use super::mover::{Moving, arrived_share};
+use super::moving::{Moving, arrived_share};
 use super::site::{LinkCase, Sites};
 
 /// Time between samples.

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use hikkoshi_testkit::process::{Process, listens_on};
-use serde_json::Value;
+use anyhow::{Context, Result};
 
+use super::iperf::{Amount, iperf3};
 use super::{Findings, Section, columns, each, movers, rows};
 use crate::report::Role;
 use crate::wan::Bench;
@@ -15,10 +14,8 @@ use crate::wan::mover::{How, Mover};
 use crate::wan::site::Sites;
 use crate::wan::watch::watch;
 
-const IPERF_PORT: u16 = 5201;
 /// How many connections iperf3 has; the better result counts.
 const STREAMS: [usize; 2] = [1, 4];
-const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
@@ -30,7 +27,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         Section::Incompressible,
         &movers,
         &disk,
-        &STREAMS,
+        (&STREAMS, Amount::Bytes(disk.size_bytes)),
         bench.patience(&disk, &sites.case),
     )?;
     grid.section = "incompressible";
@@ -52,7 +49,7 @@ pub(super) fn table(
     section: Section,
     movers: &[Mover],
     disk: &Disk,
-    streams: &[usize],
+    (streams, amount): (&[usize], Amount),
     limit: Duration,
 ) -> Result<(Grid, Option<f64>)> {
     let case = &sites.case;
@@ -99,7 +96,7 @@ pub(super) fn table(
                 case.name(),
                 section.name()
             ));
-            match iperf3(bench, sites, streams, disk.size_bytes, limit) {
+            match iperf3(bench, sites, streams, amount, limit) {
                 Ok(rate) => best = Some(rate.max(best.unwrap_or(0.0))),
                 Err(error) => bench.failed("iperf3", &error),
             }
@@ -116,51 +113,16 @@ pub(super) fn table(
         section: "",
         title: String::new(),
         note: format!(
-            "{} MiB of noise, from nothing until all is there, the start of TCP included; iperf3 sends as \
-             many bytes, the best of {streams:?} connections.",
-            disk.size_bytes >> 20
+            "{} MiB of noise, from nothing until all is there, the start of TCP included; iperf3 {}, \
+             the best of {streams:?} connections.",
+            disk.size_bytes >> 20,
+            match amount {
+                Amount::Bytes(_) => "sends as many bytes".to_owned(),
+                Amount::Time(time, _) => format!("sends for {} s once started", time.as_secs()),
+            }
         ),
         columns,
         rows: vec![rate, used],
     };
     Ok((grid, reached))
-}
-
-/// What iperf3 gets from the old site to the new one, in 10^6 bytes a second.
-fn iperf3(
-    bench: &Bench<'_>,
-    sites: &Sites,
-    streams: usize,
-    bytes: u64,
-    limit: Duration,
-) -> Result<f64> {
-    let dir = bench.scratch(bench.fast_dir())?;
-    let address = sites.link.address_b.to_string();
-    let port = IPERF_PORT.to_string();
-    let log = dir.path().join("server");
-    let arguments = ["--server", "--one-off", "--bind", &address, "--port", &port];
-    let mut server = Process::start(Some(&sites.new), "iperf3", arguments, &log)?;
-    server.wait_until("listening socket", SOON, |server| {
-        listens_on(server.pid(), IPERF_PORT)
-    })?;
-    let log = dir.path().join("client");
-    let (bytes, streams) = (bytes.to_string(), streams.to_string());
-    let arguments = [
-        "--client",
-        &address,
-        "--port",
-        &port,
-        "--bytes",
-        &bytes,
-        "--parallel",
-        &streams,
-        "--json",
-    ];
-    let mut client = Process::start(Some(&sites.old), "iperf3", arguments, &log)?;
-    let status = client.wait(limit)?;
-    let said = std::fs::read_to_string(&log)?;
-    ensure!(status.success(), "iperf3 failed, {status}: {said}");
-    let report: Value = serde_json::from_str(&said).context("read iperf3's report")?;
-    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
-    Ok(bits.context("no rate in iperf3's report")? / 8e6)
 }

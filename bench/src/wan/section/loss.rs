@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::incompressible::table;
+use super::iperf::Amount;
 use super::{Findings, Section, movers};
 use crate::wan::Bench;
 use crate::wan::disk::Disk;
@@ -14,10 +15,13 @@ use crate::wan::site::Sites;
 
 /// As many connections as ours has by default.
 const CONNECTIONS: usize = 4;
-/// Enough for TCP to settle, little enough to end.
-const DISK_MIB: u64 = 128;
+/// nbdcopy gives each connection 128 MiB at a time: less would not use all of them.
+const DISK_MIB: u64 = 512;
 /// What has not ended by then is projected.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long iperf3 sends, after a start that is not counted.
+const IPERF_TIME: Duration = Duration::from_secs(15);
+const IPERF_START: Duration = Duration::from_secs(3);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let mut ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
@@ -34,7 +38,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         Section::Loss,
         &movers,
         &disk,
-        &[CONNECTIONS],
+        (&[CONNECTIONS], Amount::Time(IPERF_TIME, IPERF_START)),
         LIMIT,
     )?;
     let peer = |mover: &Mover| matches!(mover.how, How::NbdcopyConnections(_));
@@ -49,8 +53,11 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         section: "loss",
         title: format!("A link that loses packets: {}", sites.case.name()),
         note: format!(
-            "{} Congestion control: {}. Each packet is lost by a seeded draw of its own.",
-            grid.note, bench.options.congestion
+            "{} What has not ended after {} s is projected from its pace (≈). Congestion control: {}. \
+             Each packet is lost by a seeded draw of its own.",
+            grid.note,
+            LIMIT.as_secs(),
+            bench.options.congestion
         ),
         columns: grid.columns,
         rows,

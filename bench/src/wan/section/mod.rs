@@ -6,6 +6,8 @@
 mod cold;
 mod copy;
 mod incompressible;
+mod iperf;
+mod link;
 mod loss;
 mod sequential;
 mod trace;
@@ -22,7 +24,8 @@ use tempfile::TempDir;
 use super::Bench;
 use super::disk::Disk;
 use super::grid::{Better, Grid, Row};
-use super::mover::{How, Mover, SourceCopy, Terms};
+use super::mover::{How, Mover};
+use super::moving::{SourceCopy, Terms};
 use super::plot::Chart;
 use super::site::Sites;
 use crate::report::Role;
@@ -31,6 +34,8 @@ use crate::report::Role;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Section {
+    /// What the emulated link is like
+    Link,
     /// A disk that cannot be compressed, beside what iperf3 gets
     Incompressible,
     /// The disk with files until it is resident, while a guest reads
@@ -65,6 +70,7 @@ impl Section {
     /// Asks its question on this link.
     pub fn run(self, bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         match self {
+            Self::Link => link::run(bench, sites),
             Self::Incompressible => incompressible::run(bench, sites),
             Self::Copy => copy::run(bench, sites),
             Self::Cold => cold::run(bench, sites),

@@ -13,7 +13,8 @@ use crate::trace::{DiskMap, Replay, Thinking, Trace, replay};
 use crate::wan::Bench;
 use crate::wan::disk::Disk;
 use crate::wan::grid::{Better, Bound, Grid, Row};
-use crate::wan::mover::{How, Mover, Moving, source_socket};
+use crate::wan::mover::{How, Mover};
+use crate::wan::moving::{Moving, source_socket};
 use crate::wan::plot::{Chart, Series};
 use crate::wan::site::{Sites, start_server};
 
