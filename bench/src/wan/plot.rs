@@ -16,7 +16,7 @@ const LEGEND_LINE: f64 = 20.0;
 /// About what a character of the legend takes.
 const CHARACTER: f64 = 7.2;
 /// The least that a logarithmic axis shows.
-const LOG_FLOOR: f64 = 0.05;
+const LOG_FLOOR: f64 = 0.02;
 
 /// Colours that differ in lightness too, for those who see few; the first names are ours.
 const COLOURS: [(&str, &str); 9] = [
@@ -138,11 +138,11 @@ impl Axis {
     }
 }
 
-/// The next number of the form 1, 2, 5 times a power of ten.
+/// The next number of the form 1, 2, 2.5, 5 times a power of ten.
 fn nice(raw: f64) -> f64 {
     let power = 10_f64.powf(raw.max(1e-9).log10().floor());
     let factor = raw / power;
-    let factor = [1.0, 2.0, 5.0].into_iter().find(|f| factor <= *f);
+    let factor = [1.0, 2.0, 2.5, 5.0].into_iter().find(|f| factor <= *f);
     factor.unwrap_or(10.0) * power
 }
 

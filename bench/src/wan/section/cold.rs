@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Findings, Section, columns, each, movers, rows};
+use super::{Findings, Section, columns, each, guest_of, movers, rows};
 use crate::client::Random;
 use crate::wan::Bench;
 use crate::wan::grid::{Better, Bound, Grid};
-use crate::wan::guest::{Guest, percentile};
+use crate::wan::guest::percentile;
 use crate::wan::mover::{How, Mover};
 use crate::wan::site::Sites;
 use crate::wan::watch::is_cold;
@@ -40,11 +40,8 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         bench.fast_dir(),
         false,
         |index, attempt| {
-            let terms = attempt.terms();
-            let source = attempt.mover.start_source(&terms)?;
-            let moving = attempt.mover.start(&terms, source)?;
-            let endpoint = moving.endpoint.as_ref().context("it serves nobody")?;
-            let mut guest = Guest::open(endpoint)?;
+            let moving = attempt.start()?;
+            let mut guest = guest_of(&moving)?;
             let mut random = Random::new(0x636f_6c64);
             let start = Instant::now();
             let mut cold = Vec::new();

@@ -65,14 +65,10 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
             } else {
                 cut_off
             };
-            let terms = attempt.terms();
-            let seen = watch(sites, &disk, limit, mover.serves(), || {
-                let source = mover.start_source(&terms)?;
-                mover.start(&terms, source)
-            })?;
+            let seen = watch(sites, &disk, limit, mover.serves(), || attempt.start())?;
             emulator.push(seen.emulator_cores);
             if seen.seconds.is_some() && matches!(mover.how, How::Hikkoshi { .. } | How::Nbdcopy) {
-                let image = terms.dir.join("image");
+                let image = attempt.dir.path().join("image");
                 hikkoshi_testkit::offline::images_are_equal(&disk.path, &image)?;
             }
             if let Some((seconds, on_wire, projected)) = seen.until_resident(case) {

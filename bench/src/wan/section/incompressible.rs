@@ -70,11 +70,7 @@ pub(super) fn table(
         dir,
         true,
         |index, attempt| {
-            let terms = attempt.terms();
-            let seen = watch(sites, disk, limit, false, || {
-                let source = attempt.mover.start_source(&terms)?;
-                attempt.mover.start(&terms, source)
-            })?;
+            let seen = watch(sites, disk, limit, false, || attempt.start())?;
             let (seconds, _, projected) =
                 seen.until_resident(case).context("nothing has arrived")?;
             rate.cells[index]

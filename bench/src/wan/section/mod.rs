@@ -16,7 +16,7 @@ mod writes;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde::Serialize;
 use tempfile::TempDir;
@@ -24,8 +24,9 @@ use tempfile::TempDir;
 use super::Bench;
 use super::disk::Disk;
 use super::grid::{Better, Grid, Row};
+use super::guest::Guest;
 use super::mover::{How, Mover};
-use super::moving::{SourceCopy, Terms};
+use super::moving::{Moving, SourceCopy, Terms};
 use super::plot::Chart;
 use super::site::Sites;
 use crate::report::Role;
@@ -104,6 +105,18 @@ impl Attempt<'_> {
             background: self.background,
         }
     }
+
+    /// Starts the move.
+    fn start(&self) -> Result<Moving> {
+        let terms = self.terms();
+        let source = self.mover.start_source(&terms)?;
+        self.mover.start(&terms, source)
+    }
+}
+
+/// A guest of the disk on its way.
+fn guest_of(moving: &Moving) -> Result<Guest> {
+    Guest::open(moving.endpoint.as_ref().context("it serves nobody")?)
 }
 
 /// The columns that a section compares: ours first, then what the command line adds, then peers.

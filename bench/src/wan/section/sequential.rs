@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
-use super::{Findings, Section, columns, each, movers, rows};
+use super::{Findings, Section, columns, each, guest_of, movers, rows};
 use crate::wan::Bench;
 use crate::wan::grid::{Better, Bound, Grid};
-use crate::wan::guest::Guest;
 use crate::wan::mover::{How, Mover};
 use crate::wan::site::Sites;
 
@@ -38,11 +37,8 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
             dir,
             background,
             |index, attempt| {
-                let terms = attempt.terms();
-                let source = attempt.mover.start_source(&terms)?;
-                let moving = attempt.mover.start(&terms, source)?;
-                let endpoint = moving.endpoint.as_ref().context("it serves nobody")?;
-                let mut guest = Guest::open(endpoint)?;
+                let moving = attempt.start()?;
+                let mut guest = guest_of(&moving)?;
                 // Not where a copy in the order of the disk begins.
                 let start = if background { disk.size_bytes / 2 } else { 0 };
                 let warm_up = WARM_UP_ROUND_TRIPS * case.rtt();

@@ -46,9 +46,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         dir,
         true,
         |index, attempt| {
-            let terms = attempt.terms();
-            let source = attempt.mover.start_source(&terms)?;
-            let moving = attempt.mover.start(&terms, source)?;
+            let moving = attempt.start()?;
             let endpoint = moving.endpoint.as_ref().context("it serves nobody")?;
             let tails = measure(bench, endpoint, &disk)?;
             if arrived_fully(&moving.arrived_in(), &disk) {
