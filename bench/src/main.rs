@@ -10,6 +10,8 @@ mod cpu;
 mod local;
 mod report;
 mod server;
+mod trace;
+mod wan;
 
 use std::process::ExitCode;
 
@@ -29,12 +31,15 @@ enum Command {
     Local(local::Options),
     /// A guest's reads of a disk that is still beyond an emulated wide-area link; needs root.
     Ahead(ahead::Options),
+    /// A disk that moves across an emulated wide-area link, beside its peers; needs root.
+    Wan(Box<wan::Options>),
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Local(options) => local::run(&options),
         Command::Ahead(options) => ahead::run(&options),
+        Command::Wan(options) => wan::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

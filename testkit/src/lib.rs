@@ -5,6 +5,7 @@
 //! or its peers. All of it is removed again when its value is dropped. A missing tool is an error
 //! that names the Debian package, never a skipped test. Needs Linux and root.
 
+mod burst;
 pub mod cache;
 pub mod client;
 pub mod console;

@@ -10,17 +10,19 @@
 //! a round trip after it left. Bytes are IP bytes, headers included.
 //!
 //! The kernel hands over a few TCP segments at once (`BURST_BYTES`), which keeps the emulator
-//! at a few percent of a CPU; they are charged and lost as the packets they will become.
+//! at a few percent of a CPU; they are charged, and lost by chance, as the packets they will become
+//! ([`crate::burst`]). A burst for which the queue has no room is lost as a whole.
 
+use crate::burst::Burst;
 use crate::netns::{self, Namespace};
 use crate::pattern::Random;
-use crate::tun;
-use anyhow::Result;
+use crate::{process, tun};
+use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -34,8 +36,8 @@ const MAX_PACKET_BYTES: usize = 65_535 + tun::HEADER_BYTES;
 const READ_BATCH: usize = 64;
 /// The longest a thread sleeps before it looks whether it should stop or the link has changed.
 const MAX_SLEEP: Duration = Duration::from_millis(20);
-/// What an IP and a TCP header with time stamps take: what each further segment of a burst costs.
-const SEGMENT_HEADER_BYTES: usize = 52;
+/// How often a thread notes how much CPU it has used.
+const CPU_NOTE_INTERVAL: Duration = Duration::from_millis(10);
 const NANOS_PER_S: u128 = 1_000_000_000;
 
 /// What a link is like, the same in both directions.
@@ -78,6 +80,9 @@ pub struct Traffic {
 struct Counters {
     bytes: AtomicU64,
     lost: AtomicU64,
+    cpu_nanos: AtomicU64,
+    /// The kernel's number of the thread; 0 before it runs.
+    thread: AtomicI32,
 }
 
 impl Counters {
@@ -164,6 +169,31 @@ impl Link {
         self.shared.cut.store(false, Ordering::Relaxed);
     }
 
+    /// CPU time that the emulator's threads have used, as of a few milliseconds ago.
+    pub fn cpu_time(&self) -> Duration {
+        let counters = self.shared.counters.iter();
+        let nanos = counters.map(|counters| counters.cpu_nanos.load(Ordering::Relaxed));
+        Duration::from_nanos(nanos.sum())
+    }
+
+    /// Lets the emulator's threads run before everything else on the machine: a packet that is
+    /// carried late is a longer round trip, which a measurement would blame on somebody else.
+    ///
+    /// # Errors
+    /// The kernel forbids it, as containers may.
+    pub fn run_first(&self) -> Result<()> {
+        for counters in &self.shared.counters {
+            let mut thread = 0;
+            while thread == 0 {
+                std::thread::yield_now();
+                thread = counters.thread.load(Ordering::Relaxed);
+            }
+            process::run("chrt", ["--fifo", "--pid", "1", &thread.to_string()])
+                .context("give the link's emulator real-time priority")?;
+        }
+        Ok(())
+    }
+
     /// What was carried from the first site to the second.
     pub fn a_to_b(&self) -> Traffic {
         self.shared.counters[0].read()
@@ -222,6 +252,7 @@ struct Direction {
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
     random: Random,
+    cpu_noted: Instant,
 }
 
 impl Direction {
@@ -235,11 +266,15 @@ impl Direction {
             under_way: VecDeque::new(),
             spare: Vec::new(),
             random: Random::new(u64::from(netns::unique())),
+            cpu_noted: Instant::now(),
         }
     }
 
     fn run(mut self) {
         let mut buffer = vec![0; MAX_PACKET_BYTES];
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        let counters = &self.shared.counters[self.number];
+        counters.thread.store(thread, Ordering::Relaxed);
         while !self.shared.stop.load(Ordering::Relaxed) {
             self.deliver();
             self.sleep();
@@ -250,6 +285,10 @@ impl Direction {
     /// Sends what is due.
     fn deliver(&mut self) {
         let now = Instant::now();
+        if now.duration_since(self.cpu_noted) > CPU_NOTE_INTERVAL {
+            self.cpu_noted = now;
+            self.note_cpu();
+        }
         while self.under_way.front().is_some_and(|first| first.due <= now) {
             let Some(Waiting {
                 packet, wire_bytes, ..
@@ -302,22 +341,43 @@ impl Direction {
     }
 
     fn enqueue(&mut self, packet: &[u8], spec: LinkSpec) {
-        let (segments, wire_bytes) = on_the_wire(packet);
+        let burst = Burst::of(packet);
         let now = Instant::now();
         let busy = self.line_free.max(now);
         let queued =
             busy.duration_since(now).as_nanos() * u128::from(spec.bits_per_s) / (8 * NANOS_PER_S);
-        let lost = queued + u128::from(wire_bytes) > u128::from(spec.queue_bytes)
+        if queued + u128::from(burst.wire_bytes) > u128::from(spec.queue_bytes)
             || self.shared.cut.load(Ordering::Relaxed)
-            || (0..segments).any(|_| self.draw() < spec.loss);
-        if lost {
-            self.shared.counters[self.number]
-                .lost
-                .fetch_add(1, Ordering::Relaxed);
+        {
+            self.count_lost(burst.segments);
             return;
         }
+        if spec.loss <= 0.0 {
+            self.send(packet, burst.wire_bytes, now, spec);
+            return;
+        }
+        // What is left when some of its packets are lost: runs of those between them.
+        let mut start = 0;
+        for segment in 0..=burst.segments {
+            let lost = segment < burst.segments && self.draw() < spec.loss;
+            if lost {
+                self.count_lost(1);
+            }
+            if lost || segment == burst.segments {
+                if start < segment {
+                    let part = burst.cut(packet, start..segment);
+                    self.send(&part, Burst::of(&part).wire_bytes, now, spec);
+                }
+                start = segment + 1;
+            }
+        }
+    }
+
+    /// Puts on the line what is not lost.
+    fn send(&mut self, packet: &[u8], wire_bytes: u64, now: Instant, spec: LinkSpec) {
         let nanos = u128::from(wire_bytes) * 8 * NANOS_PER_S / u128::from(spec.bits_per_s.max(1));
-        self.line_free = busy + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        let nanos = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        self.line_free = self.line_free.max(now) + nanos;
         let mut copy = self.spare.pop().unwrap_or_default();
         copy.clear();
         copy.extend_from_slice(packet);
@@ -331,27 +391,21 @@ impl Direction {
         });
     }
 
+    fn count_lost(&self, packets: usize) {
+        let lost = &self.shared.counters[self.number].lost;
+        lost.fetch_add(u64::try_from(packets).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn note_cpu(&self) {
+        let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        let seconds = u64::try_from(used.tv_sec).unwrap_or(0);
+        let nanos = seconds * 1_000_000_000 + u64::try_from(used.tv_nsec).unwrap_or(0);
+        let noted = &self.shared.counters[self.number].cpu_nanos;
+        noted.store(nanos, Ordering::Relaxed);
+    }
+
     /// A number from 0.0 up to, not including, 1.0.
     fn draw(&mut self) -> f64 {
         f64::from(u32::try_from(self.random.next() >> 32).unwrap_or(u32::MAX)) / 4_294_967_296.0
     }
-}
-
-/// How many packets a burst will be on a wire, and how many IP bytes they have.
-fn on_the_wire(packet: &[u8]) -> (usize, u64) {
-    let bytes = packet.len().saturating_sub(tun::HEADER_BYTES);
-    let segment = match packet.get(..tun::HEADER_BYTES) {
-        // virtio_net_hdr: flags, gso_type, hdr_len (2), gso_size (2), ...
-        Some(header) if header[1] != 0 => usize::from(u16::from_ne_bytes([header[4], header[5]])),
-        _ => 0,
-    };
-    if segment == 0 {
-        return (1, u64::try_from(bytes).unwrap_or(u64::MAX));
-    }
-    let segments = bytes
-        .saturating_sub(SEGMENT_HEADER_BYTES)
-        .div_ceil(segment)
-        .max(1);
-    let wire = bytes + (segments - 1) * SEGMENT_HEADER_BYTES;
-    (segments, u64::try_from(wire).unwrap_or(u64::MAX))
 }

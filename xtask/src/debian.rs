@@ -65,6 +65,11 @@ pub const PACKAGES: &[Package] = &[
         "nbd-server",
         "a source with simple replies only",
     ),
+    package(
+        "iperf3",
+        "iperf3",
+        "what a link can carry, in the test of `bench wan`",
+    ),
     package("busybox-static", "busybox", "the guest's userland"),
     package(
         "e2fsprogs",

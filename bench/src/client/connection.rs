@@ -169,6 +169,11 @@ impl Connection {
             .push((self.send.len(), Content::tail(offset, number)));
     }
 
+    /// Appends `data` as payload to the write just requested.
+    pub fn payload_bytes(&mut self, data: &[u8]) {
+        self.send.extend_from_slice(data);
+    }
+
     /// Sends the requests gathered so far, in one call where that is possible.
     pub fn flush(&mut self, content: &Content) -> Result<()> {
         // What is sent is bytes gathered here (headers, stamps) with slices of the pool between.

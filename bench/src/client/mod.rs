@@ -10,5 +10,5 @@ mod content;
 mod load;
 
 pub use connection::{Connection, Endpoint};
-pub use content::{Content, Random};
+pub use content::{Content, Random, mix};
 pub use load::{Load, Operation, Pattern, Reading, Sample, Terms, run};

@@ -104,7 +104,7 @@ pub fn run(options: &Options) -> Result<()> {
         "--size must be a power of two"
     );
     let programs = Programs {
-        hikkoshi: hikkoshi_binary(options)?,
+        hikkoshi: hikkoshi_binary(options.hikkoshi.as_deref())?,
     };
     let mut kinds = Vec::new();
     for &kind in &options.servers {
@@ -258,9 +258,9 @@ fn role(kind: Kind) -> Role {
 }
 
 /// Finds the binary to measure, and builds it first when cargo started this program.
-fn hikkoshi_binary(options: &Options) -> Result<PathBuf> {
-    if let Some(path) = &options.hikkoshi {
-        return Ok(path.clone());
+pub fn hikkoshi_binary(given: Option<&Path>) -> Result<PathBuf> {
+    if let Some(path) = given {
+        return Ok(path.to_path_buf());
     }
     let here = std::env::current_exe().context("find this program")?;
     let binary = here.with_file_name("hikkoshi");

@@ -1,0 +1,132 @@
+//! A guest's writes during the move, beside those to a plain local volume.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use hikkoshi_testkit::cache::copy_image;
+
+use super::{Findings, Section, columns, each, movers, rows};
+use crate::client::{Endpoint, Random};
+use crate::report::Role;
+use crate::wan::Bench;
+use crate::wan::disk::{Disk, arrived_fully};
+use crate::wan::grid::{Better, Bound, Grid};
+use crate::wan::guest::{Guest, percentile};
+use crate::wan::mover::{How, Mover};
+use crate::wan::site::{Sites, start_server};
+
+/// Bytes of a write, and whether each is followed by a flush.
+const KINDS: [(usize, bool); 4] = [(512, false), (4096, false), (512, true), (4096, true)];
+
+pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
+    let disk = bench.files()?;
+    let dir = bench.disk_dir();
+    let movers = movers(bench, vec![Mover::ours()], &[How::Stream, How::Scan]);
+    let plain = movers.len();
+    let figures = [
+        ("512 B, p99, ms", Better::Less),
+        ("4 KiB, p99, ms", Better::Less),
+        ("512 B and flush, p99, ms", Better::Less),
+        ("4 KiB and flush, p99, ms", Better::Less),
+    ];
+    let mut table = rows(figures, movers.len() + 1);
+    for _ in 0..bench.rounds() {
+        bench.progress(&format!("{}, writes: a plain volume", sites.case.name()));
+        let tails = plain_volume(bench, &disk)?;
+        for (row, tail) in table.iter_mut().zip(tails) {
+            row.cells[plain].values.push(tail);
+        }
+    }
+    each(
+        bench,
+        sites,
+        Section::Writes,
+        &movers,
+        &disk,
+        dir,
+        true,
+        |index, attempt| {
+            let moving = attempt.start()?;
+            let endpoint = moving.endpoint.as_ref().context("it serves nobody")?;
+            let tails = measure(bench, endpoint, &disk)?;
+            if arrived_fully(&moving.arrived_in(), &disk) {
+                eprintln!("  the move was over before the writes were");
+            }
+            for (row, tail) in table.iter_mut().zip(tails) {
+                row.cells[index].values.push(tail);
+            }
+            Ok(())
+        },
+    )?;
+    for row in &mut table {
+        row.bound = Some(Bound {
+            text: "1.2 of a plain volume's".into(),
+            limit: row.cells[plain].middle().map(|middle| 1.2 * middle),
+        });
+    }
+    let mut columns = columns(&movers);
+    columns.push(("plain volume".into(), Role::Other));
+    let grid = Grid {
+        section: "writes",
+        title: format!("Writes during the move: {}", sites.case.name()),
+        note: format!(
+            "One guest writes where the disk has data, one write after the other, {:.1} s of each \
+             kind; images in {}. The plain volume is hikkoshi's, of the same content, with nothing else going \
+             on. nbdkit's cow filter ignores flushes.",
+            bench.write_time().as_secs_f64(),
+            if bench.options.disk.is_some() {
+                "--disk"
+            } else {
+                "cargo's target directory"
+            },
+        ),
+        columns,
+        rows: table.into(),
+    };
+    Ok(Findings {
+        grid,
+        charts: Vec::new(),
+    })
+}
+
+fn plain_volume(bench: &Bench<'_>, disk: &Disk) -> Result<Vec<f64>> {
+    let dir = bench.scratch(bench.disk_dir())?;
+    let image = dir.path().join("image");
+    copy_image(&disk.path, &image)?;
+    let endpoint = Endpoint::Unix(dir.path().join("sock"));
+    let arguments = [
+        "serve".to_owned(),
+        image.display().to_string(),
+        "--listen".to_owned(),
+        endpoint.listen(),
+        "--control".to_owned(),
+        format!("unix:{}", dir.path().join("control").display()),
+    ];
+    let program = bench.hikkoshi.display().to_string();
+    let log = dir.path().join("log");
+    let _server = start_server(None, &program, &arguments, &endpoint, &log)?;
+    measure(bench, &endpoint, disk)
+}
+
+/// The 99th percentile of each kind, in milliseconds.
+fn measure(bench: &Bench<'_>, endpoint: &Endpoint, disk: &Disk) -> Result<Vec<f64>> {
+    let mut guest = Guest::open(endpoint)?;
+    let mut random = Random::new(0x7772_6974);
+    let data: Vec<u8> = (0..512).flat_map(|_| random.next().to_le_bytes()).collect();
+    let mut tails = Vec::new();
+    for (length, flush) in KINDS {
+        let start = Instant::now();
+        let mut times = Vec::new();
+        while start.elapsed() < bench.write_time() {
+            let inside = random.next() % 8 * 512;
+            let within = if length < 4096 { inside } else { 0 };
+            let offset = disk.random_block(&mut random) + within;
+            times.push(guest.write(offset, &data[..length], flush)?);
+            // As a guest would, it leaves the processor to others now and then.
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        tails.push(percentile(times, 0.99).context("no write was answered")?);
+    }
+    guest.close()?;
+    Ok(tails)
+}
