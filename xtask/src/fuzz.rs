@@ -275,9 +275,10 @@ fn coverage(session: &Session) -> Result<bool> {
     report
         .arg("report")
         .arg(format!("--instr-profile={}", merged.display()))
-        .arg("--ignore-filename-regex=registry|rustc|fuzz/|tests?\\.rs|library/")
+        .arg("--ignore-filename-regex=tests?\\.rs")
         .args(["--show-branch-summary=false", "--use-color=false"])
-        .arg(replay_binary(&dir.join(TRIPLE).join("debug/deps"))?);
+        .arg(replay_binary(&dir.join(TRIPLE).join("debug/deps"))?)
+        .arg(session.root.join("crates"));
     Ok(report.status().context("cannot run llvm-cov")?.success())
 }
 

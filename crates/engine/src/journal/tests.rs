@@ -36,17 +36,6 @@ fn same(a: &Residency, b: &Residency) -> bool {
     a.runs(shape().all()).eq(b.runs(shape().all())) && a.partials() == b.partials()
 }
 
-/// Fuzzing of `state`: after a snapshot of the largest epoch the next one was number 0, whose log may
-/// still hold commits of long ago (in a debug build: a panic).
-#[test]
-fn a_snapshot_after_which_there_is_no_epoch_is_refused() {
-    let last = empty_snapshot(ID, u64::MAX, shape());
-    let refused = snapshot_epoch(&last, ID, shape()).unwrap_err();
-    assert!(matches!(refused, JournalError::Corrupt(_)), "{refused}");
-    let before = empty_snapshot(ID, u64::MAX - 1, shape());
-    assert_eq!(snapshot_epoch(&before, ID, shape()), Ok(u64::MAX - 1));
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

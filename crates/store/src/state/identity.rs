@@ -129,10 +129,6 @@ impl Identity {
         let block = number("block-bytes", value("block-bytes")?)?;
         let block = u32::try_from(block).map_err(|_| IdentityError::Line("block-bytes"))?;
         let generation = number("generation", value("generation")?)?;
-        // The next one must be a number as well.
-        if generation == u64::MAX {
-            return Err(IdentityError::Line("generation"));
-        }
         let life = match value("life")? {
             "standby" => Life::Standby,
             "arriving" => Life::Arriving,

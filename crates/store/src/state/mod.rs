@@ -428,7 +428,12 @@ impl StateDir {
         sync_data: &mut dyn FnMut() -> io::Result<()>,
     ) -> Result<(), StateError> {
         self.guarded(|this| {
-            let map = encode_snapshot(this.volume_id(), this.epoch + 1, residency);
+            let last = || StateError::Journal {
+                path: this.dir.path(MAP),
+                source: JournalError::Corrupt("its epoch is the last one there is"),
+            };
+            let epoch = this.epoch.checked_add(1).ok_or_else(last)?;
+            let map = encode_snapshot(this.volume_id(), epoch, residency);
             crash_point!("snapshot.copied");
             sync_data().map_err(|source| {
                 this.failed("syncing the image of", VOLUME, io::Error::other(source))
@@ -436,7 +441,7 @@ impl StateDir {
             crash_point!("snapshot.synced");
             put(&*this.dir, MAP, &map)?;
             crash_point!("snapshot.done");
-            this.epoch += 1;
+            this.epoch = epoch;
             this.seq = 0;
             this.log_bytes = 0;
             Ok(())
@@ -448,7 +453,11 @@ impl StateDir {
     /// # Errors
     /// The medium fails; the state is unusable then.
     pub fn record_arriving(&mut self) -> Result<(), StateError> {
-        let generation = self.identity.generation + 1;
+        let last = || StateError::Identity {
+            path: self.dir.path(VOLUME),
+            source: IdentityError::Line("generation"),
+        };
+        let generation = self.identity.generation.checked_add(1).ok_or_else(last)?;
         self.change(|identity| {
             identity.life = Life::Arriving;
             identity.generation = generation;
