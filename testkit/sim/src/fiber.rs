@@ -12,7 +12,7 @@ use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use hikkoshi_engine::sync::{Scheduler, schedule_by};
 
-use crate::rng::mix;
+use crate::rng::{Rng, mix};
 
 /// The stack of a fiber. A debug build of the deepest call takes a few tens of KiB.
 const STACK_BYTES: usize = 256 << 10;
@@ -27,6 +27,8 @@ pub enum Wait {
     Turn,
     /// Something that another fiber or an event does; looking again costs nothing.
     Others,
+    /// So many events of others: the processor is busy elsewhere.
+    Busy(u64),
     /// A time, in microseconds of the world.
     Until(u64),
 }
@@ -38,6 +40,8 @@ thread_local! {
     static CURRENT: Cell<*const Yielder<(), Wait>> = const { Cell::new(std::ptr::null()) };
     /// The state of the chance that takes turns away.
     static TURNS: Cell<u64> = const { Cell::new(0) };
+    /// How often it does, in this world.
+    static LOSES: Cell<u64> = const { Cell::new(0) };
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -55,9 +59,13 @@ pub fn pause(wait: Wait) {
     CURRENT.set(current);
 }
 
-/// In this many cases out of [`OF`] a fiber loses its turn before it takes a lock.
-const LOSES_TURN: u64 = 3;
+/// In one of these many cases out of [`OF`] a fiber loses its turn before it takes a lock; which, is
+/// the world's.
+const LOSES_TURN: [u64; 4] = [0, 3, 3, 14];
 const OF: u64 = 64;
+
+/// The most events for which it does.
+const MAX_BUSY: u64 = 250;
 
 fn before_lock() {
     if CURRENT.get().is_null() {
@@ -66,8 +74,15 @@ fn before_lock() {
     // Its own stream of chance: locks are taken where the world's must not be asked.
     let n = TURNS.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
     TURNS.set(n);
-    if mix(n) % OF < LOSES_TURN {
-        pause(Wait::Turn);
+    let n = mix(n);
+    if n % OF < LOSES.get() {
+        // Mostly for a moment, sometimes for long: whole requests of others come in between.
+        let long = (n >> 8) % 3 == 0;
+        pause(if long {
+            Wait::Busy((n >> 16) % MAX_BUSY)
+        } else {
+            Wait::Turn
+        });
     }
 }
 
@@ -78,6 +93,7 @@ fn instead_of_waiting() {
 /// From here on this thread runs the fibers of the world of a seed, until [`end`].
 pub fn begin(seed: u64) {
     TURNS.set(mix(seed));
+    LOSES.set(Rng::new(!seed).pick(&LOSES_TURN));
     schedule_by(Some(Scheduler {
         before_lock,
         instead_of_waiting,

@@ -93,14 +93,14 @@ impl World {
             }
             self.go_on_closing();
         } else {
-            let n = ready[self.sim.chance(|rng| rng.index(ready.len()))];
+            let n = self.choose_fiber(ready);
             self.resume(n)?;
         }
         self.look()
     }
 
     /// Nobody can do anything: until the next one wakes.
-    fn sleep(&mut self) {
+    pub fn sleep(&mut self) {
         let now = self.sim.now_us();
         let wakes = |f: &crate::fiber::Fiber| match f.wait {
             Wait::Until(us) => Some(us),

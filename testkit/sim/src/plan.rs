@@ -65,6 +65,8 @@ pub struct Plan {
     pub clients: usize,
     /// Requests of a client that are under way at once.
     pub depth: usize,
+    /// Half of all requests are made to so many sectors.
+    pub hot: u64,
     /// The longest request of a client, in sectors.
     pub longest: u64,
     /// The grain at which the source tells zeroes; `None`: it does not.
@@ -134,6 +136,11 @@ impl Plan {
             config,
             clients: rng.index(4) + 1,
             depth: rng.index(6) + 1,
+            hot: rng.pick(&[
+                (blocks * sectors / 8).max(1),
+                (blocks * sectors / 8).max(1),
+                (2 * sectors).max(8),
+            ]),
             longest: rng.pick(&[8, 40, 40, 200]),
             extents,
             structured,

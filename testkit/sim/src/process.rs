@@ -232,6 +232,9 @@ impl World {
             }
             Stage::Refused => {
                 self.tally.failed_opens += 1;
+                // Somebody reads the message.
+                let resized = self.sim.below(2) == 0;
+                self.server.set_resized(resized);
                 self.crash(false);
                 Ok(())
             }

@@ -58,12 +58,12 @@ impl World {
     fn place(&mut self) -> ByteRange {
         let size = self.plan.geometry.size_bytes();
         let block = self.plan.geometry.block_bytes();
-        let longest = self.plan.longest;
+        let (longest, hot_sectors) = (self.plan.longest, self.plan.hot);
         self.sim.chance(|rng| {
             let sectors = size / SECTOR_BYTES;
             // Half of all requests meet in one part of the disk.
             let hot = if rng.permille(500) {
-                (sectors / 8).max(1)
+                hot_sectors.min(sectors)
             } else {
                 sectors
             };

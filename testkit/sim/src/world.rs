@@ -259,13 +259,26 @@ impl World {
         self.sim.pass(self.sim.below(20));
         let ready = self.ready();
         if !ready.is_empty() && self.sim.below(10) < 7 {
-            let n = ready[self.sim.chance(|rng| rng.index(ready.len()))];
+            let n = self.choose_fiber(ready);
             self.resume(n)?;
         } else {
+            if ready.is_empty() && self.sim.below(4) > 0 {
+                // All wait for the time: a world of slow media is not to be one of waiting.
+                self.sleep();
+            }
             self.progress += 1;
             self.happen()?;
         }
         self.look()
+    }
+
+    /// One of these fibers; mostly one that has something to do, and not one that only looks.
+    pub fn choose_fiber(&self, mut ready: Vec<usize>) -> usize {
+        let looks = |n: &usize| self.fibers[*n].wait == Wait::Others;
+        if self.sim.below(4) > 0 && !ready.iter().all(looks) {
+            ready.retain(|n| !looks(n));
+        }
+        ready[self.sim.chance(|rng| rng.index(ready.len()))]
     }
 
     /// The fibers that may go on.
@@ -275,6 +288,7 @@ impl World {
             .filter(|&n| match self.fibers[n].wait {
                 Wait::Turn => true,
                 Wait::Others => self.fibers[n].looked_at < self.progress,
+                Wait::Busy(events) => self.fibers[n].looked_at + events <= self.progress,
                 Wait::Until(us) => us <= now,
             })
             .collect()

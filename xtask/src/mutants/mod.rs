@@ -30,7 +30,7 @@ struct Fate {
 /// were caught.
 ///
 /// # Errors
-/// The copy cannot be made, a mutation has rotted, or no longer compiles.
+/// The copy cannot be made, or a mutation has rotted.
 pub fn run(session: &Session, arguments: &[String]) -> Result<bool> {
     let chosen: Vec<&Mutation> = match arguments {
         [] => MUTATIONS.iter().take(FIRST).collect(),
@@ -136,9 +136,10 @@ fn try_one(
     let place = copy.join(mutation.file);
     fs::write(&place, mutate(mutation, &original)?)
         .with_context(|| format!("cannot write {}", place.display()))?;
-    let built = build(session, copy)
-        .with_context(|| format!("the mutation {:?} does not compile", mutation.name));
-    let fate = built.and_then(|binary| hunt(session, &binary));
+    let fate = match build(session, copy) {
+        Ok(binary) => hunt(session, &binary),
+        Err(error) => Ok(Err(format!("it does not compile: {error}"))),
+    };
     fs::write(&place, original).with_context(|| format!("cannot restore {}", place.display()))?;
     fate
 }

@@ -66,7 +66,7 @@ pub const MUTATIONS: &[Mutation] = &[
         file: RELOCATION,
         edits: &[(
             "        for (offset, piece, zero) in zero_runs(bytes.start, data) {",
-            "        self.leave(Record::Clean(run));\n        \
+            "        self.leave(|| Some(Record::Clean(run)));\n        \
              for (offset, piece, zero) in zero_runs(bytes.start, data) {",
         )],
     },
