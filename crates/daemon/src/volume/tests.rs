@@ -18,8 +18,8 @@ use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::MemoryDirectory;
 use hikkoshi_store::state::{Identity, Life, StateDir};
-use hikkoshi_store::{MemoryStore, Store, ZeroMode};
-use hikkoshi_wan::{MemorySource, Source, SourceErrorKind};
+use hikkoshi_store::{MemoryStore, Store};
+use hikkoshi_wan::{MemorySource, Source};
 
 use super::assemble::{Moving, Parts};
 use super::guest::ReadNow;
