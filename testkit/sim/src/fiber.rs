@@ -77,7 +77,7 @@ fn before_lock() {
     let n = mix(n);
     if n % OF < LOSES.get() {
         // Mostly for a moment, sometimes for long: whole requests of others come in between.
-        let long = (n >> 8) % 3 == 0;
+        let long = (n >> 8).is_multiple_of(3);
         pause(if long {
             Wait::Busy((n >> 16) % MAX_BUSY)
         } else {

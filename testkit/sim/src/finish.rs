@@ -147,7 +147,7 @@ impl World {
                     start: at,
                     end: (at + FETCH_BYTES).min(size),
                 };
-                let fetched = round % 2 == 0;
+                let fetched = round.is_multiple_of(2);
                 self.ask(
                     0,
                     if fetched {

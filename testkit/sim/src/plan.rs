@@ -20,6 +20,9 @@ pub struct Trouble {
     pub kill: u64,
     /// The machine loses its power.
     pub power_cut: u64,
+    /// So many of a thousand steps in which a file of the state takes another's place are the last
+    /// of the process, or of the boot.
+    pub crash_in_replace: u64,
     /// The daemon is stopped in good order.
     pub close: u64,
     /// So many of a thousand writes to a medium fail.
@@ -158,6 +161,7 @@ impl Trouble {
     pub const NONE: Self = Self {
         kill: 0,
         power_cut: 0,
+        crash_in_replace: 0,
         close: 0,
         write_error: 0,
         read_error: 0,
@@ -184,6 +188,7 @@ impl Trouble {
         Self {
             kill: maybe(700, 1, 12),
             power_cut: maybe(800, 1, 16),
+            crash_in_replace: maybe(300, 10, 120),
             close: maybe(400, 1, 8),
             write_error: maybe(200, 1, 40),
             read_error: maybe(150, 1, 40),

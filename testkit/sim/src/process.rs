@@ -126,7 +126,7 @@ impl Opening {
         if self.server.is_up() && !source.dial() {
             return Ok(None);
         }
-        let incarnation = self.sim.chance(|rng| [rng.next(), rng.next()]);
+        let incarnation = self.sim.chance(|rng| [rng.any(), rng.any()]);
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&incarnation[0].to_le_bytes());
         bytes[8..].copy_from_slice(&incarnation[1].to_le_bytes());

@@ -96,7 +96,7 @@ impl World {
         }
         let mut data = Vec::with_capacity(len);
         while data.len() < len {
-            let sector = sector_of(self.sim.chance(|rng| rng.next()) | 1);
+            let sector = sector_of(self.sim.chance(|rng| rng.any()) | 1);
             data.extend_from_slice(&sector[..SECTOR.min(len - data.len())]);
         }
         data

@@ -100,7 +100,7 @@ impl Server {
                 let mut old = state.disk.clone();
                 for sector in 0..sectors {
                     if self.sim.below(8) == 0 {
-                        let value = sector_of(self.sim.chance(|rng| rng.next()));
+                        let value = sector_of(self.sim.chance(|rng| rng.any()));
                         old[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(&value);
                     }
                 }
@@ -336,7 +336,7 @@ impl Server {
             2 => bytes.extend_from_within(..),
             // Garbage in between.
             3 => {
-                let garbage = self.sim.chance(|rng| rng.next()).to_be_bytes();
+                let garbage = self.sim.chance(|rng| rng.any()).to_be_bytes();
                 bytes.splice(0..0, garbage);
             }
             // Another kind of chunk; in a simple reply, an error number with data behind it.

@@ -18,6 +18,11 @@ pub type Body = Box<dyn FnOnce() + Send>;
 
 /// What a part of the world tells it; looked at after each step, in order.
 pub enum News {
+    /// It ends here: the process, or with `power` the machine.
+    Crash {
+        /// The power is cut.
+        power: bool,
+    },
     /// The handoff by command was answered.
     HandedOff(bool),
     /// A request of a client was answered.
@@ -126,6 +131,16 @@ impl Sim {
         };
         if let Some(wait) = wait {
             fiber::pause(wait);
+        }
+    }
+
+    /// Here worlds like to end: the process, or the boot.
+    pub fn tempt_fate(&self) {
+        if self.strikes(|t| t.crash_in_replace) {
+            let power = self.below(2) == 0;
+            self.tell(News::Crash { power });
+            // Not one step further.
+            fiber::pause(Wait::Turn);
         }
     }
 

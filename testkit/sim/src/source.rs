@@ -313,7 +313,7 @@ impl SimSource {
             .filter(|bare| bare.is_alive());
         match lane {
             Lane::Demand => alive.next().cloned(),
-            Lane::Bulk => alive.last().cloned(),
+            Lane::Bulk => alive.next_back().cloned(),
         }
     }
 

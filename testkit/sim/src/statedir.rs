@@ -205,7 +205,9 @@ impl Directory for SimDirectory {
         self.sim.take_time();
         // Writing and syncing the new file: nobody sees it before it is renamed.
         self.check(true)?;
+        self.sim.tempt_fate();
         self.change(name, Some(Content::new(content)));
+        self.sim.tempt_fate();
         self.sim.take_time();
         // The directory's own sync.
         if self.sim.strikes(|t| t.sync_error) {
@@ -213,6 +215,7 @@ impl Directory for SimDirectory {
             return Err(io::Error::from_raw_os_error(EIO));
         }
         self.settle();
+        self.sim.tempt_fate();
         self.sim.take_time();
         Ok(())
     }

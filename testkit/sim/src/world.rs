@@ -179,7 +179,7 @@ fn original(size: u64, rng: &mut Rng) -> Vec<u8> {
             if zero {
                 disk.resize(disk.len() + SECTOR, 0);
             } else {
-                disk.extend_from_slice(&sector_of(rng.next()));
+                disk.extend_from_slice(&sector_of(rng.any()));
             }
         }
     }
@@ -331,6 +331,10 @@ impl World {
                 match item {
                     News::Answered(id, answer) => self.answered(id, answer)?,
                     News::HandedOff(done) => self.handed_off |= done,
+                    News::Crash { power } => {
+                        self.crash(power);
+                        break;
+                    }
                     News::SyncFailed { lost } => {
                         self.lost |= lost;
                         let now = self.tick();
