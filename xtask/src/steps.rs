@@ -100,9 +100,10 @@ impl Step {
     fn limit(self) -> Duration {
         let minutes = match self {
             Self::Fmt => 2,
-            Self::Clippy | Self::Doc | Self::Sim => 8,
-            Self::Test | Self::Loom | Self::Build | Self::Fuzz => 12,
-            Self::EndToEnd | Self::Crash | Self::Interop | Self::Mutants => 15,
+            Self::Clippy | Self::Doc | Self::Sim => 10,
+            Self::Test | Self::Loom | Self::Build | Self::Fuzz => 15,
+            Self::Crash | Self::Interop | Self::Mutants => 20,
+            Self::EndToEnd => 30,
         };
         Duration::from_secs(minutes * 60)
     }
