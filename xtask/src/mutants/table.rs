@@ -21,7 +21,6 @@ const VOLUME: &str = "crates/daemon/src/volume/mod.rs";
 const STATE: &str = "crates/store/src/state/mod.rs";
 const LIVE: &str = "crates/store/src/live.rs";
 const RESIDENCY: &str = "crates/engine/src/residency/mod.rs";
-const SNAPSHOT: &str = "crates/engine/src/journal/snapshot.rs";
 
 /// The five that every run of CI tries.
 pub const FIRST: usize = 5;
@@ -275,16 +274,5 @@ pub const MUTATIONS: &[Mutation] = &[
             "let mut index = Index::recover(this.layout, &*this.memory, keep);",
             "let mut index = Index::recover(this.layout, &*this.memory, |b| keep(b) && false);",
         )],
-    },
-    Mutation {
-        name: "snapshot reads partial blocks last",
-        file: SNAPSHOT,
-        edits: &[
-            ("    let partials = residency.partials();\n", ""),
-            (
-                "    for (block, mask) in partials {",
-                "    for (block, mask) in residency.partials() {",
-            ),
-        ],
     },
 ];

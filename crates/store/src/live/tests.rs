@@ -117,3 +117,24 @@ fn memory_that_cannot_be_had_is_refused() {
     assert!(error.to_string().contains("--block-size"), "{error}");
     assert_eq!(fs::read_dir(&p.live).unwrap().count(), 0);
 }
+
+/// A process that was killed while it recorded the completion left `volume` renamed in the kernel,
+/// but its directory not synced. The next process believed it, people switched the source off, and
+/// a power cut brought the move back. (Seed 7538 of the simulator.) So opening a volume that is
+/// complete writes that down once more, which the inode shows, and removes the memory.
+#[test]
+fn a_completion_is_made_durable_again_before_it_is_relied_on() {
+    let p = place();
+    let mut map = create_map(&p.state, &p.live, identity(1 << 20)).unwrap();
+    let live_path = map.live.path.clone();
+    map.state.record_local().unwrap();
+    drop(map);
+    let volume = p.state.join("volume");
+    // Held open, so that its number is not given to the file that takes its place.
+    let before = File::open(&volume).unwrap();
+    let mut state = StateDir::open(&p.state).unwrap();
+    open_complete(&mut state, &p.state, &p.live).unwrap();
+    let after = fs::metadata(&volume).unwrap();
+    assert_ne!(before.metadata().unwrap().ino(), after.ino());
+    assert!(!live_path.exists());
+}
