@@ -4,7 +4,7 @@
 //! bytes of the NBD server it copies from up to the image. What is simulated is around it: the
 //! disk, the file system of the state, the shared memory, the old site, the clients, time, and the
 //! order in which everything happens ([`fiber`]). An [`oracle`] knows what was promised.
-//! `docs/design/004-simulator.md` says what that can show and what not.
+//! `docs/design/007-simulator.md` says what that can show and what not.
 
 pub mod client;
 pub mod disk;
