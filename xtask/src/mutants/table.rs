@@ -232,9 +232,9 @@ pub const MUTATIONS: &[Mutation] = &[
                 "",
             ),
             (
-                "            crash_point!(\"snapshot.done\");\n            this.epoch += 1;",
+                "            crash_point!(\"snapshot.done\");\n            this.epoch = epoch;",
                 "            sync_data().map_err(|source| this.failed(\"syncing\", VOLUME, source))?;\n            \
-                 this.epoch += 1;",
+                 this.epoch = epoch;",
             ),
         ],
     },
