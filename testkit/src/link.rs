@@ -11,7 +11,7 @@
 //!
 //! The kernel hands over a few TCP segments at once (`BURST_BYTES`), which keeps the emulator
 //! at a few percent of a CPU; they are charged, and lost by chance, as the packets they will become
-//! ([`crate::burst`]). A burst for which the queue has no room is lost as a whole.
+//! (`burst.rs`). A burst for which the queue has no room is lost as a whole.
 
 use crate::burst::Burst;
 use crate::netns::{self, Namespace};

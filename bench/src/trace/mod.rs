@@ -1,7 +1,7 @@
 //! Recorded requests of a guest to its disk, and their replay.
 //!
 //! Owns the files below `bench/traces` (whose README describes the format and how they were
-//! recorded) and putting their requests to a server again ([`replay`]). A trace has places and
+//! recorded) and putting their requests to a server again (`replay.rs`). A trace has places and
 //! sizes and no content; [`DiskMap::fill`] makes a disk that has data where the recorded one had.
 
 mod replay;

@@ -2,7 +2,7 @@
 //!
 //! `crash_point!("commit.synced")` stands between two steps. Without the feature `armed` it is
 //! nothing, not even a branch; with it, the process sends itself SIGKILL at the point and the
-//! passing that [`arm`] named. Every name is in [`NAMES`], which the crash sweep visits one by one;
+//! passing that `arm` named. Every name is in [`NAMES`], which the crash sweep visits one by one;
 //! a name that is not there does not compile.
 
 /// All points, in the order of a volume's life. What each stands behind is said where it stands.

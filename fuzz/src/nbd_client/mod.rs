@@ -5,7 +5,7 @@
 //! [`script`]. What must hold, whatever the server sends:
 //! - every request ends exactly once, well or badly;
 //! - a read that ended well has just the bytes that the server sent for just that place, all of
-//!   them, and zeroes only where the server said so ([`reference`] reads the stream once more, in
+//!   them, and zeroes only where the server said so (`reference.rs` reads the stream once more, in
 //!   another way);
 //! - extents come in order and without gaps, and lie within what was asked;
 //! - memory is bounded by what was asked for.
