@@ -13,7 +13,7 @@ use hikkoshi_engine::geometry::{BlockIndex, BlockRange};
 use hikkoshi_engine::mover::Mover;
 use hikkoshi_store::Store;
 use hikkoshi_store::live::{OpenedMap, open_complete_in, open_map_in};
-use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_wan::{Source, SourceInfo};
 
 use crate::fiber::{self, Wait};
@@ -176,6 +176,7 @@ impl World {
             source_uri: "simulated".into(),
             incarnation: [2; 16],
             image_inode: None,
+            ties: Ties::default(),
         };
         if now {
             (self.touched, self.handed_off) = (true, true);

@@ -18,7 +18,7 @@ use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
-use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
@@ -279,6 +279,7 @@ fn open_new(
         source_uri: wanted.uri.clone(),
         incarnation: live::random()?,
         image_inode: inode_of(&store)?,
+        ties: Ties::default(),
     };
     let tag = identity.volume_id;
     let map = live::create_map(state_path, &live::default_dir(), identity)?;

@@ -17,7 +17,7 @@ use hikkoshi_engine::geometry::{ByteRange, Geometry};
 use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::MemoryDirectory;
-use hikkoshi_store::state::{Identity, Life, StateDir};
+use hikkoshi_store::state::{Identity, Life, StateDir, Ties};
 use hikkoshi_store::{MemoryStore, Store};
 use hikkoshi_wan::{MemorySource, Source};
 
@@ -170,6 +170,7 @@ impl World {
             source_uri: "memory".into(),
             incarnation: [2; 16],
             image_inode: None,
+            ties: Ties::default(),
         };
         let state = StateDir::create_in(Box::new(dir.clone()), identity, None).unwrap();
         let store = Arc::new(MemoryStore::new(DISK));

@@ -27,7 +27,7 @@ use hikkoshi_engine::witness::Witnesses;
 
 use crate::lock::{self, Locked};
 use crate::medium::{self, Directory, DurableFile, FsDirectory};
-pub use identity::{Identity, IdentityError, Life, hex};
+pub use identity::{Departure, Identity, IdentityError, Life, Ties, hex};
 
 const VOLUME: &str = "volume";
 const MAP: &str = "map";
@@ -294,7 +294,7 @@ impl StateDir {
                 path: dir.path(VOLUME),
                 source,
             })?;
-        if identity.life == Life::Local {
+        if !identity.keeps_map() {
             return Ok(Self {
                 log: Box::new(NoLog),
                 log_limit: log_limit(identity.geometry),
@@ -464,13 +464,17 @@ impl StateDir {
         })
     }
 
-    /// Records that everything is here, and drops what said which blocks are.
+    /// Records that everything is here, and drops what said which blocks are, unless that is kept
+    /// for the way back.
     ///
     /// # Errors
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
         crash_point!("completion.recorded");
+        if self.identity.keeps_map() {
+            return Ok(());
+        }
         // Left-overs do no harm: the identity says that they do not count.
         let _ = self.dir.remove(MAP);
         crash_point!("completion.map-removed");

@@ -16,6 +16,7 @@ fn identity() -> Identity {
         source_uri: "nbd://old.example/disk%\nx".into(),
         incarnation: [9; 16],
         image_inode: Some(77),
+        ties: Ties::default(),
     }
 }
 
