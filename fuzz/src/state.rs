@@ -141,7 +141,7 @@ fn files(input: &mut Input<'_>) {
     );
     // What a handoff does, and a restart: a new epoch, from which the next one starts.
     let settled = state
-        .record_arriving()
+        .record_arriving(0)
         .and_then(|()| state.checkpoint(&residency, &mut || Ok(())));
     match settled {
         Ok(()) => {}

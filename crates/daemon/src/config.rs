@@ -27,6 +27,18 @@ pub enum HandoffPolicy {
     Now,
 }
 
+/// What is copied before the handoff, from a source of ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prepare {
+    /// Nothing.
+    None,
+    /// As much as there is time for.
+    #[default]
+    Ahead,
+    /// Everything: the handoff waits for it.
+    Full,
+}
+
 /// What a read that needs an unreachable source does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SourceLoss {
@@ -82,6 +94,8 @@ pub struct SourceConfig {
     pub heat: Option<PathBuf>,
     /// Everything is compared with the source before it is let go.
     pub verify: bool,
+    /// What is copied before the handoff.
+    pub prepare: Prepare,
 }
 
 impl SourceConfig {
@@ -98,6 +112,7 @@ impl SourceConfig {
             moved: false,
             heat: None,
             verify: false,
+            prepare: Prepare::Ahead,
         }
     }
 }

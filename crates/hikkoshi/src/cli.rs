@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hikkoshi_daemon::config::{
-    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, SourceLoss, Transport,
+    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, Prepare, SourceLoss, Transport,
 };
 
 use crate::{address, quantity};
@@ -45,6 +45,10 @@ pub enum Command {
     Limit(Limit),
     /// Say that the VM runs here from now on
     Handoff(Target),
+    /// Give a move up before the handoff: the disk stays at the source, as it was
+    Abort(Target),
+    /// Lift the fence of an old copy whose disk has moved on
+    Release(Release),
     /// Write down how much an export is read and written where: what to copy first when it moves
     Heat(Heat),
     /// Compare a disk that moves here with its source
@@ -70,6 +74,19 @@ pub struct Control {
 pub struct Target {
     /// The export [default: the one that is moving, or the only one]
     pub export: Option<String>,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+/// `release`.
+#[derive(Args, Debug)]
+pub struct Release {
+    /// The export [default: the only one]
+    pub export: Option<String>,
+    /// The other copy is lost, or will never be used again: writes are accepted here, and what was
+    /// written there is not here
+    #[arg(long)]
+    pub force: bool,
     #[command(flatten)]
     pub control: Control,
 }
@@ -127,6 +144,8 @@ pub enum Goal {
     Arriving,
     /// The disk is a plain local one that needs nobody
     Local,
+    /// All that can be copied before the handoff is here: time to migrate the VM
+    Prepared,
 }
 
 /// `wait`.
@@ -221,7 +240,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size", "heat", "verify", "transport",
+        "engine", "size", "heat", "verify", "transport", "prepare",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -243,6 +262,9 @@ pub struct Serve {
     /// When the VM counts as running here
     #[arg(long, value_enum, default_value_t, requires = "from")]
     pub handoff: Handoff,
+    /// What is copied before the handoff, if the source is hikkoshi, too
+    #[arg(long, value_enum, default_value_t, requires = "from")]
+    pub prepare: PrepareName,
     /// Fetch only what is read
     #[arg(long, requires = "from")]
     pub no_background: bool,
@@ -346,6 +368,28 @@ impl From<Handoff> for HandoffPolicy {
             Handoff::FirstWrite => Self::FirstWrite,
             Handoff::Command => Self::Command,
             Handoff::Now => Self::Now,
+        }
+    }
+}
+
+/// What is copied before the handoff.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PrepareName {
+    /// Nothing
+    None,
+    /// As much as there is time for
+    #[default]
+    Ahead,
+    /// Everything: the handoff waits for it
+    Full,
+}
+
+impl From<PrepareName> for Prepare {
+    fn from(prepare: PrepareName) -> Self {
+        match prepare {
+            PrepareName::None => Self::None,
+            PrepareName::Ahead => Self::Ahead,
+            PrepareName::Full => Self::Full,
         }
     }
 }

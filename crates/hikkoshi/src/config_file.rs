@@ -12,7 +12,7 @@ use hikkoshi_daemon::config::{
 use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use serde::Deserialize;
 
-use crate::cli::{self, ControlPlace, EngineName, Handoff, TransportName};
+use crate::cli::{self, ControlPlace, EngineName, Handoff, PrepareName, TransportName};
 use crate::plan::{NewImage, Plan};
 use crate::{address, quantity};
 
@@ -57,6 +57,7 @@ struct Export {
     source_moved: Option<bool>,
     heat: Option<PathBuf>,
     verify: Option<bool>,
+    prepare: Option<String>,
 }
 
 /// Reads a configuration file.
@@ -161,6 +162,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("source-moved", export.source_moved.is_some()),
             ("heat", export.heat.is_some()),
             ("verify", export.verify.is_some()),
+            ("prepare", export.prepare.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -169,6 +171,9 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
     };
     let handoff = value("handoff", &export.handoff, |text| {
         Handoff::from_str(text, false)
+    })?;
+    let prepare = value("prepare", &export.prepare, |text| {
+        PrepareName::from_str(text, false)
     })?;
     let on_loss = value(
         "on-source-loss",
@@ -188,6 +193,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         moved: export.source_moved.unwrap_or(false),
         heat: export.heat.clone(),
         verify: export.verify.unwrap_or(false),
+        prepare: prepare.unwrap_or_default().into(),
     }))
 }
 

@@ -110,6 +110,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         moved: args.source_moved,
         heat: args.heat,
         verify: args.verify,
+        prepare: args.prepare.into(),
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),

@@ -78,6 +78,9 @@ pub fn life(state: LifeState) -> &'static str {
         LifeState::Local => "local",
         LifeState::Standby => "standby",
         LifeState::Arriving => "arriving",
+        LifeState::Departing => "departing",
+        LifeState::Departed => "departed",
+        LifeState::GivenUp => "given up",
     }
 }
 

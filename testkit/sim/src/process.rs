@@ -116,6 +116,7 @@ impl Opening {
             had_source: true,
             clock: self.sim.clock(),
             heat_place: None,
+            make_state: None,
         };
         if state.identity().life == Life::Local {
             open_complete_in(&mut state, &self.memory)?;
@@ -140,6 +141,7 @@ impl Opening {
         let wanted = config.source.as_ref().expect("every plan has one");
         let witnesses = state.witnesses(incarnation[0])?;
         Ok(Some(parts(state).moving(Moving {
+            arrival: None,
             wanted,
             source,
             residency,

@@ -190,6 +190,9 @@ pub(super) fn render(exports: &[ExportStatus]) -> String {
             ("local", LifeState::Local),
             ("standby", LifeState::Standby),
             ("arriving", LifeState::Arriving),
+            ("departing", LifeState::Departing),
+            ("departed", LifeState::Departed),
+            ("given-up", LifeState::GivenUp),
         ] {
             let export = escape(&status.export);
             let is = u8::from(status.state == state);

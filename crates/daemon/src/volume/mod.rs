@@ -8,13 +8,16 @@
 //! The durability order is that of [`commit`]; the races between fetched blocks and guests' writes
 //! are settled in [`relocation`] and [`guest`].
 
+pub mod arrival;
 pub mod assemble;
 pub mod commit;
+pub mod departure;
 mod extents;
 #[cfg(test)]
 mod full_tests;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod gate;
 pub mod guest;
 pub mod open;
 pub mod proof;
@@ -41,7 +44,9 @@ use crate::config::{HandoffPolicy, SourceLoss};
 use crate::events::{EventKind, EventLog};
 use crate::heat;
 use crate::status::LifeState;
+use arrival::Arrival;
 use commit::{Committer, Journal};
+use departure::Departures;
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use space::DiskTrouble;
@@ -125,6 +130,10 @@ pub struct Volume {
     heat: Heat,
     /// Where that is kept over a restart.
     heat_place: Option<PathBuf>,
+    /// Those who move the disk away.
+    departures: Departures,
+    /// Where the disk moves from, if that keeps a fence.
+    arrival: Option<Arrival>,
 }
 
 const LIFE_LOCAL: u8 = 0;
@@ -174,6 +183,9 @@ impl Volume {
             LifeState::Local => LIFE_LOCAL,
             LifeState::Standby => LIFE_STANDBY,
             LifeState::Arriving => LIFE_ARRIVING,
+            LifeState::Departing | LifeState::Departed | LifeState::GivenUp => {
+                unreachable!("these are looked up where they are known")
+            }
         };
         self.life.store(value, Ordering::Release);
     }

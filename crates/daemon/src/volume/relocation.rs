@@ -542,7 +542,7 @@ impl Relocation {
     }
 
     /// The data is in the image: say so.
-    fn now_clean(&self, run: BlockRange) {
+    pub(super) fn now_clean(&self, run: BlockRange) {
         self.leave(|| {
             self.residency.mark_clean(run);
             Some(Record::Clean(run))
@@ -692,7 +692,7 @@ impl Relocation {
 }
 
 /// Neighbouring zero extents joined: a block may span two of them.
-fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
+pub(super) fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
     let mut runs: Vec<ByteRange> = Vec::new();
     for extent in answer.extents.iter().filter(|e| e.zero) {
         let next = ByteRange::at(extent.offset, extent.len);
@@ -704,7 +704,7 @@ fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
     runs.into_iter()
 }
 
-fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
+pub(super) fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
     let start = offset
         .checked_sub(fetched.offset)
         .and_then(|o| usize::try_from(o).ok());

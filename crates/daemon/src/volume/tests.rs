@@ -473,11 +473,13 @@ fn assemble(
         had_source: true,
         clock,
         heat_place: None,
+        make_state: None,
     };
     if is_local {
         return parts.plain();
     }
     let volume = parts.moving(Moving {
+        arrival: None,
         wanted: config.source.as_ref().unwrap(),
         source: Arc::clone(source) as Arc<dyn Source>,
         residency: Arc::new(residency),

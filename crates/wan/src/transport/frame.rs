@@ -31,6 +31,8 @@ pub enum Kind {
     Promote = 0x05,
     /// Request: an answer, and nothing else.
     Ping = 0x06,
+    /// Request: something about the move.
+    Tell = 0x10,
     /// Reply: bytes of a range.
     Data = 0x81,
     /// Reply: a range reads as zeroes.
@@ -43,6 +45,8 @@ pub enum Kind {
     Error = 0x85,
     /// Reply: nothing more comes.
     End = 0x86,
+    /// Reply: a piece of an answer about the move.
+    Told = 0x90,
 }
 
 impl Kind {
@@ -54,12 +58,14 @@ impl Kind {
             0x04 => Self::Cancel,
             0x05 => Self::Promote,
             0x06 => Self::Ping,
+            0x10 => Self::Tell,
             0x81 => Self::Data,
             0x82 => Self::Zero,
             0x83 => Self::ExtentList,
             0x84 => Self::Hashes,
             0x85 => Self::Error,
             0x86 => Self::End,
+            0x90 => Self::Told,
             _ => return None,
         })
     }
@@ -282,6 +288,10 @@ impl Header {
                 nothing && self.last && (4..=4 + limits::ERROR_TEXT_BYTES).contains(&payload_len)
             }
             Kind::End => nothing && self.last && payload_len == 0,
+            Kind::Tell => {
+                nothing && !self.last && (1..=limits::TELL_BYTES).contains(&payload_len)
+            }
+            Kind::Told => nothing && (1..=limits::QUANTUM_BYTES).contains(&payload_len),
         }
     }
 

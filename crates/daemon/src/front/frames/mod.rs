@@ -20,12 +20,16 @@ use hikkoshi_nbd::server::StatusExtents;
 use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
-use hikkoshi_wan::transport::{Decoder, Scheduler, Step, Work, limits};
+use hikkoshi_wan::transport::session::Tell;
+use hikkoshi_wan::transport::{
+    Decoder, Frame, Priority, Scheduler, Step, Work, limits,
+};
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::Socket;
 
 use super::outbox::errno_of;
 use crate::volume::Volume;
+use crate::volume::departure::Bound;
 use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
 use batch::{Batch, Bytes};
@@ -79,6 +83,8 @@ pub(super) struct FrameSession {
     hashes: HashMap<u64, (u64, Vec<Hash>)>,
     /// Requests of which something had to come from the volume's own source.
     remote: HashSet<u64>,
+    /// For which move it reads, once it has said so.
+    bound: Bound,
 }
 
 impl FrameSession {
@@ -100,6 +106,7 @@ impl FrameSession {
             fetched_bytes: 0,
             hashes: HashMap::new(),
             remote: HashSet::new(),
+            bound: Bound::default(),
         })
     }
 
@@ -135,6 +142,10 @@ impl FrameSession {
             if seen.room || !sending {
                 if self.batch.is_empty() {
                     self.fill();
+                    // Looked at after reading: a fence is lifted before the first write behind it.
+                    if !self.volume.still_serves(&self.bound) {
+                        return Ok(());
+                    }
                 }
                 self.batch.send(&self.socket)?;
             }
@@ -193,8 +204,27 @@ impl FrameSession {
         while !self.scheduler.is_full()
             && let Some(frame) = self.decoder.next_frame().map_err(io::Error::other)?
         {
+            if frame.header.kind == Kind::Tell {
+                self.tell(&frame)?;
+                continue;
+            }
             let request = Request::parse(&frame).map_err(io::Error::other)?;
             self.scheduler.submit(request).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// A message about the move. It is answered here and now: whoever hands over waits for the
+    /// medium, and has a connection of its own for it.
+    fn tell(&mut self, frame: &Frame) -> io::Result<()> {
+        let tell = Tell::decode(&frame.payload)
+            .ok_or_else(|| io::Error::other("a message about the move that makes no sense"))?;
+        let told = self.volume.answer(tell, &mut self.bound).encode();
+        let mut pieces = told.chunks(limits::QUANTUM_BYTES as usize).peekable();
+        while let Some(piece) = pieces.next() {
+            let mut header = Header::request(Kind::Told, Priority::DEMAND, frame.header.id, 0, 0);
+            header.last = pieces.peek().is_none();
+            self.batch.frame(header, piece.to_vec());
         }
         Ok(())
     }

@@ -73,8 +73,10 @@ fn world(required: bool) -> World {
         had_source: true,
         clock: system_clock(),
         heat_place: None,
+        make_state: None,
     };
     let volume = parts.moving(Moving {
+        arrival: None,
         wanted: config.source.as_ref().unwrap(),
         source: Arc::clone(&source) as Arc<dyn Source>,
         residency,
