@@ -57,11 +57,7 @@ pub enum Handoff {
 ///
 /// # Errors
 /// See [`Refusal`].
-pub fn attach(
-    departed: Option<VolumeId>,
-    id: VolumeId,
-    stance: Stance,
-) -> Result<(), Refusal> {
+pub fn attach(departed: Option<VolumeId>, id: VolumeId, stance: Stance) -> Result<(), Refusal> {
     match (departed, stance) {
         (Some(to), _) if to == id => Ok(()),
         (Some(_), _) => Err(Refusal::MovedOn),
@@ -250,9 +246,7 @@ mod tests {
                 Some(to) => match self.lives[usize::from(to)] {
                     Life::Arriving => true,
                     // It asks again, and is answered again.
-                    Life::Standby => {
-                        handoff(Some(id(to)), id(to), false) == Ok(Handoff::Repeat)
-                    }
+                    Life::Standby => handoff(Some(id(to)), id(to), false) == Ok(Handoff::Repeat),
                     // It says again that it gave up.
                     Life::GivenUp => abort(Some(id(to)), id(to)),
                 },

@@ -230,7 +230,10 @@ impl Precopy {
             if of_region == repeats
                 && let Some(run) = self.first_missing(at, region_end)
             {
-                return Some(BlockRange::new(run.start, run.end.min(run.start + chunk.max(1))));
+                return Some(BlockRange::new(
+                    run.start,
+                    run.end.min(run.start + chunk.max(1)),
+                ));
             }
             at = region_end;
         }
@@ -241,7 +244,8 @@ impl Precopy {
     fn first_missing(&self, from: u64, to: u64) -> Option<BlockRange> {
         let flying = |block: u64| {
             let data = self.flights.values().filter(|f| !f.scans);
-            data.map(|f| f.range).find(|r| r.start <= block && block < r.end)
+            data.map(|f| f.range)
+                .find(|r| r.start <= block && block < r.end)
         };
         let mut at = from;
         while at < to {
@@ -398,7 +402,8 @@ mod tests {
                             self.read.push((id, range, bytes));
                         }
                         Wanted::Extents(id, range) => {
-                            let zero = |b: &u64| self.source[usize::try_from(*b).expect("small")] == 0;
+                            let zero =
+                                |b: &u64| self.source[usize::try_from(*b).expect("small")] == 0;
                             let zeroes = (range.start..range.end)
                                 .filter(zero)
                                 .map(|b| BlockRange::new(b, b + 1))

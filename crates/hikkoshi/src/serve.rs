@@ -185,7 +185,9 @@ fn announce(daemon: &Daemon) {
             .collect();
         let source = status.source.as_deref().unwrap_or("its source");
         let life = match status.state {
-            LifeState::Local => String::new(),
+            LifeState::Local | LifeState::Departing => String::new(),
+            LifeState::Departed => "; departed: the old copy, read-only".to_owned(),
+            LifeState::GivenUp => "; given up".to_owned(),
             LifeState::Standby => format!("; standby, the VM still runs at {source}"),
             LifeState::Arriving => format!("; arriving from {source}"),
         };

@@ -217,7 +217,10 @@ impl Store for FileStore {
         }
         let stat = rustix::fs::fstat(&self.image.file)?;
         let nanoseconds = i64::try_from(stat.st_mtime_nsec).unwrap_or(0);
-        Ok(stat.st_mtime.checked_mul(1_000_000_000).map(|s| s + nanoseconds))
+        Ok(stat
+            .st_mtime
+            .checked_mul(1_000_000_000)
+            .map(|s| s + nanoseconds))
     }
 
     fn extents(&self, offset: u64, len: u64, max: usize) -> io::Result<Vec<Extent>> {

@@ -16,9 +16,7 @@ use hikkoshi_engine::geometry::{BlockRange, ByteRange};
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_store::ZeroMode;
 use hikkoshi_wan::transport::session::{Tell, Told};
-use hikkoshi_wan::{
-    ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket,
-};
+use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
 
 use super::gate::Gate;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
@@ -224,9 +222,12 @@ impl Volume {
         }
         // A move that was given up must be told of until the source has heard it.
         if self.has_given_up() {
-            self.tell_until_heard(arrival, Tell::Abort {
-                id: arrival.ticket.id(),
-            });
+            self.tell_until_heard(
+                arrival,
+                Tell::Abort {
+                    id: arrival.ticket.id(),
+                },
+            );
             return;
         }
         if self.life() != LifeState::Local {
@@ -236,9 +237,12 @@ impl Volume {
             arrival.pause(RETRY_AFTER);
         }
         if self.life() == LifeState::Local {
-            self.tell_until_heard(arrival, Tell::Done {
-                id: arrival.ticket.id(),
-            });
+            self.tell_until_heard(
+                arrival,
+                Tell::Done {
+                    id: arrival.ticket.id(),
+                },
+            );
             arrival.link.hang_up();
         }
     }
@@ -390,7 +394,10 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
-        arrival.state().precopy.arrived(self.now(), id, outcome.is_ok());
+        arrival
+            .state()
+            .precopy
+            .arrived(self.now(), id, outcome.is_ok());
         let Ok(fetched) = outcome else {
             return self.not_copied(arrival, id, false);
         };

@@ -83,7 +83,9 @@ impl Parts<'_> {
     pub fn moving(self, moving: Moving<'_>) -> Arc<Volume> {
         let (life, phase) = match self.state.as_ref().map(|state| state.identity().life) {
             Some(Life::Standby) => (LifeState::Standby, Phase::Standby),
-            Some(Life::Arriving | Life::Local | Life::GivenUp) | None => (LifeState::Arriving, Phase::Arriving),
+            Some(Life::Arriving | Life::Local | Life::GivenUp) | None => {
+                (LifeState::Arriving, Phase::Arriving)
+            }
         };
         let Moving {
             wanted,

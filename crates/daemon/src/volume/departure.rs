@@ -438,7 +438,9 @@ impl Volume {
     fn set_departed(&self, departure: Option<Departure>) {
         *lock(&self.departures.departed) = departure;
         let departed = departure.is_some();
-        self.departures.has_departed.store(departed, Ordering::Release);
+        self.departures
+            .has_departed
+            .store(departed, Ordering::Release);
         self.departures.version.fetch_add(1, Ordering::AcqRel);
     }
 

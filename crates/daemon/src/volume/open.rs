@@ -297,10 +297,11 @@ fn open_new(
     check_state_place(config, state_path)?;
     let volume_id = live::random()?;
     let ticket = Ticket::new(volume_id, None, Stance::Standby, false);
-    let source = connect(wanted, config.transport, &ticket).map_err(|source| OpenError::Source {
-        uri: wanted.uri.clone(),
-        source,
-    })?;
+    let source =
+        connect(wanted, config.transport, &ticket).map_err(|source| OpenError::Source {
+            uri: wanted.uri.clone(),
+            source,
+        })?;
     let fenced_source = ticket.attached().is_some();
     if fenced_source {
         ticket.require();

@@ -269,7 +269,10 @@ impl MoveLink for MoveLine {
     fn hang_up(&self) {
         let mut line = self.line();
         line.closed = true;
-        for socket in [line.socket.take().map(|(socket, _)| socket), line.dialing.take()] {
+        for socket in [
+            line.socket.take().map(|(socket, _)| socket),
+            line.dialing.take(),
+        ] {
             if let Some(socket) = socket {
                 let _ = socket.shutdown(Shutdown::Both);
             }

@@ -163,7 +163,11 @@ pub(super) fn send_all(socket: &Socket, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Receives `len` bytes or fails.
-pub(super) fn receive_exactly(socket: &Socket, len: usize, deadline: Instant) -> io::Result<Vec<u8>> {
+pub(super) fn receive_exactly(
+    socket: &Socket,
+    len: usize,
+    deadline: Instant,
+) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(len);
     let mut buffer = [MaybeUninit::<u8>::uninit(); 1024];
     while bytes.len() < len {

@@ -288,9 +288,7 @@ impl Header {
                 nothing && self.last && (4..=4 + limits::ERROR_TEXT_BYTES).contains(&payload_len)
             }
             Kind::End => nothing && self.last && payload_len == 0,
-            Kind::Tell => {
-                nothing && !self.last && (1..=limits::TELL_BYTES).contains(&payload_len)
-            }
+            Kind::Tell => nothing && !self.last && (1..=limits::TELL_BYTES).contains(&payload_len),
             Kind::Told => nothing && (1..=limits::QUANTUM_BYTES).contains(&payload_len),
         }
     }

@@ -392,14 +392,16 @@ mod tests {
 
     fn a_told() -> impl Strategy<Value = Told> {
         prop_oneof![
-            any::<(u64, u64, bool, bool)>().prop_map(|(generation, epoch, departed, knows_base)| {
-                Told::Attached(Attached {
-                    generation,
-                    epoch,
-                    departed,
-                    knows_base,
-                })
-            }),
+            any::<(u64, u64, bool, bool)>().prop_map(
+                |(generation, epoch, departed, knows_base)| {
+                    Told::Attached(Attached {
+                        generation,
+                        epoch,
+                        departed,
+                        knows_base,
+                    })
+                }
+            ),
             some_ranges().prop_map(|ranges| Told::Changes { ranges }),
             (any::<u64>(), some_ranges()).prop_map(|(generation, ranges)| Told::Fenced {
                 generation,

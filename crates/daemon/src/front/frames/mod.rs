@@ -21,9 +21,7 @@ use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
 use hikkoshi_wan::transport::session::Tell;
-use hikkoshi_wan::transport::{
-    Decoder, Frame, Priority, Scheduler, Step, Work, limits,
-};
+use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::Socket;
 
