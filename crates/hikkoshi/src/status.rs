@@ -102,7 +102,7 @@ fn describe(one: &Found, with_daemon: bool) -> String {
         show_size(status.size_bytes),
         status.image,
     )];
-    if status.state != LifeState::Local {
+    if status.source.is_some() {
         let here = permille(status);
         lines.push(format!(
             "  here     {} of {} ({}.{}%), {} of it written here",

@@ -83,11 +83,11 @@ impl Volume {
             notes.extend(self.prepared_note());
             notes.push(match self.handoff_policy {
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
-                     `hikkoshi handoff`; until then nothing is copied"
+                     `hikkoshi handoff`; until then what is read here is read at the source"
                     .to_owned(),
                 HandoffPolicy::Command | HandoffPolicy::Now => {
-                    "waiting for `hikkoshi handoff`; until then nothing is copied and writes are \
-                     refused"
+                    "waiting for `hikkoshi handoff`; until then what is read here is read at the \
+                     source, and writes are refused"
                         .to_owned()
                 }
             });

@@ -269,13 +269,9 @@ impl MoveLink for MoveLine {
     fn hang_up(&self) {
         let mut line = self.line();
         line.closed = true;
-        for socket in [
-            line.socket.take().map(|(socket, _)| socket),
-            line.dialing.take(),
-        ] {
-            if let Some(socket) = socket {
-                let _ = socket.shutdown(Shutdown::Both);
-            }
+        let known = line.socket.take().map(|(socket, _)| socket);
+        for socket in known.into_iter().chain(line.dialing.take()) {
+            let _ = socket.shutdown(Shutdown::Both);
         }
     }
 }
