@@ -149,7 +149,9 @@ impl Precopy {
 
     /// Caps the copy, in bytes per second.
     pub fn set_limit(&mut self, now: Duration, bytes_per_s: Option<u64>) {
-        self.bucket.set_rate(now, bytes_per_s);
+        if self.bucket.rate() != bytes_per_s {
+            self.bucket.set_rate(now, bytes_per_s);
+        }
     }
 
     /// What to ask for next as far as link and cap allow it now.

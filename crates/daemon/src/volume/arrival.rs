@@ -330,10 +330,13 @@ impl Volume {
             _ => return arrival.pause(RETRY_AFTER),
         }
         let until = self.now() + ASK_AFTER;
+        let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
         let mut state = arrival.state();
+        state.precopy.set_limit(self.now(), limit);
         while self.now() < until && !state.over && !arrival.is_stopping() {
             let now = self.now();
             while now >= state.rests_until
+                && !paused
                 && state.precopy.in_flight() < MAX_COPIES
                 && let Some(wanted) = state.precopy.next_paced(now)
             {
@@ -342,7 +345,8 @@ impl Volume {
                 self.copy_ahead(relocation, epoch, wanted);
                 state = arrival.state();
             }
-            if state.precopy.in_flight() == 0 && now >= state.rests_until && !state.prepared {
+            let idle = state.precopy.in_flight() == 0 && now >= state.rests_until;
+            if idle && !paused && !state.prepared {
                 let capped = state.precopy.next(1).is_some_and(|wanted| {
                     let (Wanted::Data(id, _) | Wanted::Extents(id, _)) = wanted;
                     state.precopy.failed(id);
