@@ -295,6 +295,14 @@ fn open_new(
     state_path: &Path,
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
+    // What is wrong here is said before anybody else is asked.
+    let existing = match config.image.exists() {
+        true => Some(open_existing(config)?),
+        false => None,
+    };
+    if let Some(store) = existing.as_ref().filter(|_| !wanted.overwrite) {
+        check_untagged(config, store)?;
+    }
     let volume_id = live::random()?;
     let ticket = Ticket::new(volume_id, None, Stance::Standby, false);
     let source =
@@ -309,7 +317,10 @@ fn open_new(
         ticket.fall_silent();
     }
     let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
-    let store = open_image(config, geometry, true)?;
+    let store = match existing {
+        Some(store) => fitting(config, store, geometry)?,
+        None => fitting(config, create_image(config, geometry)?, geometry)?,
+    };
     crash_point!("new.image");
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
@@ -376,7 +387,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
             identity.geometry.block_bytes()
         ));
     }
-    let store = open_image(config, identity.geometry, false)?;
+    let store = fitting(config, open_existing(config)?, identity.geometry)?;
     check_belongs(config, &store, &identity, state_path)?;
     let ticket = identity.ties.fenced_source.then(|| {
         let stance = if identity.life == Life::Standby {
@@ -386,7 +397,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         };
         Ticket::new(identity.volume_id, identity.ties.base, stance, true)
     });
-    let source = reconnect(
+    let (source, refused) = reconnect(
         &wanted,
         config.transport,
         identity.geometry,
@@ -400,6 +411,9 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     crash_point!("open.tagged");
     let kept = (map, witnesses);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
+    if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
+        relocation.source_told(&refused);
+    }
     if wanted.handoff == HandoffPolicy::Now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
@@ -505,18 +519,31 @@ fn arrival(
 
 // The image
 
-fn open_image(
-    config: &ExportConfig,
-    geometry: Geometry,
-    create: bool,
-) -> Result<FileStore, OpenError> {
-    let size = geometry.size_bytes();
+fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
     let options = OpenOptions {
         read_only: false,
-        create_with_size: create.then_some(size),
+        create_with_size: None,
         engine: engine(config),
     };
-    let store = FileStore::open(&config.image, options)?;
+    Ok(FileStore::open(&config.image, options)?)
+}
+
+fn create_image(config: &ExportConfig, geometry: Geometry) -> Result<FileStore, OpenError> {
+    let options = OpenOptions {
+        read_only: false,
+        create_with_size: Some(geometry.size_bytes()),
+        engine: engine(config),
+    };
+    Ok(FileStore::open(&config.image, options)?)
+}
+
+/// The image, if it can hold the disk.
+fn fitting(
+    config: &ExportConfig,
+    store: FileStore,
+    geometry: Geometry,
+) -> Result<FileStore, OpenError> {
+    let size = geometry.size_bytes();
     let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
     if !fits {
         return refuse(format!(
@@ -528,7 +555,7 @@ fn open_image(
     Ok(store)
 }
 
-fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
+fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     if tag_of(store)?.is_some() {
         return refuse(format!(
             "{} is only partly here: a move into it has begun, and its state directory is gone; \
@@ -537,6 +564,10 @@ fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError
             config.image.display()
         ));
     }
+    Ok(())
+}
+
+fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     let blank = store.looks_blank().map_err(|source| OpenError::Image {
         what: "looking for data in",
         source,
@@ -712,13 +743,13 @@ fn connect(
     Ok(NbdSource::connect(config)?)
 }
 
-/// A source that may be away right now.
+/// A source that may be away right now, or not be believed, and then why not.
 fn reconnect(
     wanted: &SourceConfig,
     transport: Transport,
     geometry: Geometry,
     ticket: Option<&Arc<Ticket>>,
-) -> Result<Arc<dyn Source>, OpenError> {
+) -> Result<(Arc<dyn Source>, Option<SourceError>), OpenError> {
     let failed = |source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
@@ -731,15 +762,15 @@ fn reconnect(
         ..config.clone()
     };
     match NbdSource::connect(soon) {
-        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok(source),
+        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok((source, None)),
         Ok(source) => refuse(format!(
             "the disk at {} has {} bytes now, and had {} when the move began; it is another one",
             wanted.uri,
             source.info().size_bytes,
             geometry.size_bytes()
         )),
-        Err(e) if e.kind == SourceErrorKind::Disconnected => {
-            tracing::warn!("the source cannot be reached yet: {e}; what is here is served");
+        Err(e) if e.kind == SourceErrorKind::Disconnected || ticket.is_some() => {
+            tracing::warn!("nothing can be fetched yet: {e}; what is here is served");
             let expected = SourceInfo {
                 size_bytes: geometry.size_bytes(),
                 read_only: false,
@@ -750,7 +781,8 @@ fn reconnect(
                 max_read_bytes: wire::MAX_PAYLOAD_BYTES,
                 uri: wanted.uri.clone(),
             };
-            Ok(NbdSource::connect_lazily(config, expected).map_err(failed)?)
+            let source = NbdSource::connect_lazily(config, expected).map_err(failed)?;
+            Ok((source, (e.kind == SourceErrorKind::Untrusted).then_some(e)))
         }
         Err(e) => Err(failed(e)),
     }
