@@ -8,6 +8,7 @@ use hikkoshi_daemon::config::{
     DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, SourceLoss, Transport,
 };
 
+use crate::migrate::args::Migrate;
 use crate::{address, quantity};
 
 const AFTER_HELP: &str = "\
@@ -49,6 +50,8 @@ pub enum Command {
     Heat(Heat),
     /// Compare a disk that moves here with its source
     Verify(Verify),
+    /// Move a VM that QEMU runs to another site, and its disks with it
+    Migrate(Box<Migrate>),
     /// Show a whole move on this machine: no root, no set-up, about a minute
     Demo(Demo),
     /// Print the completions for a shell
