@@ -15,6 +15,8 @@ mod sites;
 mod world;
 
 #[cfg(test)]
+mod check_tests;
+#[cfg(test)]
 mod course_tests;
 #[cfg(test)]
 mod qmp_tests;
