@@ -316,13 +316,7 @@ impl Machine {
     pub fn quit(mut self) -> Result<()> {
         self.console.check()?;
         self.qmp.execute("quit", json!({}))?;
-        let status = self.process.wait(SOON)?;
-        ensure!(
-            status.success(),
-            "QEMU ended with {status}:\n{}",
-            self.process.tail()
-        );
-        Ok(())
+        self.wait_end()
     }
 
     /// Orders the workload to finish, waits until the guest has unmounted its disk and switched
