@@ -9,6 +9,7 @@ use hikkoshi_daemon::config::{
     Packing, Prepare, SourceLoss, Transport,
 };
 
+use crate::migrate::args::Migrate;
 use crate::{address, quantity};
 
 const AFTER_HELP: &str = "\
@@ -54,6 +55,8 @@ pub enum Command {
     Heat(Heat),
     /// Compare a disk that moves here with its source
     Verify(Verify),
+    /// Move a VM that QEMU runs to another site, and its disks with it
+    Migrate(Box<Migrate>),
     /// Show a whole move on this machine: no root, no set-up, about a minute
     Demo(Demo),
     /// Print the completions for a shell
