@@ -131,6 +131,8 @@ fn read_through(site: &Site, data: &[u8], fault: Fault, way: Way) -> (Vec<Source
     let mut config = support::fake::config(proxy.port());
     // What is lost is missed only by waiting for it.
     config.progress_timeout = Some(Duration::from_millis(300));
+    // So many bytes cross the link as the disk has.
+    config.packing = Packing::None;
     let source = NbdSource::connect(config).unwrap();
     assert!(source.speaks_frames(), "the fault is behind the handshake");
     let len = 128 << 10;
