@@ -12,7 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use hikkoshi_crashpoint::crash_point;
-use hikkoshi_engine::geometry::{BlockRange, ByteRange};
+use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
+use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_store::ZeroMode;
 use hikkoshi_wan::transport::session::{Tell, Told};
@@ -21,7 +22,7 @@ use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceEr
 use super::gate::Gate;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
-use crate::config::{Prepare, SourceLoss};
+use crate::config::{Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
 
@@ -53,6 +54,8 @@ pub struct Arrival {
     prepare: Prepare,
     /// The image holds the disk as it was at the handoff to [`Ticket::base`].
     has_base: bool,
+    /// What is read most was told by a file.
+    knows_heat: bool,
     state: Mutex<State>,
     changed: Condvar,
     /// Entered by what is copied ahead, closed at the handoff.
@@ -94,11 +97,13 @@ impl Arrival {
     pub fn new(
         ticket: Arc<Ticket>,
         link: Arc<dyn MoveLink>,
-        prepare: Prepare,
-        geometry: hikkoshi_engine::geometry::Geometry,
+        wanted: &SourceConfig,
+        geometry: Geometry,
     ) -> Self {
+        let prepare = wanted.prepare;
         Self {
             has_base: ticket.base().is_some(),
+            knows_heat: wanted.heat.is_some(),
             ticket,
             link,
             prepare,
@@ -210,6 +215,7 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
+        self.ask_for_heat(arrival);
         while !arrival.is_stopping() && self.life() == LifeState::Standby && !self.has_given_up() {
             let Some(relocation) = self.relocation() else {
                 return;
@@ -231,6 +237,7 @@ impl Volume {
             return;
         }
         if self.life() != LifeState::Local {
+            self.ask_for_heat(arrival);
             self.ask_for_bases(arrival);
         }
         while !arrival.is_stopping() && self.life() != LifeState::Local {
@@ -255,6 +262,28 @@ impl Volume {
                 }
                 _ => return,
             }
+        }
+    }
+
+    /// What is read most comes first. Only an order depends on the answer, so it is asked for once,
+    /// and once more when nothing changes any more at the source. The next move knows it, too.
+    fn ask_for_heat(&self, arrival: &Arrival) {
+        let id = arrival.ticket.id();
+        let (false, Some(relocation)) = (arrival.knows_heat, self.relocation()) else {
+            return;
+        };
+        let map = match arrival.link.tell(&Tell::Heat { id }, PATIENCE) {
+            Ok(Told::Heat(map)) => HeatMap::decode(&map).map_err(|error| error.to_string()),
+            Ok(_) => Err("it answered something else".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        let outcome = map.and_then(|map| {
+            self.heat.merge(&map).map_err(|error| error.to_string())?;
+            Ok(self.heat.map().order(self.geometry))
+        });
+        match outcome {
+            Ok(order) => relocation.set_order(order),
+            Err(why) => tracing::debug!("what is read most at the source is not known: {why}"),
         }
     }
 

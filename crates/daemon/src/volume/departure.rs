@@ -263,6 +263,7 @@ impl Volume {
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
             Tell::Bases { id } => self.tell_bases(id),
+            Tell::Heat { .. } => Ok(Told::Heat(self.heat().map().encode())),
             Tell::Done { id } => {
                 if self.departures.departed().is_some_and(|d| d.to == id)
                     && !self.departures.arrived.swap(true, Ordering::AcqRel)
