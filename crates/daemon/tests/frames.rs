@@ -18,6 +18,7 @@ use hikkoshi_daemon::config::Transport;
 use hikkoshi_nbd::client::{Handshake, HandshakeConfig, Progress};
 use hikkoshi_wan::transport::frame::Side;
 use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
+use hikkoshi_wan::transport::pack::Packing;
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
 use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind};
 use proxy::{Fault, Proxy, Way};
@@ -130,6 +131,8 @@ fn read_through(site: &Site, data: &[u8], fault: Fault, way: Way) -> (Vec<Source
     let mut config = support::fake::config(proxy.port());
     // What is lost is missed only by waiting for it.
     config.progress_timeout = Some(Duration::from_millis(300));
+    // So many bytes cross the link as the disk has.
+    config.packing = Packing::None;
     let source = NbdSource::connect(config).unwrap();
     assert!(source.speaks_frames(), "the fault is behind the handshake");
     let len = 128 << 10;
@@ -327,7 +330,9 @@ impl Raw {
         self.send(Request::Wish {
             id,
             priority,
-            wish: Wish::Read,
+            wish: Wish::Read {
+                packing: Packing::None,
+            },
             offset,
             len,
         });
@@ -401,7 +406,9 @@ fn nonsense_costs_a_client_its_connection_and_nobody_else() {
     let wish = |id, offset, len| Request::Wish {
         id,
         priority: Priority::DEMAND,
-        wish: Wish::Read,
+        wish: Wish::Read {
+            packing: Packing::None,
+        },
         offset,
         len,
     };

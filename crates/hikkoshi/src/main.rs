@@ -69,6 +69,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Pause(target) => command::run(&target, Control::Pause),
         Command::Resume(target) => command::run(&target, Control::Resume),
         Command::Handoff(target) => command::run(&target, Control::Handoff),
+        Command::Abort(target) => command::run(&target, Control::Abort),
+        Command::Release(args) => command::release(args),
         Command::Heat(args) => heat::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Limit(args) => command::limit(args),

@@ -82,6 +82,13 @@ pub enum Command {
     Resume,
     /// From here on the VM runs here.
     Handoff,
+    /// Give the move here up, before the handoff.
+    Abort,
+    /// Lift the fence of an old copy.
+    Release {
+        /// The other copy is of no account.
+        force: bool,
+    },
     /// Cap the background copy, in bytes per second; `None` lifts the cap.
     Limit(Option<u64>),
 }
@@ -160,6 +167,9 @@ impl ControlClient {
             Command::Pause => ("pause", String::new()),
             Command::Resume => ("resume", String::new()),
             Command::Handoff => ("handoff", String::new()),
+            Command::Abort => ("abort", String::new()),
+            Command::Release { force: false } => ("release", String::new()),
+            Command::Release { force: true } => ("release", "&force=yes".into()),
             Command::Limit(None) => ("limit", "&bytes_per_s=none".into()),
             Command::Limit(Some(rate)) => ("limit", format!("&bytes_per_s={rate}")),
         };
