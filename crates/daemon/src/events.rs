@@ -55,6 +55,8 @@ pub enum EventKind {
     FenceLifted,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// What differs from older copies is not recorded any more.
+    WayBack,
 }
 
 impl EventKind {
@@ -79,6 +81,7 @@ impl EventKind {
             Self::MoveGivenUp => "move-given-up",
             Self::FenceLifted => "fence-lifted",
             Self::Prepared => "prepared",
+            Self::WayBack => "way-back",
         }
     }
 }
@@ -125,7 +128,8 @@ impl EventLog {
             | EventKind::ReadsFailed
             | EventKind::DiskError
             | EventKind::StateTrouble
-            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::FenceLifted
+            | EventKind::WayBack => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
@@ -188,6 +192,7 @@ mod tests {
             EventKind::Departing,
             EventKind::MoveGivenUp,
             EventKind::FenceLifted,
+            EventKind::WayBack,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));

@@ -340,6 +340,13 @@ impl Volume {
         base: Option<MoveId>,
         attached: &mut Attached,
     ) -> Result<Arc<Session>, String> {
+        if base.is_some() && !self.is_local() {
+            return Err(
+                "not all of the disk has arrived here: until then the old copy is needed as it is, and \
+                 cannot take the disk back"
+                    .to_owned(),
+            );
+        }
         self.need_state().map_err(|e| {
             format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
         })?;
@@ -521,11 +528,11 @@ impl Volume {
         }
         let bases = self.bases().into_iter().take(limits::TOLD_BASES);
         let geometry = self.geometry;
-        Ok(Told::Bases(
-            bases
-                .map(|(id, runs)| (id, runs.iter().map(|run| geometry.bytes(*run)).collect()))
-                .collect(),
-        ))
+        let told = bases.map(|(id, runs)| {
+            let runs = coarsened(runs, limits::TOLD_RANGES);
+            (id, runs.iter().map(|run| geometry.bytes(*run)).collect())
+        });
+        Ok(Told::Bases(told.collect()))
     }
 
     fn generation(&self) -> u64 {
@@ -534,19 +541,5 @@ impl Volume {
             .state
             .as_ref()
             .map_or(0, |state| state.identity().generation)
-    }
-
-    /// What differs from an older copy.
-    pub(super) fn since(&self, _base: MoveId) -> Option<Vec<BlockRange>> {
-        None
-    }
-
-    fn bases(&self) -> Vec<(MoveId, Vec<BlockRange>)> {
-        Vec::new()
-    }
-
-    /// Takes over what is known of older copies.
-    pub(super) fn inherit(&self, _bases: Vec<(MoveId, Vec<BlockRange>)>) -> io::Result<()> {
-        Ok(())
     }
 }

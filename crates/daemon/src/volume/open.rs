@@ -17,7 +17,7 @@ use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
-use hikkoshi_store::live::{self, LiveFile, OpenedMap};
+use hikkoshi_store::live::{self, LiveFile, OpenedMap, Recovered};
 use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
@@ -27,6 +27,7 @@ use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, T
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
+use super::wayback::{self, NoSource};
 use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::events::EventKind;
@@ -80,6 +81,9 @@ const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// A source that says nothing for less than this may only be busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
+
+/// How often the time is told to a volume that only records for the way back.
+const QUIET_BEAT: Duration = Duration::from_millis(100);
 
 fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
     Err(OpenError::Refused(why.into()))
@@ -137,9 +141,11 @@ impl Running {
             Box::new(move || committing.run_committer()),
         )?);
         if let Some(relocation) = volume.relocation() {
-            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
-            threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
-            relocation.start();
+            let (timed, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("tick", Box::new(move || keep_time(&timed, &stop)))?);
+            if !volume.is_local() {
+                relocation.start();
+            }
         }
         if volume.has_arrival() {
             let moving = Arc::clone(&volume);
@@ -181,7 +187,13 @@ impl Running {
 fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
     let mut committed = Duration::ZERO;
     while !stop.load(Ordering::Acquire) && volume.keep_time(&mut committed) {
-        std::thread::sleep(Mover::<()>::TICK);
+        // Where all is here, there is only a commit to ask for now and then.
+        let beat = if volume.is_local() {
+            QUIET_BEAT
+        } else {
+            Mover::<()>::TICK
+        };
+        std::thread::sleep(beat);
     }
 }
 
@@ -330,6 +342,7 @@ fn open_new(
         image_inode: inode_of(&store)?,
         ties: Ties {
             fenced_source,
+            way_back: wanted.way_back,
             ..Ties::default()
         },
     };
@@ -360,6 +373,9 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     if identity.life == Life::Local {
         check_complete(config, &identity, state_path)?;
         let had_source = !identity.source_uri.is_empty();
+        if identity.ties.way_back && !config.read_only {
+            return open_recorded(config, state, state_path);
+        }
         return open_plain(config, Some(state), had_source);
     }
     if identity.life == Life::GivenUp {
@@ -395,15 +411,136 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let mut sync = || store.sync();
-    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
     let kept = (map, witnesses);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
+    tell_doubt(&running, doubt);
     if wanted.handoff == HandoffPolicy::Now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)
+}
+
+/// A complete image whose changes are recorded for the way back.
+fn open_recorded(
+    config: &ExportConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<Running, OpenError> {
+    let (opened, why) = open_its_map(config, state, state_path)?;
+    match opened {
+        Ok((map, store)) => {
+            set_tag(&store, &[])?;
+            let identity = map.state.identity();
+            let (uri, size_bytes) = (identity.source_uri.clone(), identity.geometry.size_bytes());
+            let wanted = config.source.clone().unwrap_or(SourceConfig::new(uri));
+            let source = Arc::new(NoSource { size_bytes });
+            let kept = (map, Witnesses::new(seed()?));
+            move_in(config, &wanted, store, source, kept, None)
+        }
+        Err(mut state) => {
+            state.end_way_back()?;
+            let running = open_plain(config, Some(state), true)?;
+            tell_doubt(&running, why);
+            Ok(running)
+        }
+    }
+}
+
+/// The map and the image, or the state alone with the reason why the map is not to be used.
+type ItsMap = Result<(OpenedMap, FileStore), StateDir>;
+
+fn open_its_map(
+    config: &ExportConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<(ItsMap, Option<&'static str>), OpenError> {
+    const DAMAGED: &str = "what was recorded of changes is damaged";
+    let identity = state.identity().clone();
+    let options = OpenOptions {
+        read_only: false,
+        create_with_size: None,
+        engine: engine(config),
+    };
+    let store = FileStore::open(&config.image, options)?;
+    let size = identity.geometry.size_bytes();
+    let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
+    if !fits || inode_of(&store)? != identity.image_inode {
+        return Ok((Err(state), Some("the image is another one")));
+    }
+    if !state.has_map() {
+        return Ok((Err(state), Some(DAMAGED)));
+    }
+    let mut sync = || store.sync();
+    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync);
+    let mut map = match map {
+        Ok(map) if map.residency.missing_blocks() == 0 => map,
+        Ok(map) => {
+            map.live.remove();
+            return Ok((Err(map.state), Some(DAMAGED)));
+        }
+        Err(StateError::Journal { .. } | StateError::Missing { .. }) => {
+            return Ok((Err(StateDir::open(state_path)?), Some(DAMAGED)));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match wayback::doubt(&map.state, modified(&store)?, survived(&map)) {
+        Some(why) => {
+            map.live.remove();
+            Ok((Err(map.state), Some(why)))
+        }
+        None => {
+            // Also durable from here on, if it was recorded by a process that was killed then.
+            map.state
+                .change(|identity| identity.ties.closed_at = None)?;
+            Ok((Ok((map, store)), None))
+        }
+    }
+}
+
+fn modified(store: &FileStore) -> Result<Option<i64>, OpenError> {
+    store.modified().map_err(|source| OpenError::Image {
+        what: "looking at",
+        source,
+    })
+}
+
+fn survived(map: &OpenedMap) -> bool {
+    map.recovered == Recovered::AfterKill
+}
+
+/// For a move that goes on: whether what was recorded for the way back still holds. Gives the reason
+/// why it was ended.
+fn settle_way_back(
+    map: &mut OpenedMap,
+    store: &FileStore,
+    wanted: &SourceConfig,
+) -> Result<Option<&'static str>, OpenError> {
+    let doubt = wayback::doubt(&map.state, modified(store)?, survived(map));
+    let ties = &map.state.identity().ties;
+    let before = map.state.identity().life == Life::Standby;
+    if doubt.is_some() {
+        map.state.end_way_back()?;
+    } else if ties.closed_at.is_some() || (wanted.way_back && before && !ties.way_back) {
+        map.state.change(|identity| {
+            identity.ties.closed_at = None;
+            // Later something may have been written that was not recorded.
+            identity.ties.way_back |= wanted.way_back && before;
+        })?;
+    }
+    Ok(doubt)
+}
+
+fn tell_doubt(running: &Running, doubt: Option<&str>) {
+    if let Some(why) = doubt {
+        running.volume.event(
+            EventKind::WayBack,
+            format!("the way back is closed: {why}; a move back copies everything"),
+        );
+    }
 }
 
 /// A move that was given up before the handoff: nothing here is worth anything.
@@ -470,9 +607,11 @@ fn move_in(
         residency,
         witnesses,
         arrival,
-        at_completion: Box::new(move || {
+        at_release: Box::new(move || {
             memory.remove();
             crash_point!("completion.memory-removed");
+        }),
+        at_completion: Box::new(move || {
             if let Err(e) = set_tag(&store, &[]) {
                 tracing::warn!("the mark of a move could not be taken off the image: {e}");
             }
