@@ -35,8 +35,9 @@ pub enum Refusal {
     MovedOn,
     /// The destination took the disk over, but the fence is gone.
     #[error(
-        "the fence of this copy was lifted, so it may have been written since it was handed over; \
-         nothing more is taken from it"
+        "this is not the copy that was handed over: it is another disk, or its fence was lifted \
+         and it may have been written since; nothing is taken from it; serve the right disk there \
+         again, as it was at the handoff"
     )]
     FenceGone,
     /// The destination has given this move up.

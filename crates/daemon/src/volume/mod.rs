@@ -20,6 +20,7 @@ pub mod fuzzing;
 mod gate;
 pub mod guest;
 pub mod open;
+mod open_tied;
 pub mod proof;
 #[cfg(test)]
 mod proof_tests;

@@ -17,7 +17,7 @@ use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
-use hikkoshi_store::live::{self, LiveFile, OpenedMap, Recovered};
+use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
@@ -27,7 +27,9 @@ use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, T
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
-use super::wayback::{self, NoSource};
+use super::open_tied::{
+    open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
+};
 use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::events::EventKind;
@@ -85,7 +87,7 @@ const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
 /// How often the time is told to a volume that only records for the way back.
 const QUIET_BEAT: Duration = Duration::from_millis(100);
 
-fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
+pub(super) fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
     Err(OpenError::Refused(why.into()))
 }
 
@@ -227,7 +229,7 @@ fn engine(config: &ExportConfig) -> EngineChoice {
 // The three ways to open
 
 /// An image that needs nobody: it never had a source, or has everything from it.
-fn open_plain(
+pub(super) fn open_plain(
     config: &ExportConfig,
     mut state: Option<StateDir>,
     had_source: bool,
@@ -307,6 +309,14 @@ fn open_new(
     state_path: &Path,
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
+    // What is wrong here is said before anybody else is asked.
+    let existing = match config.image.exists() {
+        true => Some(open_existing(config)?),
+        false => None,
+    };
+    if let Some(store) = existing.as_ref().filter(|_| !wanted.overwrite) {
+        check_untagged(config, store)?;
+    }
     let volume_id = live::random()?;
     let ticket = Ticket::new(volume_id, None, Stance::Standby, false);
     let source =
@@ -321,7 +331,10 @@ fn open_new(
         ticket.fall_silent();
     }
     let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
-    let store = open_image(config, geometry, true)?;
+    let store = match existing {
+        Some(store) => fitting(config, store, geometry)?,
+        None => fitting(config, create_image(config, geometry)?, geometry)?,
+    };
     crash_point!("new.image");
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
@@ -371,8 +384,19 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let mut state = StateDir::open(state_path)?;
     let identity = state.identity().clone();
     if identity.life == Life::Local {
-        check_complete(config, &identity, state_path)?;
         let had_source = !identity.source_uri.is_empty();
+        let returns = config.source.as_ref().filter(|source| source.comes_back);
+        if let (Some(_), Some(wanted)) = (identity.ties.departed, returns) {
+            return open_return(config, wanted, state, state_path);
+        }
+        check_complete(config, &identity, state_path)?;
+        if identity.ties.departed.is_some_and(|d| !d.intact) {
+            return refuse(format!(
+                "{} is partly overwritten by a return that was given up, and so no copy of anything; \
+                 the disk can still come back into it: give --from and --return",
+                config.image.display()
+            ));
+        }
         if identity.ties.way_back && !config.read_only {
             return open_recorded(config, state, state_path);
         }
@@ -392,17 +416,18 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
             identity.geometry.block_bytes()
         ));
     }
-    let store = open_image(config, identity.geometry, false)?;
+    let store = fitting(config, open_existing(config)?, identity.geometry)?;
     check_belongs(config, &store, &identity, state_path)?;
+    let base = settle_base(&mut state, &store)?;
     let ticket = identity.ties.fenced_source.then(|| {
         let stance = if identity.life == Life::Standby {
             Stance::Standby
         } else {
             Stance::Arriving
         };
-        Ticket::new(identity.volume_id, identity.ties.base, stance, true)
+        Ticket::new(identity.volume_id, base, stance, true)
     });
-    let source = reconnect(
+    let (source, refused) = reconnect(
         &wanted,
         config.transport,
         identity.geometry,
@@ -418,129 +443,13 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let kept = (map, witnesses);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
     tell_doubt(&running, doubt);
+    if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
+        relocation.source_told(&refused);
+    }
     if wanted.handoff == HandoffPolicy::Now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)
-}
-
-/// A complete image whose changes are recorded for the way back.
-fn open_recorded(
-    config: &ExportConfig,
-    state: StateDir,
-    state_path: &Path,
-) -> Result<Running, OpenError> {
-    let (opened, why) = open_its_map(config, state, state_path)?;
-    match opened {
-        Ok((map, store)) => {
-            set_tag(&store, &[])?;
-            let identity = map.state.identity();
-            let (uri, size_bytes) = (identity.source_uri.clone(), identity.geometry.size_bytes());
-            let wanted = config.source.clone().unwrap_or(SourceConfig::new(uri));
-            let source = Arc::new(NoSource { size_bytes });
-            let kept = (map, Witnesses::new(seed()?));
-            move_in(config, &wanted, store, source, kept, None)
-        }
-        Err(mut state) => {
-            state.end_way_back()?;
-            let running = open_plain(config, Some(state), true)?;
-            tell_doubt(&running, why);
-            Ok(running)
-        }
-    }
-}
-
-/// The map and the image, or the state alone with the reason why the map is not to be used.
-type ItsMap = Result<(OpenedMap, FileStore), StateDir>;
-
-fn open_its_map(
-    config: &ExportConfig,
-    state: StateDir,
-    state_path: &Path,
-) -> Result<(ItsMap, Option<&'static str>), OpenError> {
-    const DAMAGED: &str = "what was recorded of changes is damaged";
-    let identity = state.identity().clone();
-    let options = OpenOptions {
-        read_only: false,
-        create_with_size: None,
-        engine: engine(config),
-    };
-    let store = FileStore::open(&config.image, options)?;
-    let size = identity.geometry.size_bytes();
-    let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
-    if !fits || inode_of(&store)? != identity.image_inode {
-        return Ok((Err(state), Some("the image is another one")));
-    }
-    if !state.has_map() {
-        return Ok((Err(state), Some(DAMAGED)));
-    }
-    let mut sync = || store.sync();
-    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync);
-    let mut map = match map {
-        Ok(map) if map.residency.missing_blocks() == 0 => map,
-        Ok(map) => {
-            map.live.remove();
-            return Ok((Err(map.state), Some(DAMAGED)));
-        }
-        Err(StateError::Journal { .. } | StateError::Missing { .. }) => {
-            return Ok((Err(StateDir::open(state_path)?), Some(DAMAGED)));
-        }
-        Err(error) => return Err(error.into()),
-    };
-    match wayback::doubt(&map.state, modified(&store)?, survived(&map)) {
-        Some(why) => {
-            map.live.remove();
-            Ok((Err(map.state), Some(why)))
-        }
-        None => {
-            // Also durable from here on, if it was recorded by a process that was killed then.
-            map.state
-                .change(|identity| identity.ties.closed_at = None)?;
-            Ok((Ok((map, store)), None))
-        }
-    }
-}
-
-fn modified(store: &FileStore) -> Result<Option<i64>, OpenError> {
-    store.modified().map_err(|source| OpenError::Image {
-        what: "looking at",
-        source,
-    })
-}
-
-fn survived(map: &OpenedMap) -> bool {
-    map.recovered == Recovered::AfterKill
-}
-
-/// For a move that goes on: whether what was recorded for the way back still holds. Gives the reason
-/// why it was ended.
-fn settle_way_back(
-    map: &mut OpenedMap,
-    store: &FileStore,
-    wanted: &SourceConfig,
-) -> Result<Option<&'static str>, OpenError> {
-    let doubt = wayback::doubt(&map.state, modified(store)?, survived(map));
-    let ties = &map.state.identity().ties;
-    let before = map.state.identity().life == Life::Standby;
-    if doubt.is_some() {
-        map.state.end_way_back()?;
-    } else if ties.closed_at.is_some() || (wanted.way_back && before && !ties.way_back) {
-        map.state.change(|identity| {
-            identity.ties.closed_at = None;
-            // Later something may have been written that was not recorded.
-            identity.ties.way_back |= wanted.way_back && before;
-        })?;
-    }
-    Ok(doubt)
-}
-
-fn tell_doubt(running: &Running, doubt: Option<&str>) {
-    if let Some(why) = doubt {
-        running.volume.event(
-            EventKind::WayBack,
-            format!("the way back is closed: {why}; a move back copies everything"),
-        );
-    }
 }
 
 /// A move that was given up before the handoff: nothing here is worth anything.
@@ -563,14 +472,14 @@ fn open_given_up(
 }
 
 /// What draws the witnesses.
-fn seed() -> Result<u64, OpenError> {
+pub(super) fn seed() -> Result<u64, OpenError> {
     let random: [u8; 16] = live::random()?;
     Ok(u64::from_le_bytes(
         random[..8].try_into().expect("eight of sixteen"),
     ))
 }
 
-fn move_in(
+pub(super) fn move_in(
     config: &ExportConfig,
     wanted: &SourceConfig,
     store: FileStore,
@@ -596,8 +505,12 @@ fn move_in(
         heat_place: heat_place(config)?,
         make_state: None,
     };
+    let overwritten = parts.state.as_ref().map(overwritten_of).unwrap_or_default();
     let arrival = match ticket.filter(|_| parts.fenced_source()) {
-        Some(ticket) => Some(arrival(config, wanted, ticket, parts.geometry)?),
+        Some(ticket) => {
+            let arrival = arrival(config, wanted, ticket, parts.geometry)?;
+            Some(arrival.with_overwritten(overwritten))
+        }
         None => None,
     };
     let memory = Arc::clone(&live);
@@ -644,18 +557,31 @@ fn arrival(
 
 // The image
 
-fn open_image(
-    config: &ExportConfig,
-    geometry: Geometry,
-    create: bool,
-) -> Result<FileStore, OpenError> {
-    let size = geometry.size_bytes();
+pub(super) fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
     let options = OpenOptions {
         read_only: false,
-        create_with_size: create.then_some(size),
+        create_with_size: None,
         engine: engine(config),
     };
-    let store = FileStore::open(&config.image, options)?;
+    Ok(FileStore::open(&config.image, options)?)
+}
+
+fn create_image(config: &ExportConfig, geometry: Geometry) -> Result<FileStore, OpenError> {
+    let options = OpenOptions {
+        read_only: false,
+        create_with_size: Some(geometry.size_bytes()),
+        engine: engine(config),
+    };
+    Ok(FileStore::open(&config.image, options)?)
+}
+
+/// The image, if it can hold the disk.
+pub(super) fn fitting(
+    config: &ExportConfig,
+    store: FileStore,
+    geometry: Geometry,
+) -> Result<FileStore, OpenError> {
+    let size = geometry.size_bytes();
     let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
     if !fits {
         return refuse(format!(
@@ -667,7 +593,7 @@ fn open_image(
     Ok(store)
 }
 
-fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
+fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     if tag_of(store)?.is_some() {
         return refuse(format!(
             "{} is only partly here: a move into it has begun, and its state directory is gone; \
@@ -676,6 +602,10 @@ fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError
             config.image.display()
         ));
     }
+    Ok(())
+}
+
+fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     let blank = store.looks_blank().map_err(|source| OpenError::Image {
         what: "looking for data in",
         source,
@@ -730,7 +660,7 @@ fn check_belongs(
     }
 }
 
-fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
+pub(super) fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
     if store.is_block_device() {
         return Ok(None);
     }
@@ -753,7 +683,7 @@ fn tag_of(store: &FileStore) -> Result<Option<Vec<u8>>, OpenError> {
     }
 }
 
-fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
+pub(super) fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
     match store.set_volume_tag(tag) {
         Err(e) if e.kind() != io::ErrorKind::Unsupported => Err(OpenError::Image {
             what: "marking",
@@ -842,7 +772,7 @@ fn source_config(
     Ok(config)
 }
 
-fn connect(
+pub(super) fn connect(
     wanted: &SourceConfig,
     transport: Transport,
     ticket: &Arc<Ticket>,
@@ -851,13 +781,13 @@ fn connect(
     Ok(NbdSource::connect(config)?)
 }
 
-/// A source that may be away right now.
+/// A source that may be away right now, or not be believed, and then why not.
 fn reconnect(
     wanted: &SourceConfig,
     transport: Transport,
     geometry: Geometry,
     ticket: Option<&Arc<Ticket>>,
-) -> Result<Arc<dyn Source>, OpenError> {
+) -> Result<(Arc<dyn Source>, Option<SourceError>), OpenError> {
     let failed = |source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
@@ -870,15 +800,15 @@ fn reconnect(
         ..config.clone()
     };
     match NbdSource::connect(soon) {
-        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok(source),
+        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok((source, None)),
         Ok(source) => refuse(format!(
             "the disk at {} has {} bytes now, and had {} when the move began; it is another one",
             wanted.uri,
             source.info().size_bytes,
             geometry.size_bytes()
         )),
-        Err(e) if e.kind == SourceErrorKind::Disconnected => {
-            tracing::warn!("the source cannot be reached yet: {e}; what is here is served");
+        Err(e) if e.kind == SourceErrorKind::Disconnected || ticket.is_some() => {
+            tracing::warn!("nothing can be fetched yet: {e}; what is here is served");
             let expected = SourceInfo {
                 size_bytes: geometry.size_bytes(),
                 read_only: false,
@@ -889,7 +819,8 @@ fn reconnect(
                 max_read_bytes: wire::MAX_PAYLOAD_BYTES,
                 uri: wanted.uri.clone(),
             };
-            Ok(NbdSource::connect_lazily(config, expected).map_err(failed)?)
+            let source = NbdSource::connect_lazily(config, expected).map_err(failed)?;
+            Ok((source, (e.kind == SourceErrorKind::Untrusted).then_some(e)))
         }
         Err(e) => Err(failed(e)),
     }

@@ -169,6 +169,12 @@ impl Relocation {
         &self.source
     }
 
+    /// The source is away, or not believed, and why.
+    pub(super) fn source_told(&self, error: &SourceError) {
+        *lock(&self.trouble) = Some(error.clone());
+        self.source_went(error);
+    }
+
     /// Looks at the mover, for the status.
     pub(super) fn with_mover<R>(&self, look: impl FnOnce(&Mover<Reader>) -> R) -> R {
         look(&lock(&self.mover))
@@ -768,8 +774,7 @@ impl SourceWatcher for Watch {
         if let Some(relocation) = self.0.upgrade()
             && !relocation.retired.load(Ordering::Acquire)
         {
-            *lock(&relocation.trouble) = Some(error.clone());
-            relocation.source_went(error);
+            relocation.source_told(error);
         }
     }
 }

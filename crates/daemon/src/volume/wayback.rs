@@ -186,7 +186,8 @@ impl Volume {
 
     /// Records, as the last thing before the end, when the image was written last.
     pub(super) fn note_close(&self, state: &mut StateDir) -> io::Result<()> {
-        if !self.way_back.is_kept() {
+        let ties = &state.identity().ties;
+        if !ties.way_back && ties.base.is_none() {
             return Ok(());
         }
         let written = self.store.modified()?;
