@@ -242,7 +242,7 @@ impl Volume {
             );
             return;
         }
-        if self.life() != LifeState::Local {
+        if self.wants_bases() {
             self.ask_for_bases(arrival);
         }
         while !arrival.is_stopping() && self.life() != LifeState::Local {
@@ -270,9 +270,14 @@ impl Volume {
         }
     }
 
+    /// Also when all is here already: where the way back is kept, the older copies are still known.
+    fn wants_bases(&self) -> bool {
+        self.life() != LifeState::Local || self.way_back.is_kept()
+    }
+
     fn ask_for_bases(&self, arrival: &Arrival) {
         let id = arrival.ticket.id();
-        while !arrival.is_stopping() && self.life() != LifeState::Local {
+        while !arrival.is_stopping() && self.wants_bases() {
             match arrival.link.tell(&Tell::Bases { id }, PATIENCE) {
                 Ok(Told::Bases(bases)) => {
                     let blocks_of = |ranges: Vec<ByteRange>| {

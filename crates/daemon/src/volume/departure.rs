@@ -38,6 +38,8 @@ struct Session {
     /// Which tracking of changes this is: what was copied before it began may have changed unseen.
     epoch: u64,
     map: ChangeMap,
+    /// The old copy that it has, if it is known in what that differs: that was marked.
+    base: Option<MoveId>,
     /// The answer to its last question, until it asks the next.
     told: Mutex<(u64, Vec<BlockRange>)>,
     /// When it was heard of last, in turns of [`Departures::turn`].
@@ -147,6 +149,7 @@ impl Session {
             // 0 means none.
             epoch: epoch | 1,
             map: ChangeMap::new(geometry),
+            base: None,
             told: Mutex::new((0, Vec::new())),
             heard: AtomicU64::new(0),
         })
@@ -325,7 +328,10 @@ impl Volume {
         if stance == Stance::Standby && self.life() != LifeState::Standby {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
             let session = match known {
-                Some(session) => session,
+                Some(session) => {
+                    attached.knows_base = base.is_some() && session.base == base;
+                    session
+                }
                 None if departed => return Ok(Told::Attached(attached)),
                 None => self.begin_session(id, base, &mut attached)?,
             };
@@ -350,14 +356,25 @@ impl Volume {
         self.need_state().map_err(|e| {
             format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
         })?;
-        let session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        let mut session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        // Whether it is known does not change to the better; in what it differs is asked below.
+        session.base = base.filter(|base| self.knows_base(*base));
         let known = self.departures.find(id).is_some();
         // In this order: a change that is too early to be marked is in the difference.
         let session = self.departures.open(session);
-        let since = base.and_then(|base| self.since(base));
-        attached.knows_base = since.is_some();
-        for run in since.into_iter().flatten() {
-            session.map.mark(run);
+        match session.base.map(|base| self.since(base)) {
+            None => {}
+            Some(Some(runs)) => {
+                attached.knows_base = true;
+                for run in runs {
+                    session.map.mark(run);
+                }
+            }
+            // It has just ended.
+            Some(None) => {
+                self.departures.close(id);
+                return Err("the way back has just been closed here; begin it anew".to_owned());
+            }
         }
         if !known {
             self.event(

@@ -109,6 +109,15 @@ impl Volume {
         Some(set.runs(self.geometry.blocks()))
     }
 
+    /// Whether it is known in what an older copy differs.
+    pub(super) fn knows_base(&self, base: VolumeId) -> bool {
+        self.way_back.is_kept()
+            && (self.way_back.id == Some(base)
+                || lock(&self.way_back.inherited)
+                    .iter()
+                    .any(|(id, _)| *id == base))
+    }
+
     /// All older copies of which it is known in what they differ, for whoever takes the disk over.
     /// Only once nothing is written here any more.
     pub fn bases(&self) -> Vec<(VolumeId, Vec<BlockRange>)> {
