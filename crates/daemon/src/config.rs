@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use hikkoshi_wan::transport::pack::{MAX_LEVEL as MAX_COMPRESSION_LEVEL, Packing};
+
 /// Where clients are listened for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
@@ -140,6 +142,9 @@ pub struct ExportConfig {
     pub engine: Engine,
     /// What is spoken with its source, and with destinations that it moves to.
     pub transport: Transport,
+    /// How what comes from its source is to be compressed; with `None` nothing is compressed for
+    /// destinations either.
+    pub compress: Packing,
     /// Where the disk moves from.
     pub source: Option<SourceConfig>,
 }

@@ -125,6 +125,9 @@ pub struct Counters {
     pub blocks_installed: u64,
     /// Bytes found to be zero at the source, so never sent.
     pub zero_bytes_skipped: u64,
+    /// Bytes that did not cross the link because what did was compressed.
+    #[serde(default)]
+    pub packed_bytes_saved: u64,
     /// Connections to the source given up because bytes were changed on their way.
     #[serde(default)]
     pub checksum_failures: u64,

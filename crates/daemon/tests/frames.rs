@@ -18,6 +18,7 @@ use hikkoshi_daemon::config::Transport;
 use hikkoshi_nbd::client::{Handshake, HandshakeConfig, Progress};
 use hikkoshi_wan::transport::frame::Side;
 use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
+use hikkoshi_wan::transport::pack::Packing;
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
 use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind};
 use proxy::{Fault, Proxy, Way};
@@ -327,7 +328,9 @@ impl Raw {
         self.send(Request::Wish {
             id,
             priority,
-            wish: Wish::Read,
+            wish: Wish::Read {
+                packing: Packing::None,
+            },
             offset,
             len,
         });
@@ -401,7 +404,9 @@ fn nonsense_costs_a_client_its_connection_and_nobody_else() {
     let wish = |id, offset, len| Request::Wish {
         id,
         priority: Priority::DEMAND,
-        wish: Wish::Read,
+        wish: Wish::Read {
+            packing: Packing::None,
+        },
         offset,
         len,
     };

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hikkoshi_daemon::config::{
-    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, Prepare, SourceLoss, Transport,
+    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, MAX_COMPRESSION_LEVEL as MAX_LEVEL,
+    Packing, Prepare, SourceLoss, Transport,
 };
 
 use crate::{address, quantity};
@@ -241,6 +242,7 @@ pub struct Serve {
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
         "engine", "size", "heat", "verify", "transport", "prepare", "way_back", "comes_back",
+        "compress",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -301,6 +303,11 @@ pub struct Serve {
     /// What is spoken with another hikkoshi, as source or destination of this disk
     #[arg(long, value_enum, default_value_t)]
     pub transport: TransportName,
+    /// How what comes over the link is compressed, if the source is hikkoshi, too: auto, zstd:N
+    /// (1 to 19), lz4 or none; with none this disk is not compressed for others, either
+    #[arg(long, value_name = "auto|zstd:N|lz4|none", default_value = "auto",
+        value_parser = parse_packing)]
+    pub compress: Packing,
     /// Where the durable state lives [default: IMAGE.hikkoshi]
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
@@ -456,6 +463,23 @@ pub fn parse_connections(text: &str) -> Result<usize, String> {
     }
 }
 
+/// `auto`, `zstd:N`, `lz4` or `none`.
+///
+/// # Errors
+/// It is none of these.
+pub fn parse_packing(text: &str) -> Result<Packing, String> {
+    let level = |text: &str| text.parse().ok().filter(|n| (1..=MAX_LEVEL).contains(n));
+    match (text, text.strip_prefix("zstd:").and_then(level)) {
+        ("auto", _) => Ok(Packing::Auto),
+        ("lz4", _) => Ok(Packing::Lz4),
+        ("none", _) => Ok(Packing::None),
+        (_, Some(level)) => Ok(Packing::Zstd(level)),
+        _ => Err(format!(
+            "must be auto, zstd:1 to zstd:{MAX_LEVEL}, lz4 or none"
+        )),
+    }
+}
+
 /// `wait` or `error:SECONDS`.
 ///
 /// # Errors
@@ -549,7 +573,6 @@ mod tests {
             "disk.img --block-size 2M",
             "disk.img --from nbd://old/ --connections 0",
             "disk.img --from nbd://old/ --on-source-loss error",
-            "disk.img --compress auto",
         ] {
             assert!(serve(line).is_err(), "{line}");
         }

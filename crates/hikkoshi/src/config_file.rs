@@ -47,6 +47,7 @@ struct Export {
     read_only: bool,
     engine: Option<String>,
     transport: Option<String>,
+    compress: Option<String>,
     from: Option<String>,
     handoff: Option<String>,
     background: Option<bool>,
@@ -132,6 +133,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
     let transport = value("transport", &export.transport, |text| {
         TransportName::from_str(text, false)
     })?;
+    let compress = value("compress", &export.compress, cli::parse_packing)?;
     let source = source(&export)?;
     if size.is_some() && source.is_some() {
         return Err("size: a disk that comes from elsewhere has the size it has there".into());
@@ -148,6 +150,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
         read_only: export.read_only,
         engine: engine.unwrap_or_default().into(),
         transport: transport.unwrap_or_default().into(),
+        compress: compress.unwrap_or_default(),
         source,
     };
     Ok((config, new_image))

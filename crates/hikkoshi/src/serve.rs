@@ -126,6 +126,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         read_only: args.read_only,
         engine: args.engine.into(),
         transport: args.transport.into(),
+        compress: args.compress,
         source,
     };
     Ok((export, new_image))

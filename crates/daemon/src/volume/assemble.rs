@@ -26,7 +26,7 @@ use super::space::DiskTrouble;
 use super::verify::Verification;
 use super::wayback::WayBack;
 use super::{AtCompletion, Clock, Tally, Volume};
-use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
+use crate::config::{ExportConfig, HandoffPolicy, Packing, SourceConfig, SourceLoss, Transport};
 use crate::events::{EventKind, EventLog};
 use crate::heat;
 use crate::status::LifeState;
@@ -138,6 +138,7 @@ impl Parts<'_> {
             geometry: self.geometry,
             read_only: self.config.read_only,
             frames: self.config.transport == Transport::Auto,
+            packs: self.config.compress != Packing::None,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
             on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,

@@ -44,7 +44,7 @@ use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::heat::Heat;
 use hikkoshi_store::Store;
 
-use crate::config::{HandoffPolicy, SourceLoss};
+use crate::config::{HandoffPolicy, Packing, SourceLoss};
 use crate::events::{EventKind, EventLog};
 use crate::heat;
 use crate::status::LifeState;
@@ -102,6 +102,8 @@ pub struct Volume {
     read_only: bool,
     /// Frames may be spoken with destinations that know them.
     frames: bool,
+    /// What destinations are sent may be compressed.
+    packs: bool,
     handoff_policy: HandoffPolicy,
     on_loss: SourceLoss,
     store: Arc<dyn Store>,
@@ -170,6 +172,11 @@ impl Volume {
     /// Whether destinations may have it in frames.
     pub fn speaks_frames(&self) -> bool {
         self.frames
+    }
+
+    /// How a destination that asks for `packing` is served.
+    pub fn packing_towards(&self, packing: Packing) -> Packing {
+        if self.packs { packing } else { Packing::None }
     }
 
     /// Where it stands in its life.

@@ -319,11 +319,10 @@ fn open_new(
     }
     let volume_id = live::random()?;
     let ticket = Ticket::new(volume_id, None, Stance::Standby, false);
-    let source =
-        connect(wanted, config.transport, &ticket).map_err(|source| OpenError::Source {
-            uri: wanted.uri.clone(),
-            source,
-        })?;
+    let source = connect(wanted, config, &ticket).map_err(|source| OpenError::Source {
+        uri: wanted.uri.clone(),
+        source,
+    })?;
     let fenced_source = ticket.attached().is_some();
     if fenced_source {
         ticket.require();
@@ -427,12 +426,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         };
         Ticket::new(identity.volume_id, base, stance, true)
     });
-    let (source, refused) = reconnect(
-        &wanted,
-        config.transport,
-        identity.geometry,
-        ticket.as_ref(),
-    )?;
+    let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let mut sync = || store.sync();
@@ -550,7 +544,7 @@ fn arrival(
         uri: wanted.uri.clone(),
         source,
     };
-    let line = source_config(wanted, config.transport, Some(&ticket)).map_err(failed)?;
+    let line = source_config(wanted, config, Some(&ticket)).map_err(failed)?;
     let link = Arc::new(MoveLine::new(line));
     Ok(Arrival::new(ticket, link, wanted.prepare, geometry))
 }
@@ -741,7 +735,7 @@ fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig,
 
 fn source_config(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     ticket: Option<&Arc<Ticket>>,
 ) -> Result<NbdSourceConfig, SourceError> {
     let bad = |why: String| SourceError::new(SourceErrorKind::Untrusted, why);
@@ -758,7 +752,8 @@ fn source_config(
     let mut config = NbdSourceConfig::new(parsed.address, parsed.export);
     config.uri.clone_from(&wanted.uri);
     config.connections = wanted.connections.max(1);
-    config.frames = transport == Transport::Auto;
+    config.frames = export.transport == Transport::Auto;
+    config.packing = export.compress;
     config.ticket = ticket.cloned();
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,
     // nothing that is read is kept.
@@ -774,17 +769,17 @@ fn source_config(
 
 pub(super) fn connect(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     ticket: &Arc<Ticket>,
 ) -> Result<Arc<dyn Source>, SourceError> {
-    let config = source_config(wanted, transport, Some(ticket))?;
+    let config = source_config(wanted, export, Some(ticket))?;
     Ok(NbdSource::connect(config)?)
 }
 
 /// A source that may be away right now, or not be believed, and then why not.
 fn reconnect(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     geometry: Geometry,
     ticket: Option<&Arc<Ticket>>,
 ) -> Result<(Arc<dyn Source>, Option<SourceError>), OpenError> {
@@ -792,7 +787,7 @@ fn reconnect(
         uri: wanted.uri.clone(),
         source,
     };
-    let config = source_config(wanted, transport, ticket).map_err(failed)?;
+    let config = source_config(wanted, export, ticket).map_err(failed)?;
     // What is here is to be served soon, wherever the source is.
     let soon = NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,

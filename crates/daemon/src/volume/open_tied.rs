@@ -168,7 +168,7 @@ pub(super) fn open_return(
     let volume_id = live::random()?;
     let dial = |base: Option<VolumeId>| {
         let ticket = Ticket::new(volume_id, base, Stance::Standby, false);
-        let source = connect(wanted, config.transport, &ticket);
+        let source = connect(wanted, config, &ticket);
         let source = source.map_err(|source| OpenError::Source {
             uri: wanted.uri.clone(),
             source,

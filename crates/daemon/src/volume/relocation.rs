@@ -63,6 +63,8 @@ pub struct Traffic {
     pub blocks_installed: AtomicU64,
     /// Bytes that were zero at the source and so were not sent.
     pub zero_bytes_skipped: AtomicU64,
+    /// Bytes that did not cross the link because what did was compressed.
+    pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
     pub checksum_failures: AtomicU64,
     /// The longest that a read has waited, in microseconds.
@@ -76,6 +78,7 @@ impl Traffic {
             (&self.wire_bytes, &other.wire_bytes),
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
             (&self.longest_wait_us, &other.longest_wait_us),
         ] {
@@ -328,6 +331,11 @@ impl Relocation {
         self.traffic
             .wire_bytes
             .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+        let holes: u64 = fetched.holes.iter().map(|(_, len)| len).sum();
+        let data = (fetched.data.len() as u64).saturating_sub(holes);
+        self.traffic
+            .packed_bytes_saved
+            .fetch_add(data.saturating_sub(fetched.wire_bytes), Ordering::Relaxed);
     }
 
     fn note_failure(&self, error: &SourceError) -> FetchFailure {

@@ -156,6 +156,7 @@ impl Volume {
             zeroes: get(&self.tally.zeroes),
             blocks_installed: get(&traffic.blocks_installed),
             zero_bytes_skipped: get(&traffic.zero_bytes_skipped),
+            packed_bytes_saved: get(&traffic.packed_bytes_saved),
             checksum_failures: relocation.map_or(get(&traffic.checksum_failures), |r| {
                 r.source.checksum_failures()
             }),

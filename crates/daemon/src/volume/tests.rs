@@ -138,6 +138,7 @@ fn config(handoff: HandoffPolicy) -> ExportConfig {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Auto,
+        compress: crate::config::Packing::Auto,
         source: Some(SourceConfig {
             handoff,
             ..SourceConfig::new("memory")

@@ -14,12 +14,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use hikkoshi_engine::geometry::ByteRange;
 use hikkoshi_nbd::server::StatusExtents;
 use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
+use hikkoshi_wan::transport::pack::Packer;
 use hikkoshi_wan::transport::session::Tell;
 use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -30,7 +32,7 @@ use crate::volume::Volume;
 use crate::volume::departure::Bound;
 use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
-use batch::{Batch, Bytes};
+use batch::{Batch, Bytes, Place};
 use post::{Letter, Outcome, Post};
 
 /// What the kernel may hold of this connection that it has not sent: enough to be sending on
@@ -83,6 +85,7 @@ pub(super) struct FrameSession {
     remote: HashSet<u64>,
     /// For which move it reads, once it has said so.
     bound: Bound,
+    packer: Packer,
 }
 
 impl FrameSession {
@@ -105,6 +108,7 @@ impl FrameSession {
             hashes: HashMap::new(),
             remote: HashSet::new(),
             bound: Bound::default(),
+            packer: Packer::default(),
         })
     }
 
@@ -126,7 +130,9 @@ impl FrameSession {
             // Only the kernel knows whether there is room for more, and it is asked at the same
             // time as for what is new, so that this is seen before the next quantum is chosen.
             let sending = !self.batch.is_empty() || self.scheduler.peek().is_some();
+            let asked_at = Instant::now();
             let seen = self.wait(sending)?;
+            let woken_at = Instant::now();
             if seen.letters {
                 self.take_letters();
             }
@@ -146,6 +152,9 @@ impl FrameSession {
                     }
                 }
                 self.batch.send(&self.socket)?;
+                if sending {
+                    self.packer.note(woken_at - asked_at, woken_at.elapsed());
+                }
             }
         }
     }
@@ -254,7 +263,7 @@ impl FrameSession {
                 self.finish(step);
             }
             Work::Wish(Wish::Extents) => self.produce_extents(step),
-            Work::Wish(Wish::Read) => match self.bytes(step) {
+            Work::Wish(Wish::Read { packing }) => match self.bytes(step) {
                 Got::Bytes(bytes) => {
                     let Step {
                         id,
@@ -263,7 +272,14 @@ impl FrameSession {
                         last,
                         ..
                     } = *step;
-                    self.batch.data(id, priority, offset, &bytes, last);
+                    let place = Place {
+                        id,
+                        priority,
+                        offset,
+                        last,
+                    };
+                    let packing = self.volume.packing_towards(packing);
+                    self.batch.data(place, &bytes, &mut self.packer, packing);
                     if last && !self.remote.contains(&id) {
                         self.volume.count_read(false);
                     }

@@ -58,6 +58,7 @@ fn world(required: bool) -> World {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Auto,
+        compress: crate::config::Packing::Auto,
         source: Some(SourceConfig {
             handoff: HandoffPolicy::Now,
             verify: required,
