@@ -57,6 +57,8 @@ pub enum EventKind {
     Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// What differs from older copies is not recorded any more.
+    WayBack,
 }
 
 impl EventKind {
@@ -82,6 +84,7 @@ impl EventKind {
             Self::FenceLifted => "fence-lifted",
             Self::Slowed => "slowed",
             Self::Prepared => "prepared",
+            Self::WayBack => "way-back",
         }
     }
 }
@@ -129,7 +132,8 @@ impl EventLog {
             | EventKind::DiskError
             | EventKind::StateTrouble
             | EventKind::Slowed
-            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::FenceLifted
+            | EventKind::WayBack => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
@@ -192,6 +196,7 @@ mod tests {
             EventKind::Departing,
             EventKind::MoveGivenUp,
             EventKind::FenceLifted,
+            EventKind::WayBack,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));
