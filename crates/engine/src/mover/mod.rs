@@ -20,6 +20,7 @@ mod flights;
 mod order;
 mod pacer;
 mod readers;
+mod scan;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
@@ -36,6 +37,7 @@ use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
 use pacer::Pacer;
 use readers::Waiter;
+use scan::Scan;
 
 /// Two missing runs with at most this much resident data between them are fetched as one: the
 /// data costs less time on the wire than a further request costs at both ends.
@@ -43,9 +45,6 @@ const MERGE_GAP_BYTES: u64 = 16 << 10;
 
 /// The longest single fetch. Longer demand reads become several, which land independently.
 const MAX_FETCH_BYTES: u64 = 1 << 20;
-
-/// How much of the disk one question for extents covers.
-const EXTENTS_BYTES: u64 = 1 << 30;
 
 /// The most blocks of zeroes that are installed in one step: bounds how long the range is locked.
 const ZERO_STEP_BYTES: u64 = 64 << 20;
@@ -63,16 +62,21 @@ const STORE_PAUSE: Duration = Duration::from_secs(5);
 /// The most refused ranges remembered; beyond it the background as a whole rests.
 const MAX_REFUSED: usize = 1024;
 
-/// In which queue a fetch travels.
+/// How urgent a fetch is, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
-    /// A guest waits for it, or will.
+    /// A guest waits for it.
     Demand,
-    /// A guest will likely ask for it soon. It must not hold demand up; with a source that knows
-    /// two lanes only it therefore travels with bulk, and goes before it by being asked for first.
+    /// The rest of a partially written block.
+    Rest,
+    /// A guest will likely ask for it soon. It must not hold demand up.
     Ahead,
+    /// The background copy of what is read often.
+    Hot,
     /// The background copy.
     Bulk,
+    /// The background copy of what is likely to be overwritten before anyone reads it.
+    Late,
 }
 
 /// Why a fetch came to nothing.
@@ -119,7 +123,7 @@ pub enum Action<W> {
         /// The blocks.
         range: BlockRange,
     },
-    /// A reader waits for these blocks of a fetch in the bulk lane now: it is as urgent as demand.
+    /// A reader waits for these blocks of a fetch now: it is as urgent as demand.
     Promote {
         /// The blocks, all of the fetch.
         range: BlockRange,
@@ -180,10 +184,8 @@ pub struct Mover<W> {
     order: CopyOrder,
     /// What is read sequentially.
     streams: Streams,
-    /// Zeroes before this block have been installed (or are being).
-    scanned_to: u64,
-    /// A question for extents is under way.
-    scanning: bool,
+    /// Which holes and zeroes are known, and what is being asked.
+    scan: Scan,
     /// Blocks that are partly written here and whose rest nobody fetches yet.
     rests: BTreeSet<BlockIndex>,
     /// Ranges the background leaves alone, and until when.
@@ -210,8 +212,7 @@ impl<W> Mover<W> {
             bucket: TokenBucket::new(policy.max_rate),
             order: CopyOrder::default(),
             streams: Streams::new(),
-            scanned_to: 0,
-            scanning: false,
+            scan: Scan::new(geometry, policy.has_extents),
             rests: BTreeSet::new(),
             refused: Vec::new(),
             store_rests_until: None,
@@ -395,6 +396,7 @@ impl<W> Mover<W> {
         out: &mut Vec<Action<W>>,
     ) {
         self.order.replace(order);
+        self.scan.order_changed();
         self.pump(now, residency, out);
     }
 
@@ -461,29 +463,20 @@ impl<W> Mover<W> {
 }
 
 fn action_for<W>(flight: FlightId, range: BlockRange, purpose: Purpose) -> Action<W> {
-    match purpose {
-        Purpose::Zero => Action::InstallZero { flight, range },
-        Purpose::Ahead | Purpose::Bulk => Action::Fetch {
-            flight,
-            range,
-            lane: if purpose == Purpose::Bulk {
-                Lane::Bulk
-            } else {
-                Lane::Ahead
-            },
-            keep: true,
-        },
-        Purpose::Demand | Purpose::Rest => Action::Fetch {
-            flight,
-            range,
-            lane: Lane::Demand,
-            keep: true,
-        },
-        Purpose::PassThrough => Action::Fetch {
-            flight,
-            range,
-            lane: Lane::Demand,
-            keep: false,
-        },
+    let (lane, keep) = match purpose {
+        Purpose::Zero => return Action::InstallZero { flight, range },
+        Purpose::PassThrough => (Lane::Demand, false),
+        Purpose::Demand => (Lane::Demand, true),
+        Purpose::Rest => (Lane::Rest, true),
+        Purpose::Ahead => (Lane::Ahead, true),
+        Purpose::Hot => (Lane::Hot, true),
+        Purpose::Bulk => (Lane::Bulk, true),
+        Purpose::Late => (Lane::Late, true),
+    };
+    Action::Fetch {
+        flight,
+        range,
+        lane,
+        keep,
     }
 }
