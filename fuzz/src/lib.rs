@@ -32,6 +32,8 @@ mod cli;
 #[path = "../../crates/hikkoshi/src/config_file.rs"]
 mod config_file;
 #[allow(dead_code)]
+mod migrate;
+#[allow(dead_code)]
 #[path = "../../crates/hikkoshi/src/plan.rs"]
 mod plan;
 #[allow(dead_code)]

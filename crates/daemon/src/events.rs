@@ -45,6 +45,18 @@ pub enum EventKind {
     Poisoned,
     /// Something of the state could not be kept; nothing is lost by it.
     StateTrouble,
+    /// A new site prepares to take the disk over.
+    Departing,
+    /// The disk has moved on.
+    Departed,
+    /// A move was given up before the handoff.
+    MoveGivenUp,
+    /// The fence of an old copy was lifted by hand.
+    FenceLifted,
+    /// The VM's writes are slowed down, so that all can be copied before the handoff.
+    Slowed,
+    /// All that can be copied before the handoff is here.
+    Prepared,
 }
 
 impl EventKind {
@@ -64,6 +76,12 @@ impl EventKind {
             Self::DiskError => "disk-error",
             Self::Poisoned => "poisoned",
             Self::StateTrouble => "state-trouble",
+            Self::Departing => "departing",
+            Self::Departed => "departed",
+            Self::MoveGivenUp => "move-given-up",
+            Self::FenceLifted => "fence-lifted",
+            Self::Slowed => "slowed",
+            Self::Prepared => "prepared",
         }
     }
 }
@@ -109,12 +127,18 @@ impl EventLog {
             | EventKind::SourceError
             | EventKind::ReadsFailed
             | EventKind::DiskError
-            | EventKind::StateTrouble => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::StateTrouble
+            | EventKind::Slowed
+            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
             | EventKind::Complete
-            | EventKind::DiskSpace => tracing::info!(export, event = name, "{text}"),
+            | EventKind::DiskSpace
+            | EventKind::Departing
+            | EventKind::Departed
+            | EventKind::MoveGivenUp
+            | EventKind::Prepared => tracing::info!(export, event = name, "{text}"),
         }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let ms = since_1970.map_or(0, |time| time.as_millis());
@@ -165,6 +189,9 @@ mod tests {
             EventKind::Opened,
             EventKind::SourceLost,
             EventKind::StateTrouble,
+            EventKind::Departing,
+            EventKind::MoveGivenUp,
+            EventKind::FenceLifted,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));
