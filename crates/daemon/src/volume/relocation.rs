@@ -231,6 +231,11 @@ impl Relocation {
         self.drive(|m, now, out| m.set_order(now, order, &self.residency, out));
     }
 
+    /// Its bytes come over a link that other disks use, too.
+    pub fn share(&self, link: &Arc<mover::Path>) {
+        lock(&self.mover).share(link);
+    }
+
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();

@@ -19,12 +19,16 @@ mod failures;
 mod flights;
 mod order;
 pub(crate) mod pacer;
+mod path;
+#[cfg(all(test, not(loom)))]
+mod path_tests;
 mod readers;
 mod scan;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::geometry::{BlockIndex, BlockRange, Geometry};
@@ -35,7 +39,8 @@ use bucket::TokenBucket;
 pub use flights::FlightId;
 use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
-use pacer::Pacer;
+pub use path::Path;
+use path::Seat;
 use readers::Waiter;
 use scan::Scan;
 
@@ -178,7 +183,8 @@ pub struct Mover<W> {
     flights: Flights,
     waiters: HashMap<u64, Waiter<W>>,
     next_waiter: u64,
-    pacer: Pacer,
+    /// How much may be in flight.
+    pacer: Seat,
     bucket: TokenBucket,
     /// Where the background copy looks next.
     order: CopyOrder,
@@ -208,7 +214,7 @@ impl<W> Mover<W> {
             flights: Flights::default(),
             waiters: HashMap::new(),
             next_waiter: 0,
-            pacer: Pacer::new(),
+            pacer: Arc::new(Path::default()).seat(0),
             bucket: TokenBucket::new(policy.max_rate),
             order: CopyOrder::default(),
             streams: Streams::new(),
@@ -217,6 +223,11 @@ impl<W> Mover<W> {
             refused: Vec::new(),
             store_rests_until: None,
         }
+    }
+
+    /// Its bytes come over a link that other disks use, too.
+    pub fn share(&mut self, path: &Arc<Path>) {
+        self.pacer = path.seat(self.pacer.in_flight());
     }
 
     /// Where the relocation stands.
