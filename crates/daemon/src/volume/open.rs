@@ -19,6 +19,7 @@ use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError};
+use hikkoshi_store::suspect::{self, RewriteError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
@@ -57,6 +58,9 @@ pub enum OpenError {
         /// What happened.
         source: io::Error,
     },
+    /// A sync failed before this start, and what it left cannot be mended.
+    #[error(transparent)]
+    Rewrite(#[from] RewriteError),
     /// The heat map that was named.
     #[error(transparent)]
     Heat(#[from] HeatFileError),
@@ -223,6 +227,11 @@ fn open_plain(
             config.image.display()
         ));
     }
+    let rewritten = if config.read_only {
+        None
+    } else {
+        settle_image(config, &store)?
+    };
     if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
         live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
@@ -247,7 +256,9 @@ fn open_plain(
         clock: system_clock(),
         heat_place: heat_place(config)?,
     };
-    Running::start(parts.plain(), None)
+    let running = Running::start(parts.plain(), None)?;
+    tell_rewritten(&running, rewritten);
+    Ok(running)
 }
 
 /// The first start of a move.
@@ -267,6 +278,7 @@ fn open_new(
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
     }
+    let rewritten = settle_image(config, &store)?;
     let identity = Identity {
         volume_id: live::random()?,
         geometry,
@@ -284,13 +296,10 @@ fn open_new(
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
     crash_point!("new.tagged");
-    move_in(
-        config,
-        wanted,
-        store,
-        source,
-        (map, Witnesses::new(seed()?)),
-    )
+    let witnesses = Witnesses::new(seed()?);
+    let running = move_in(config, wanted, store, source, (map, witnesses))?;
+    tell_rewritten(&running, rewritten);
+    Ok(running)
 }
 
 /// An image with a state: the move goes on, or is complete.
@@ -325,11 +334,13 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let source = reconnect(&wanted, config.transport, identity.geometry)?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
+    let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
     let running = move_in(config, &wanted, store, source, (map, witnesses))?;
+    tell_rewritten(&running, rewritten);
     if wanted.handoff == HandoffPolicy::Now {
         running
             .volume
@@ -421,6 +432,37 @@ fn open_image(
         ));
     }
     Ok(store)
+}
+
+/// Writes everything once more that syncs of an earlier process may have left in the page cache
+/// alone. Tells how many bytes, if any had failed.
+fn settle_image(config: &ExportConfig, store: &FileStore) -> Result<Option<u64>, RewriteError> {
+    let image = config.image.display();
+    let mut told = None;
+    let mut progress = |at: u64| {
+        let gib = at >> 30;
+        if told != Some(gib) {
+            told = Some(gib);
+            tracing::warn!(
+                "a sync of {image} failed before this start: all of it is written once more, {gib} \
+                 GiB of {} done",
+                store.size_bytes() >> 30
+            );
+        }
+    };
+    suspect::settle(store, store.mark(), &mut progress)
+}
+
+fn tell_rewritten(running: &Running, bytes: Option<u64>) {
+    if let Some(bytes) = bytes {
+        running.volume.event(
+            EventKind::Rewritten,
+            format!(
+                "a sync failed before this start: {bytes} bytes of the image were written once \
+                 more and are durable"
+            ),
+        );
+    }
 }
 
 fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
