@@ -250,6 +250,9 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     reads_waiting: 0,
     poisoned: false,
     disk_full: false,
+    prepared: None,
+    ahead_bytes: 0,
+    repeated_bytes: 0,
     background: BackgroundState::Running,
     rate_bytes_per_s: 1_000_000,
     eta_s: Some(3600),
@@ -340,6 +343,14 @@ impl Controlled for Export {
             state: VerifyState::Running,
             ..VerifyStatus::default()
         }
+    }
+
+    fn abort(&self) -> Result<(), CommandError> {
+        self.command(|status| status.state = LifeState::GivenUp)
+    }
+
+    fn release(&self, force: bool) -> Result<(), CommandError> {
+        self.command(|status| status.notes.push(format!("release, force: {force}")))
     }
 
     fn pause(&self) -> Result<(), CommandError> {

@@ -15,7 +15,7 @@ use hikkoshi_engine::journal::{
 use hikkoshi_engine::residency::{BlockState, Residency, SectorMask};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::{Directory, MemoryDirectory};
-use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Identity, Life, StateDir, StateError, Ties};
 
 use crate::input::Input;
 use crate::memory;
@@ -141,7 +141,7 @@ fn files(input: &mut Input<'_>) {
     );
     // What a handoff does, and a restart: a new epoch, from which the next one starts.
     let settled = state
-        .record_arriving()
+        .record_arriving(0)
         .and_then(|()| state.checkpoint(&residency, &mut || Ok(())));
     match settled {
         Ok(()) => {}
@@ -279,6 +279,7 @@ fn valid(input: &mut Input<'_>) -> Valid {
         source_uri: ["nbd://old/", "nbd://old/a%b\nc"][usize::from(how >> 1 & 1)].into(),
         incarnation: [how ^ 0xff; 16],
         image_inode: (how & 4 == 4).then_some(u64::from(how) << 40),
+        ties: Ties::default(),
     };
     let now = fresh(geometry);
     for _ in 0..input.below(4) {

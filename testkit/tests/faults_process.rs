@@ -161,13 +161,12 @@ fn an_orderly_end_answers_what_is_in_flight() {
         let from = ["--from", &uri, "--handoff", "now", "--no-background"];
         let here = Daemon::start(dir.path(), "new", &disk, &from).unwrap();
         let mut client = here.client().unwrap();
-        let socket = here.socket.clone();
+        let mut second = here.client().unwrap();
         let writer = std::thread::spawn(move || {
-            let mut client = hikkoshi_testkit::client::Client::connect(&socket).unwrap();
             let mut answered = 0_u64;
             while answered < 512 {
                 let at = answered * 4096;
-                match client.try_write(at, &content(NEW, at, 4096)) {
+                match second.try_write(at, &content(NEW, at, 4096)) {
                     Ok(Answer::OK) => answered += 1,
                     _ => break,
                 }

@@ -83,11 +83,27 @@ pub const NAMES: &[&str] = &[
     "local.tag-removed",
 ];
 
+/// The points of a move between two daemons of ours; those of the source begin with `fence`.
+pub const MOVE_NAMES: &[&str] = &[
+    "fence.closed",
+    "fence.synced",
+    "fence.recorded",
+    "fence.lifted",
+    "prepare.written",
+    "takeover.fenced",
+    "handoff.taken",
+    "give-up.recorded",
+];
+
 /// Whether there is a point of this name.
 pub const fn is_known(name: &str) -> bool {
+    is_in(NAMES, name) || is_in(MOVE_NAMES, name)
+}
+
+const fn is_in(names: &[&str], name: &str) -> bool {
     let mut n = 0;
-    while n < NAMES.len() {
-        if equal(NAMES[n].as_bytes(), name.as_bytes()) {
+    while n < names.len() {
+        if equal(names[n].as_bytes(), name.as_bytes()) {
             return true;
         }
         n += 1;

@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use hikkoshi_wan::transport::pack::{MAX_LEVEL as MAX_COMPRESSION_LEVEL, Packing};
+
 /// Where clients are listened for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
@@ -25,6 +27,18 @@ pub enum HandoffPolicy {
     Command,
     /// At the start: nobody uses the disk at the source any more.
     Now,
+}
+
+/// What is copied before the handoff, from a source of ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prepare {
+    /// Nothing.
+    None,
+    /// As much as there is time for.
+    #[default]
+    Ahead,
+    /// Everything: the handoff waits for it.
+    Full,
 }
 
 /// What a read that needs an unreachable source does.
@@ -82,6 +96,8 @@ pub struct SourceConfig {
     pub heat: Option<PathBuf>,
     /// Everything is compared with the source before it is let go.
     pub verify: bool,
+    /// What is copied before the handoff.
+    pub prepare: Prepare,
 }
 
 impl SourceConfig {
@@ -98,6 +114,7 @@ impl SourceConfig {
             moved: false,
             heat: None,
             verify: false,
+            prepare: Prepare::Ahead,
         }
     }
 }
@@ -119,6 +136,9 @@ pub struct ExportConfig {
     pub engine: Engine,
     /// What is spoken with its source, and with destinations that it moves to.
     pub transport: Transport,
+    /// How what comes from its source is to be compressed; with `None` nothing is compressed for
+    /// destinations either.
+    pub compress: Packing,
     /// Where the disk moves from.
     pub source: Option<SourceConfig>,
 }

@@ -47,6 +47,18 @@ pub enum EventKind {
     Rewritten,
     /// Something of the state could not be kept; nothing is lost by it.
     StateTrouble,
+    /// A new site prepares to take the disk over.
+    Departing,
+    /// The disk has moved on.
+    Departed,
+    /// A move was given up before the handoff.
+    MoveGivenUp,
+    /// The fence of an old copy was lifted by hand.
+    FenceLifted,
+    /// The VM's writes are slowed down, so that all can be copied before the handoff.
+    Slowed,
+    /// All that can be copied before the handoff is here.
+    Prepared,
 }
 
 impl EventKind {
@@ -67,6 +79,12 @@ impl EventKind {
             Self::Poisoned => "poisoned",
             Self::Rewritten => "rewritten",
             Self::StateTrouble => "state-trouble",
+            Self::Departing => "departing",
+            Self::Departed => "departed",
+            Self::MoveGivenUp => "move-given-up",
+            Self::FenceLifted => "fence-lifted",
+            Self::Slowed => "slowed",
+            Self::Prepared => "prepared",
         }
     }
 }
@@ -113,12 +131,18 @@ impl EventLog {
             | EventKind::ReadsFailed
             | EventKind::DiskError
             | EventKind::Rewritten
-            | EventKind::StateTrouble => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::StateTrouble
+            | EventKind::Slowed
+            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
             | EventKind::Complete
-            | EventKind::DiskSpace => tracing::info!(export, event = name, "{text}"),
+            | EventKind::DiskSpace
+            | EventKind::Departing
+            | EventKind::Departed
+            | EventKind::MoveGivenUp
+            | EventKind::Prepared => tracing::info!(export, event = name, "{text}"),
         }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let ms = since_1970.map_or(0, |time| time.as_millis());
@@ -169,6 +193,9 @@ mod tests {
             EventKind::Opened,
             EventKind::SourceLost,
             EventKind::StateTrouble,
+            EventKind::Departing,
+            EventKind::MoveGivenUp,
+            EventKind::FenceLifted,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));

@@ -46,6 +46,17 @@ pub trait Controlled: Send + Sync {
     /// # Errors
     /// The export has no source, or the record could not be made durable.
     fn handoff(&self) -> Result<(), CommandError>;
+    /// Gives the move here up before the handoff: the source is as it was. Returns once that is
+    /// durable here.
+    ///
+    /// # Errors
+    /// It is too late, or there is no move from one of ours.
+    fn abort(&self) -> Result<(), CommandError>;
+    /// Lifts the fence of the old copy of a disk that has moved on. Only with `force`.
+    ///
+    /// # Errors
+    /// There is none, it could not be recorded, or `force` is missing.
+    fn release(&self, force: bool) -> Result<(), CommandError>;
     /// What has happened to it, with numbers above `since`, as far as it is kept. Never waits.
     fn events(&self, since: u64) -> Vec<Event>;
 

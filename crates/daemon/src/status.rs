@@ -12,6 +12,13 @@ pub enum LifeState {
     Standby,
     /// The VM runs here; blocks are still coming.
     Arriving,
+    /// A plain disk image that a new site prepares to take over; the VM still runs here.
+    Departing,
+    /// The disk has moved on: this is its old copy, and takes no writes.
+    Departed,
+    /// The move here was given up before the handoff.
+    #[serde(rename = "given-up")]
+    GivenUp,
 }
 
 /// What the background copy does.
@@ -59,6 +66,16 @@ pub struct ExportStatus {
     /// Something did not fit onto the disk a short while ago.
     #[serde(default)]
     pub disk_full: bool,
+    /// While the disk stands by: whether all that can be copied before the handoff is here; `null`
+    /// where nothing is copied before it.
+    #[serde(default)]
+    pub prepared: Option<bool>,
+    /// While the disk stands by: bytes that are here ahead of the handoff.
+    #[serde(default)]
+    pub ahead_bytes: u64,
+    /// While the disk stands by: bytes that were copied again because the VM had changed them.
+    #[serde(default)]
+    pub repeated_bytes: u64,
     /// The background copy.
     pub background: BackgroundState,
     /// How fast blocks become resident, bytes per second, over the last seconds.
@@ -96,6 +113,9 @@ pub struct Counters {
     pub blocks_installed: u64,
     /// Bytes found to be zero at the source, so never sent.
     pub zero_bytes_skipped: u64,
+    /// Bytes that did not cross the link because what did was compressed.
+    #[serde(default)]
+    pub packed_bytes_saved: u64,
     /// Connections to the source given up because bytes were changed on their way.
     #[serde(default)]
     pub checksum_failures: u64,

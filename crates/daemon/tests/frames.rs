@@ -18,6 +18,7 @@ use hikkoshi_daemon::config::Transport;
 use hikkoshi_nbd::client::{Handshake, HandshakeConfig, Progress};
 use hikkoshi_wan::transport::frame::Side;
 use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
+use hikkoshi_wan::transport::pack::Packing;
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
 use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind};
 use proxy::{Fault, Proxy, Way};
@@ -130,6 +131,8 @@ fn read_through(site: &Site, data: &[u8], fault: Fault, way: Way) -> (Vec<Source
     let mut config = support::fake::config(proxy.port());
     // What is lost is missed only by waiting for it.
     config.progress_timeout = Some(Duration::from_millis(300));
+    // So many bytes cross the link as the disk has.
+    config.packing = Packing::None;
     let source = NbdSource::connect(config).unwrap();
     assert!(source.speaks_frames(), "the fault is behind the handshake");
     let len = 128 << 10;
@@ -327,7 +330,9 @@ impl Raw {
         self.send(Request::Wish {
             id,
             priority,
-            wish: Wish::Read,
+            wish: Wish::Read {
+                packing: Packing::None,
+            },
             offset,
             len,
         });
@@ -401,7 +406,9 @@ fn nonsense_costs_a_client_its_connection_and_nobody_else() {
     let wish = |id, offset, len| Request::Wish {
         id,
         priority: Priority::DEMAND,
-        wish: Wish::Read,
+        wish: Wish::Read {
+            packing: Packing::None,
+        },
         offset,
         len,
     };
@@ -467,4 +474,43 @@ fn the_server_is_told_what_a_guest_waits_for() {
     assert_eq!(order, [1, 0]);
     source.close();
     site.daemon.shutdown().unwrap();
+}
+
+/// What is read most at the source is what comes first, without anybody saying so.
+#[test]
+fn the_source_tells_what_to_copy_first() {
+    let (dir, data) = (TempDir::new().unwrap(), pattern(24 << 20));
+    let old = Site::with(dir.path(), "old", &data, On::Tcp);
+    let mut plain = old.client();
+    plain.frames = false;
+    let guest = NbdSource::connect(plain).unwrap();
+    for _ in 0..20 {
+        let read = submit_read(&*guest, Lane::Demand, 20 << 20, 1 << 20);
+        outcome(&read).unwrap();
+    }
+    guest.close();
+    let mut wanted = Wanted::from(On::Unix, &old.uri());
+    wanted.source().max_rate = Some(1 << 20);
+    let new = Site::start(dir.path(), "new", wanted);
+    wait_until("something is here", || {
+        new.status().resident_bytes > 3 << 20
+    });
+    // Heat is handed on, and what was hot is here although the rest is not.
+    let map = new.export().heat();
+    assert!(
+        map.regions
+            .iter()
+            .any(|region| region.region == 20 && region.reads > 0)
+    );
+    let counters = new.status().counters;
+    let mut client = new.client();
+    client.frames = false;
+    let guest = NbdSource::connect(client).unwrap();
+    outcome(&submit_read(&*guest, Lane::Demand, 20 << 20, 1 << 20)).unwrap();
+    guest.close();
+    let after = new.status();
+    assert_eq!(after.counters.reads_remote, counters.reads_remote);
+    assert!(after.absent_bytes > 0, "everything was here already");
+    new.daemon.shutdown().unwrap();
+    old.daemon.shutdown().unwrap();
 }

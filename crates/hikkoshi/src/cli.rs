@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hikkoshi_daemon::config::{
-    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, SourceLoss, Transport,
+    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, MAX_COMPRESSION_LEVEL as MAX_LEVEL,
+    Packing, Prepare, SourceLoss, Transport,
 };
 
+use crate::migrate::args::Migrate;
 use crate::{address, quantity};
 
 const AFTER_HELP: &str = "\
@@ -45,10 +47,16 @@ pub enum Command {
     Limit(Limit),
     /// Say that the VM runs here from now on
     Handoff(Target),
+    /// Give a move up before the handoff: the disk stays at the source, as it was
+    Abort(Target),
+    /// Lift the fence of an old copy whose disk has moved on
+    Release(Release),
     /// Write down how much an export is read and written where: what to copy first when it moves
     Heat(Heat),
     /// Compare a disk that moves here with its source
     Verify(Verify),
+    /// Move a VM that QEMU runs to another site, and its disks with it
+    Migrate(Box<Migrate>),
     /// Show a whole move on this machine: no root, no set-up, about a minute
     Demo(Demo),
     /// Print the completions for a shell
@@ -70,6 +78,19 @@ pub struct Control {
 pub struct Target {
     /// The export [default: the one that is moving, or the only one]
     pub export: Option<String>,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+/// `release`.
+#[derive(Args, Debug)]
+pub struct Release {
+    /// The export [default: the only one]
+    pub export: Option<String>,
+    /// The other copy is lost, or will never be used again: writes are accepted here, and what was
+    /// written there is not here
+    #[arg(long)]
+    pub force: bool,
     #[command(flatten)]
     pub control: Control,
 }
@@ -127,6 +148,8 @@ pub enum Goal {
     Arriving,
     /// The disk is a plain local one that needs nobody
     Local,
+    /// All that can be copied before the handoff is here: time to migrate the VM
+    Prepared,
 }
 
 /// `wait`.
@@ -221,7 +244,8 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size", "heat", "verify", "transport",
+        "engine", "size", "heat", "verify", "transport", "prepare",
+        "compress",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -243,6 +267,9 @@ pub struct Serve {
     /// When the VM counts as running here
     #[arg(long, value_enum, default_value_t, requires = "from")]
     pub handoff: Handoff,
+    /// What is copied before the handoff, if the source is hikkoshi, too
+    #[arg(long, value_enum, default_value_t, requires = "from")]
+    pub prepare: PrepareName,
     /// Fetch only what is read
     #[arg(long, requires = "from")]
     pub no_background: bool,
@@ -272,6 +299,11 @@ pub struct Serve {
     /// What is spoken with another hikkoshi, as source or destination of this disk
     #[arg(long, value_enum, default_value_t)]
     pub transport: TransportName,
+    /// How what comes over the link is compressed, if the source is hikkoshi, too: auto, zstd:N
+    /// (1 to 19), lz4 or none; with none this disk is not compressed for others, either
+    #[arg(long, value_name = "auto|zstd:N|lz4|none", default_value = "auto",
+        value_parser = parse_packing)]
+    pub compress: Packing,
     /// Where the durable state lives [default: IMAGE.hikkoshi]
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
@@ -350,6 +382,28 @@ impl From<Handoff> for HandoffPolicy {
     }
 }
 
+/// What is copied before the handoff.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum PrepareName {
+    /// Nothing
+    None,
+    /// As much as there is time for
+    #[default]
+    Ahead,
+    /// Everything: the handoff waits for it
+    Full,
+}
+
+impl From<PrepareName> for Prepare {
+    fn from(prepare: PrepareName) -> Self {
+        match prepare {
+            PrepareName::None => Self::None,
+            PrepareName::Ahead => Self::Ahead,
+            PrepareName::Full => Self::Full,
+        }
+    }
+}
+
 /// How the image is read when it is not in the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum EngineName {
@@ -402,6 +456,23 @@ pub fn parse_connections(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=MAX_CONNECTIONS).contains(&n) => Ok(n),
         _ => Err(format!("{text:?} is no number from 1 to {MAX_CONNECTIONS}")),
+    }
+}
+
+/// `auto`, `zstd:N`, `lz4` or `none`.
+///
+/// # Errors
+/// It is none of these.
+pub fn parse_packing(text: &str) -> Result<Packing, String> {
+    let level = |text: &str| text.parse().ok().filter(|n| (1..=MAX_LEVEL).contains(n));
+    match (text, text.strip_prefix("zstd:").and_then(level)) {
+        ("auto", _) => Ok(Packing::Auto),
+        ("lz4", _) => Ok(Packing::Lz4),
+        ("none", _) => Ok(Packing::None),
+        (_, Some(level)) => Ok(Packing::Zstd(level)),
+        _ => Err(format!(
+            "must be auto, zstd:1 to zstd:{MAX_LEVEL}, lz4 or none"
+        )),
     }
 }
 
@@ -495,7 +566,6 @@ mod tests {
             "disk.img --block-size 2M",
             "disk.img --from nbd://old/ --connections 0",
             "disk.img --from nbd://old/ --on-source-loss error",
-            "disk.img --compress auto",
         ] {
             assert!(serve(line).is_err(), "{line}");
         }

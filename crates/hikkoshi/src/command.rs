@@ -1,9 +1,9 @@
-//! `pause`, `resume`, `limit` and `handoff`: commands to an export of a running daemon.
+//! `pause`, `resume`, `limit`, `handoff`, `abort` and `release`: commands to an export of a running daemon.
 
 use hikkoshi_daemon::control::client::Command;
 
 use crate::choose;
-use crate::cli::{Limit, Target};
+use crate::cli::{Limit, Release, Target};
 use crate::failure::Failure;
 use crate::quantity;
 
@@ -34,4 +34,16 @@ pub fn limit(args: Limit) -> Result<(), Failure> {
         control: args.control,
     };
     run(&target, Command::Limit(rate))
+}
+
+/// `release [EXPORT] [--force]`.
+///
+/// # Errors
+/// As [`run`].
+pub fn release(args: Release) -> Result<(), Failure> {
+    let target = Target {
+        export: args.export,
+        control: args.control,
+    };
+    run(&target, Command::Release { force: args.force })
 }

@@ -12,7 +12,7 @@ use hikkoshi_daemon::config::{
 use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use serde::Deserialize;
 
-use crate::cli::{self, ControlPlace, EngineName, Handoff, TransportName};
+use crate::cli::{self, ControlPlace, EngineName, Handoff, PrepareName, TransportName};
 use crate::plan::{NewImage, Plan};
 use crate::{address, quantity};
 
@@ -47,6 +47,7 @@ struct Export {
     read_only: bool,
     engine: Option<String>,
     transport: Option<String>,
+    compress: Option<String>,
     from: Option<String>,
     handoff: Option<String>,
     background: Option<bool>,
@@ -57,6 +58,7 @@ struct Export {
     source_moved: Option<bool>,
     heat: Option<PathBuf>,
     verify: Option<bool>,
+    prepare: Option<String>,
 }
 
 /// Reads a configuration file.
@@ -128,6 +130,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
     let transport = value("transport", &export.transport, |text| {
         TransportName::from_str(text, false)
     })?;
+    let compress = value("compress", &export.compress, cli::parse_packing)?;
     let source = source(&export)?;
     if size.is_some() && source.is_some() {
         return Err("size: a disk that comes from elsewhere has the size it has there".into());
@@ -144,6 +147,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
         read_only: export.read_only,
         engine: engine.unwrap_or_default().into(),
         transport: transport.unwrap_or_default().into(),
+        compress: compress.unwrap_or_default(),
         source,
     };
     Ok((config, new_image))
@@ -161,6 +165,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("source-moved", export.source_moved.is_some()),
             ("heat", export.heat.is_some()),
             ("verify", export.verify.is_some()),
+            ("prepare", export.prepare.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -169,6 +174,9 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
     };
     let handoff = value("handoff", &export.handoff, |text| {
         Handoff::from_str(text, false)
+    })?;
+    let prepare = value("prepare", &export.prepare, |text| {
+        PrepareName::from_str(text, false)
     })?;
     let on_loss = value(
         "on-source-loss",
@@ -188,6 +196,7 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         moved: export.source_moved.unwrap_or(false),
         heat: export.heat.clone(),
         verify: export.verify.unwrap_or(false),
+        prepare: prepare.unwrap_or_default().into(),
     }))
 }
 

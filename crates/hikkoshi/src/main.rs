@@ -13,6 +13,7 @@ mod demo;
 mod events;
 mod failure;
 mod heat;
+mod migrate;
 mod pages;
 mod plan;
 mod quantity;
@@ -68,9 +69,12 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Pause(target) => command::run(&target, Control::Pause),
         Command::Resume(target) => command::run(&target, Control::Resume),
         Command::Handoff(target) => command::run(&target, Control::Handoff),
+        Command::Abort(target) => command::run(&target, Control::Abort),
+        Command::Release(args) => command::release(args),
         Command::Heat(args) => heat::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Limit(args) => command::limit(args),
+        Command::Migrate(args) => migrate::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => pages::completions(&args),
         Command::Man(args) => pages::man(&args),

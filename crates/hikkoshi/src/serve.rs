@@ -110,6 +110,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         moved: args.source_moved,
         heat: args.heat,
         verify: args.verify,
+        prepare: args.prepare.into(),
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),
@@ -123,6 +124,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         read_only: args.read_only,
         engine: args.engine.into(),
         transport: args.transport.into(),
+        compress: args.compress,
         source,
     };
     Ok((export, new_image))
@@ -184,7 +186,9 @@ fn announce(daemon: &Daemon) {
             .collect();
         let source = status.source.as_deref().unwrap_or("its source");
         let life = match status.state {
-            LifeState::Local => String::new(),
+            LifeState::Local | LifeState::Departing => String::new(),
+            LifeState::Departed => "; departed: the old copy, read-only".to_owned(),
+            LifeState::GivenUp => "; given up".to_owned(),
             LifeState::Standby => format!("; standby, the VM still runs at {source}"),
             LifeState::Arriving => format!("; arriving from {source}"),
         };

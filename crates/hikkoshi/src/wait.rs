@@ -83,11 +83,12 @@ fn print_json(args: &cli::Wait, now: &ExportStatus) -> Result<(), Failure> {
 fn reached(goal: Goal, now: &ExportStatus) -> bool {
     match goal {
         Goal::Local => now.state == LifeState::Local,
-        Goal::Arriving => now.state != LifeState::Standby,
+        Goal::Arriving => !matches!(now.state, LifeState::Standby | LifeState::GivenUp),
+        Goal::Prepared => now.state != LifeState::Standby || now.prepared == Some(true),
         Goal::Resident => match now.state {
-            LifeState::Local => true,
-            LifeState::Standby => now.absent_bytes == 0,
-            LifeState::Arriving => false,
+            LifeState::Local | LifeState::Departing => true,
+            LifeState::Standby | LifeState::Departed => now.absent_bytes == 0,
+            LifeState::Arriving | LifeState::GivenUp => false,
         },
     }
 }
@@ -95,6 +96,10 @@ fn reached(goal: Goal, now: &ExportStatus) -> bool {
 /// Why the goal may not be reached by waiting alone.
 fn obstacle(goal: Goal, now: &ExportStatus) -> Option<&'static str> {
     match (now.state, now.background) {
+        (LifeState::Standby, _) if goal == Goal::Prepared => now.prepared.is_none().then_some(
+            "nothing is copied before the handoff: the source is not hikkoshi, or --prepare none",
+        ),
+        (LifeState::GivenUp, _) => Some("the move here was given up; it will not come further"),
         (LifeState::Standby, _) if goal != Goal::Arriving => {
             Some("the disk is on standby: it begins to move with the handoff (`hikkoshi handoff`)")
         }
@@ -117,6 +122,7 @@ fn goal_word(goal: Goal) -> &'static str {
         Goal::Resident => "resident",
         Goal::Arriving => "arriving",
         Goal::Local => "local",
+        Goal::Prepared => "prepared",
     }
 }
 

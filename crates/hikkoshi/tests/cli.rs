@@ -256,6 +256,8 @@ fn a_disk_moves_by_the_commands_alone() {
         &listen,
         "--handoff",
         "command",
+        "--prepare",
+        "none",
     ];
     let moving = Served::start(dir.path(), "destination", &words);
     assert!(moving.ready.contains("standby"), "{}", moving.ready);

@@ -227,6 +227,18 @@ impl Store for FileStore {
         })
     }
 
+    fn modified(&self) -> io::Result<Option<i64>> {
+        if self.image.medium == Medium::Block {
+            return Ok(None);
+        }
+        let stat = rustix::fs::fstat(&self.image.file)?;
+        let nanoseconds = i64::try_from(stat.st_mtime_nsec).unwrap_or(0);
+        Ok(stat
+            .st_mtime
+            .checked_mul(1_000_000_000)
+            .map(|s| s + nanoseconds))
+    }
+
     fn extents(&self, offset: u64, len: u64, max: usize) -> io::Result<Vec<Extent>> {
         self.check(offset, len)?;
         if self.image.medium == Medium::Block && len > 0 && max > 0 {

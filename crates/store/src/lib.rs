@@ -129,6 +129,14 @@ pub trait Store: Send + Sync + 'static {
     /// not call again and believe the answer.
     fn sync(&self) -> io::Result<()>;
 
+    /// When it was written last, in nanoseconds since 1970; `None` where that cannot be told.
+    ///
+    /// # Errors
+    /// The medium failed.
+    fn modified(&self) -> io::Result<Option<i64>> {
+        Ok(None)
+    }
+
     /// Extents from `offset` on, in order and without gaps, at most `max` of them, covering at
     /// most `len` bytes (fewer when `max` is reached). Neighbours of one kind are merged.
     ///

@@ -20,7 +20,7 @@ use hikkoshi_engine::sync::AtomicU64;
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
-use crate::state::{Identity, Life, StateDir, StateError, hex};
+use crate::state::{Identity, StateDir, StateError, hex};
 
 const MAGIC: [u8; 8] = *b"HKKLIVE1";
 
@@ -415,7 +415,7 @@ fn find(
         && meta.len() == (HEADER_BYTES + words * 8) as u64
         && file.read_exact_at(&mut found, 0).is_ok()
         && found == wanted;
-    if !ours || identity.life == Life::Local {
+    if !ours || !identity.keeps_map() {
         return Ok(None);
     }
     let mapping = Mapping::new(&file, words).map_err(|e| trouble("mapping", &path, e))?;

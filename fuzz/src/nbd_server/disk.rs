@@ -14,7 +14,7 @@ use hikkoshi_engine::journal::empty_snapshot;
 use hikkoshi_engine::residency::Residency;
 use hikkoshi_engine::sync::AtomicU64 as Word;
 use hikkoshi_store::medium::{Directory, MemoryDirectory};
-use hikkoshi_store::state::{Identity, Life, StateDir};
+use hikkoshi_store::state::{Identity, Life, StateDir, Ties};
 use hikkoshi_store::{MemoryStore, Store};
 use hikkoshi_wan::{MemorySource, Source, SourceErrorKind};
 
@@ -125,6 +125,7 @@ fn config(name: &str, handoff: Option<HandoffPolicy>) -> ExportConfig {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Nbd,
+        compress: hikkoshi_daemon::config::Packing::Auto,
         source: handoff.map(|handoff| SourceConfig {
             handoff,
             ..SourceConfig::new("memory")
@@ -324,6 +325,7 @@ fn moving(
         source_uri: "memory".into(),
         incarnation: [2; 16],
         image_inode: None,
+        ties: Ties::default(),
     };
     // Not by `create_in`: that writes 4 MiB of zeroes, which a run has no time for.
     dir.replace("log", &[0; 4096]).unwrap();

@@ -13,7 +13,7 @@ use hikkoshi_engine::geometry::{BlockIndex, BlockRange};
 use hikkoshi_engine::mover::Mover;
 use hikkoshi_store::Store;
 use hikkoshi_store::live::{OpenedMap, open_complete_in, open_map_in};
-use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::suspect;
 use hikkoshi_wan::{Source, SourceInfo};
 
@@ -118,6 +118,7 @@ impl Opening {
             had_source: true,
             clock: self.sim.clock(),
             heat_place: None,
+            make_state: None,
         };
         if state.identity().life == Life::Local {
             self.settle_disk()?;
@@ -144,6 +145,7 @@ impl Opening {
         let wanted = config.source.as_ref().expect("every plan has one");
         let witnesses = state.witnesses(incarnation[0])?;
         Ok(Some(parts(state).moving(Moving {
+            arrival: None,
             wanted,
             source,
             residency,
@@ -191,6 +193,7 @@ impl World {
             source_uri: "simulated".into(),
             incarnation: [2; 16],
             image_inode: None,
+            ties: Ties::default(),
         };
         if now {
             (self.touched, self.handed_off) = (true, true);

@@ -284,12 +284,4 @@ pub const MUTATIONS: &[Mutation] = &[
             "        if let Err(e) = mark.is_raised() {",
         )],
     },
-    Mutation {
-        name: "rewriting that a kill cut short believed",
-        file: SUSPECT,
-        edits: &[(
-            "    let written = rewrite(store, progress)?;\n",
-            "    mark.clear().map_err(failed(\"\"))?;\n    let written = rewrite(store, progress)?;\n",
-        )],
-    },
 ];

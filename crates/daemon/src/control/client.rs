@@ -82,6 +82,13 @@ pub enum Command {
     Resume,
     /// From here on the VM runs here.
     Handoff,
+    /// Give the move here up, before the handoff.
+    Abort,
+    /// Lift the fence of an old copy.
+    Release {
+        /// The other copy is of no account.
+        force: bool,
+    },
     /// Cap the background copy, in bytes per second; `None` lifts the cap.
     Limit(Option<u64>),
 }
@@ -117,6 +124,15 @@ impl ControlClient {
     /// # Errors
     /// As [`Self::status`], and when there is no such export.
     pub fn export(&self, name: &str) -> Result<ExportStatus, ClientError> {
+        self.export_as(name)
+    }
+
+    /// One export, in a form of the caller's own, which need not know every field and every state:
+    /// the daemon at another site may be of another version.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn export_as<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, ClientError> {
         let target = format!("/v1/export?name={}", encode(name));
         let body = self.request("GET", &target, ASK_TIMEOUT)?;
         self.parse(&body)
@@ -151,12 +167,24 @@ impl ControlClient {
             Command::Pause => ("pause", String::new()),
             Command::Resume => ("resume", String::new()),
             Command::Handoff => ("handoff", String::new()),
+            Command::Abort => ("abort", String::new()),
+            Command::Release { force: false } => ("release", String::new()),
+            Command::Release { force: true } => ("release", "&force=yes".into()),
             Command::Limit(None) => ("limit", "&bytes_per_s=none".into()),
             Command::Limit(Some(rate)) => ("limit", format!("&bytes_per_s={rate}")),
         };
         let target = format!("/v1/{route}?name={}{more}", encode(name));
         let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
         self.parse(&body)
+    }
+
+    /// Gives the move of an export here up, before its handoff.
+    ///
+    /// # Errors
+    /// As [`Self::command`].
+    pub fn abort(&self, name: &str) -> Result<(), ClientError> {
+        let target = format!("/v1/abort?name={}", encode(name));
+        self.request("POST", &target, COMMAND_TIMEOUT).map(drop)
     }
 
     /// Has an export compared with its source, or, to `accept`, lets the source go whatever was

@@ -149,6 +149,11 @@ const METRICS: &[Metric] = &[
         |s| Some(s.counters.zero_bytes_skipped),
     ),
     counter(
+        "packed_bytes_saved_total",
+        "Bytes that did not cross the link because what did was compressed.",
+        |s| Some(s.counters.packed_bytes_saved),
+    ),
+    counter(
         "disk_errors_total",
         "Requests that the image's medium failed.",
         |s| Some(s.counters.disk_errors),
@@ -190,6 +195,9 @@ pub(super) fn render(exports: &[ExportStatus]) -> String {
             ("local", LifeState::Local),
             ("standby", LifeState::Standby),
             ("arriving", LifeState::Arriving),
+            ("departing", LifeState::Departing),
+            ("departed", LifeState::Departed),
+            ("given-up", LifeState::GivenUp),
         ] {
             let export = escape(&status.export);
             let is = u8::from(status.state == state);

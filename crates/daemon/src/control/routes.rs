@@ -30,6 +30,8 @@ POST /v1/pause?name=NAME                 stop the background copy
 POST /v1/resume?name=NAME                let it go on
 POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts the cap
 POST /v1/handoff?name=NAME               from here on the VM runs here
+POST /v1/abort?name=NAME                 give the move here up, before the handoff
+POST /v1/release?name=NAME&force=yes     lift the fence of an old copy
 POST /v1/verify?name=NAME                compare with the source; &accept=yes lets it go anyway
 GET  /v1/verify?name=NAME                how that stands
 
@@ -51,6 +53,8 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
         .route("/v1/handoff", post(handoff))
+        .route("/v1/abort", post(abort))
+        .route("/v1/release", post(release))
         .route("/v1/limit", post(limit))
         .route("/v1/verify", get(verification).post(verify))
         .fallback(async || {
@@ -141,6 +145,14 @@ struct Since {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Release {
+    #[serde(default)]
+    name: String,
+    force: Option<String>,
+}
+
+#[derive(Deserialize)]
 struct Verify {
     #[serde(default)]
     name: String,
@@ -208,6 +220,35 @@ async fn handoff(
     command(exports, query.name, |export| export.handoff()).await
 }
 
+async fn abort(
+    State(exports): State<Shared>,
+    query: NameQuery,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    command(exports, query.name, |export| export.abort()).await
+}
+
+async fn release(
+    State(exports): State<Shared>,
+    query: Result<Query<Release>, QueryRejection>,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    let force = said_yes("force", query.force.as_deref())?;
+    command(exports, query.name, move |export| export.release(force)).await
+}
+
+/// A switch that is `yes` or left out.
+fn said_yes(what: &str, said: Option<&str>) -> Result<bool, Refusal> {
+    match said {
+        None => Ok(false),
+        Some("yes") => Ok(true),
+        Some(other) => Err(Refusal::new(
+            StatusCode::BAD_REQUEST,
+            format!("{what} is {other:?}; it must be yes, or left out"),
+        )),
+    }
+}
+
 async fn limit(
     State(exports): State<Shared>,
     query: Result<Query<Limit>, QueryRejection>,
@@ -244,16 +285,7 @@ async fn verify(
     query: Result<Query<Verify>, QueryRejection>,
 ) -> Result<Json<VerifyStatus>, Refusal> {
     let Query(query) = query?;
-    let accept = match query.accept.as_deref() {
-        None => false,
-        Some("yes") => true,
-        Some(other) => {
-            return Err(Refusal::new(
-                StatusCode::BAD_REQUEST,
-                format!("accept is {other:?}; it must be yes, or left out"),
-            ));
-        }
-    };
+    let accept = said_yes("accept", query.accept.as_deref())?;
     Ok(Json(exports.find(&query.name)?.verify(accept)?))
 }
 

@@ -41,6 +41,9 @@ impl Pretend {
                 reads_waiting: 0,
                 poisoned: false,
                 disk_full: false,
+                prepared: None,
+                ahead_bytes: 0,
+                repeated_bytes: 0,
                 background: BackgroundState::Running,
                 rate_bytes_per_s: 0,
                 eta_s: None,
@@ -94,6 +97,17 @@ impl Controlled for Pretend {
             ..VerifyStatus::default()
         }
     }
+    fn abort(&self) -> Result<(), CommandError> {
+        Err(CommandError::Conflict("nothing to give up".to_owned()))
+    }
+
+    fn release(&self, force: bool) -> Result<(), CommandError> {
+        if force {
+            return self.change(|status| status.state = LifeState::Local);
+        }
+        Err(CommandError::Conflict("only by force".to_owned()))
+    }
+
     fn handoff(&self) -> Result<(), CommandError> {
         if self.status.lock().unwrap().export == "broken" {
             return Err(CommandError::Failed("the disk is full".into()));

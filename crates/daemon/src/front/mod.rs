@@ -75,7 +75,7 @@ fn export_info(volume: &Volume) -> ExportInfo {
         | export::SEND_DF
         | export::CAN_MULTI_CONN
         | export::SEND_CACHE;
-    if volume.is_read_only() {
+    if volume.is_read_only() || volume.has_departed() {
         flags |= export::READ_ONLY;
     } else {
         flags |= export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO;

@@ -17,13 +17,15 @@ use hikkoshi_store::Store;
 use hikkoshi_store::state::{Life, StateDir};
 use hikkoshi_wan::Source;
 
+use super::arrival::Arrival;
 use super::commit::{Committer, Journal};
+use super::departure::{Departures, MakeState};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::space::DiskTrouble;
 use super::verify::Verification;
 use super::{AtCompletion, Clock, Tally, Volume};
-use crate::config::{ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
+use crate::config::{ExportConfig, HandoffPolicy, Packing, SourceConfig, SourceLoss, Transport};
 use crate::events::EventLog;
 use crate::heat;
 use crate::status::LifeState;
@@ -44,6 +46,8 @@ pub struct Parts<'a> {
     pub clock: Clock,
     /// Where the heat is kept over a restart.
     pub heat_place: Option<PathBuf>,
+    /// Makes the durable state of a plain image, when a move away begins.
+    pub make_state: Option<MakeState>,
 }
 
 /// What a volume has besides while its blocks are still coming.
@@ -58,9 +62,17 @@ pub struct Moving<'a> {
     pub witnesses: Witnesses,
     /// Called once all is here and that is durable.
     pub at_completion: AtCompletion,
+    /// The source's side of the move, where it is one of ours.
+    pub arrival: Option<Arrival>,
 }
 
 impl Parts<'_> {
+    /// Whether its source keeps a fence.
+    pub fn fenced_source(&self) -> bool {
+        let identity = self.state.as_ref().map(StateDir::identity);
+        identity.is_some_and(|identity| identity.ties.fenced_source)
+    }
+
     /// An image that needs nobody.
     pub fn plain(self) -> Arc<Volume> {
         Arc::new(self.volume(LifeState::Local))
@@ -71,7 +83,9 @@ impl Parts<'_> {
     pub fn moving(self, moving: Moving<'_>) -> Arc<Volume> {
         let (life, phase) = match self.state.as_ref().map(|state| state.identity().life) {
             Some(Life::Standby) => (LifeState::Standby, Phase::Standby),
-            Some(Life::Arriving | Life::Local) | None => (LifeState::Arriving, Phase::Arriving),
+            Some(Life::Arriving | Life::Local | Life::GivenUp) | None => {
+                (LifeState::Arriving, Phase::Arriving)
+            }
         };
         let Moving {
             wanted,
@@ -79,6 +93,7 @@ impl Parts<'_> {
             residency,
             witnesses,
             at_completion,
+            arrival,
         } = moving;
         let policy = Policy {
             background: wanted.background,
@@ -98,12 +113,15 @@ impl Parts<'_> {
             Volume {
                 relocation: RwLock::new(Some(Arc::new(relocation))),
                 at_completion: Mutex::new(Some(at_completion)),
+                arrival,
                 ..self.volume(life)
             }
         })
     }
 
     fn volume(self, life: LifeState) -> Volume {
+        let identity = self.state.as_ref().map(StateDir::identity);
+        let departed = identity.and_then(|identity| identity.ties.departed);
         let source = self.config.source.as_ref();
         let volume = Volume {
             name: self.config.name.clone(),
@@ -111,6 +129,7 @@ impl Parts<'_> {
             geometry: self.geometry,
             read_only: self.config.read_only,
             frames: self.config.transport == Transport::Auto,
+            packs: self.config.compress != Packing::None,
             handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
             on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,
@@ -132,6 +151,8 @@ impl Parts<'_> {
             tally: Tally::default(),
             heat: Heat::new(self.geometry.size_bytes()),
             heat_place: self.heat_place,
+            departures: Departures::new(departed, self.make_state),
+            arrival: None,
         };
         if let Some(place) = &volume.heat_place {
             heat::restore(&volume.heat, place);

@@ -123,7 +123,7 @@ impl Volume {
         self.commit_locked(&mut journal)
     }
 
-    fn commit_locked(&self, journal: &mut Journal) -> io::Result<()> {
+    pub(super) fn commit_locked(&self, journal: &mut Journal) -> io::Result<()> {
         self.check_poison()?;
         let relocation = self.relocation();
         let started = self.now();
@@ -411,6 +411,9 @@ impl Volume {
     /// Begins the end: lets go of the source, and lets [`Volume::run_committer`] return once all
     /// who waited were served.
     pub fn stop(&self) {
+        if let Some(arrival) = &self.arrival {
+            arrival.stop();
+        }
         if let Some(relocation) = self.relocation() {
             relocation.retire();
         }

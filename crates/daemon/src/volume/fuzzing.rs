@@ -32,6 +32,7 @@ pub fn plain(
         had_source: false,
         clock,
         heat_place: None,
+        make_state: None,
     };
     parts.plain()
 }
@@ -55,8 +56,10 @@ pub fn moving(
         had_source: true,
         clock,
         heat_place: None,
+        make_state: None,
     };
     let volume = parts.moving(Moving {
+        arrival: None,
         wanted: config
             .source
             .as_ref()

@@ -24,6 +24,7 @@ use hikkoshi_engine::residency::BlockState;
 use hikkoshi_engine::sync::wait;
 use hikkoshi_store::{Store, ZeroMode};
 
+use super::arrival::Takeover;
 use super::relocation::{ReadEnd, Relocation};
 use super::{Volume, lock};
 use crate::config::HandoffPolicy;
@@ -103,13 +104,14 @@ impl Volume {
         data: &[u8],
     ) -> io::Result<()> {
         self.check_poison()?;
-        self.note_write(match relocation {
+        let _inside = self.begin_change()?;
+        let bytes = ByteRange::at(offset, data.len() as u64);
+        let outcome = match relocation {
             None => self.store.write(offset, data),
-            Some(relocation) => {
-                let bytes = ByteRange::at(offset, data.len() as u64);
-                self.mutate(relocation, bytes, &Change::Data { offset, data })
-            }
-        })
+            Some(relocation) => self.mutate(relocation, bytes, &Change::Data { offset, data }),
+        };
+        self.changed(bytes);
+        self.note_write(outcome)
     }
 
     /// Makes bytes zero.
@@ -124,14 +126,14 @@ impl Volume {
         mode: ZeroMode,
     ) -> io::Result<()> {
         self.check_poison()?;
-        self.note_write(match relocation {
+        let _inside = self.begin_change()?;
+        let bytes = ByteRange::at(offset, len);
+        let outcome = match relocation {
             None => self.store.write_zeroes(offset, len, mode),
-            Some(relocation) => self.mutate(
-                relocation,
-                ByteRange::at(offset, len),
-                &Change::Zeroes(mode),
-            ),
-        })
+            Some(relocation) => self.mutate(relocation, bytes, &Change::Zeroes(mode)),
+        };
+        self.changed(bytes);
+        self.note_write(outcome)
     }
 
     /// Gives bytes up. They read as zeroes afterwards, except for parts of a block that is not
@@ -155,11 +157,33 @@ impl Volume {
         self.zero(relocation, bytes.start, bytes.len(), ZeroMode::MayPunch)
     }
 
-    /// From here on the VM runs here: recorded before it is believed.
+    /// From here on the VM runs here: recorded before it is believed. A source of ours keeps the VM
+    /// from writing there from then on, and says so first.
     ///
     /// # Errors
-    /// It could not be made durable; the volume still stands by.
+    /// It could not be made durable, or the source did not agree; the volume still stands by.
     pub fn hand_off(&self) -> io::Result<()> {
+        if self.life() != LifeState::Standby {
+            return Ok(());
+        }
+        let Some(arrival) = &self.arrival else {
+            return self.record_handoff(None);
+        };
+        self.await_prepared(arrival)?;
+        let _deciding = self.decide(arrival);
+        if self.has_given_up() {
+            return Err(io::Error::from_raw_os_error(1));
+        }
+        if self.life() != LifeState::Standby {
+            return Ok(());
+        }
+        let takeover = self.take_over(arrival)?;
+        self.record_handoff(Some(takeover))?;
+        arrival.ticket.arrived();
+        Ok(())
+    }
+
+    fn record_handoff(&self, takeover: Option<Takeover>) -> io::Result<()> {
         let mut journal = lock(&self.journal);
         if self.life() != LifeState::Standby {
             return Ok(());
@@ -169,10 +193,16 @@ impl Volume {
         };
         crash_point!("handoff.begun");
         if let Some(state) = journal.state.as_mut() {
-            let outcome = state.record_arriving();
+            let at_source = takeover.as_ref().map_or(0, |t| t.generation);
+            let outcome = state.record_arriving(at_source);
             self.note_state("recording the handoff", outcome)?;
         }
         crash_point!("handoff.recorded");
+        // Only now: until it is recorded, the disk may still go another way.
+        for run in takeover.into_iter().flat_map(|t| t.copied) {
+            relocation.now_clean(run);
+        }
+        crash_point!("handoff.taken");
         // The mover first: as soon as a write is accepted, no read may pass by it to the source.
         relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
         self.set_life(LifeState::Arriving);

@@ -8,13 +8,16 @@
 //! The durability order is that of [`commit`]; the races between fetched blocks and guests' writes
 //! are settled in [`relocation`] and [`guest`].
 
+pub mod arrival;
 pub mod assemble;
 pub mod commit;
+pub mod departure;
 mod extents;
 #[cfg(test)]
 mod full_tests;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod gate;
 pub mod guest;
 pub mod open;
 pub mod proof;
@@ -37,11 +40,13 @@ use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::heat::Heat;
 use hikkoshi_store::Store;
 
-use crate::config::{HandoffPolicy, SourceLoss};
+use crate::config::{HandoffPolicy, Packing, SourceLoss};
 use crate::events::{EventKind, EventLog};
 use crate::heat;
 use crate::status::LifeState;
+use arrival::Arrival;
 use commit::{Committer, Journal};
+use departure::Departures;
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use space::DiskTrouble;
@@ -92,6 +97,8 @@ pub struct Volume {
     read_only: bool,
     /// Frames may be spoken with destinations that know them.
     frames: bool,
+    /// What destinations are sent may be compressed.
+    packs: bool,
     handoff_policy: HandoffPolicy,
     on_loss: SourceLoss,
     store: Arc<dyn Store>,
@@ -125,6 +132,10 @@ pub struct Volume {
     heat: Heat,
     /// Where that is kept over a restart.
     heat_place: Option<PathBuf>,
+    /// Those who move the disk away.
+    departures: Departures,
+    /// Where the disk moves from, if that keeps a fence.
+    arrival: Option<Arrival>,
 }
 
 const LIFE_LOCAL: u8 = 0;
@@ -155,6 +166,11 @@ impl Volume {
         self.frames
     }
 
+    /// How a destination that asks for `packing` is served.
+    pub fn packing_towards(&self, packing: Packing) -> Packing {
+        if self.packs { packing } else { Packing::None }
+    }
+
     /// Where it stands in its life.
     pub fn life(&self) -> LifeState {
         match self.life.load(Ordering::Acquire) {
@@ -174,6 +190,9 @@ impl Volume {
             LifeState::Local => LIFE_LOCAL,
             LifeState::Standby => LIFE_STANDBY,
             LifeState::Arriving => LIFE_ARRIVING,
+            LifeState::Departing | LifeState::Departed | LifeState::GivenUp => {
+                unreachable!("these are looked up where they are known")
+            }
         };
         self.life.store(value, Ordering::Release);
     }

@@ -18,13 +18,16 @@ use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
-use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError};
+use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::suspect::{self, RewriteError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
-use hikkoshi_wan::{Source, SourceError, SourceErrorKind, SourceInfo};
+use hikkoshi_wan::transport::session::Stance;
+use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, Ticket};
 
+use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
+use super::departure::MakeState;
 use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::events::EventKind;
@@ -64,6 +67,9 @@ pub enum OpenError {
     /// The heat map that was named.
     #[error(transparent)]
     Heat(#[from] HeatFileError),
+    /// The source did not agree to the handoff that was to happen at once.
+    #[error("the handoff at the start failed: {0}")]
+    Handoff(io::Error),
     /// A thread could not be started.
     #[error("a thread could not be started: {0}")]
     Thread(io::Error),
@@ -138,6 +144,10 @@ impl Running {
             let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
             threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
             relocation.start();
+        }
+        if volume.has_arrival() {
+            let moving = Arc::clone(&volume);
+            threads.push(spawn("move", Box::new(move || moving.keep_move()))?);
         }
         Ok(Self {
             volume,
@@ -237,8 +247,9 @@ fn open_plain(
         set_tag(&store, &[])?;
         crash_point!("local.tag-removed");
     }
+    let make_state = Some(state_maker(config, &store)?);
     // A device may be larger than the disk that moved onto it.
-    let size_bytes = match &state {
+    let size_bytes = match state.as_ref().filter(|_| had_source) {
         Some(state) => state
             .identity()
             .geometry
@@ -255,10 +266,37 @@ fn open_plain(
         had_source,
         clock: system_clock(),
         heat_place: heat_place(config)?,
+        make_state,
     };
     let running = Running::start(parts.plain(), None)?;
     tell_rewritten(&running, rewritten);
     Ok(running)
+}
+
+/// What makes the state of a plain image, once a move away from it begins.
+fn state_maker(config: &ExportConfig, store: &FileStore) -> Result<MakeState, OpenError> {
+    let path = state_path(config)?;
+    let size_bytes = store.size_bytes();
+    let (block_bytes, image_inode) = (config.block_bytes, inode_of(store)?);
+    let lasting = check_state_place(config, &path).map_err(|e| e.to_string());
+    Ok(Box::new(move || {
+        if let Err(why) = &lasting {
+            return Err(StateError::Live(why.clone()));
+        }
+        let geometry = Geometry::new(size_bytes, block_bytes)
+            .map_err(|error| StateError::Live(error.to_string()))?;
+        let identity = Identity {
+            volume_id: live::random()?,
+            geometry,
+            generation: 0,
+            life: Life::Local,
+            source_uri: String::new(),
+            incarnation: live::random()?,
+            image_inode,
+            ties: Ties::default(),
+        };
+        StateDir::create_complete(&path, identity)
+    }))
 }
 
 /// The first start of a move.
@@ -268,22 +306,43 @@ fn open_new(
     state_path: &Path,
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
-    let source = connect(wanted, config.transport).map_err(|source| OpenError::Source {
+    // What is wrong here is said before anybody else is asked.
+    let existing = match config.image.exists() {
+        true => Some(open_existing(config)?),
+        false => None,
+    };
+    if let Some(store) = existing.as_ref().filter(|_| !wanted.overwrite) {
+        check_untagged(config, store)?;
+    }
+    let volume_id = live::random()?;
+    let ticket = Ticket::new(volume_id, None, Stance::Standby, false);
+    let source = connect(wanted, config, &ticket).map_err(|source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
     })?;
+    let fenced_source = ticket.attached().is_some();
+    if fenced_source {
+        ticket.require();
+    } else {
+        ticket.fall_silent();
+    }
     let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
-    let store = open_image(config, geometry, true)?;
+    let store = match existing {
+        Some(store) => fitting(config, store, geometry)?,
+        None => fitting(config, create_image(config, geometry)?, geometry)?,
+    };
     crash_point!("new.image");
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
     }
     let rewritten = settle_image(config, &store)?;
+    let now = wanted.handoff == HandoffPolicy::Now;
     let identity = Identity {
-        volume_id: live::random()?,
+        volume_id,
         geometry,
         generation: 0,
-        life: if wanted.handoff == HandoffPolicy::Now {
+        // A source that keeps a fence has to agree first.
+        life: if now && !fenced_source {
             Life::Arriving
         } else {
             Life::Standby
@@ -291,14 +350,21 @@ fn open_new(
         source_uri: wanted.uri.clone(),
         incarnation: live::random()?,
         image_inode: inode_of(&store)?,
+        ties: Ties {
+            fenced_source,
+            ..Ties::default()
+        },
     };
     let tag = identity.volume_id;
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
     crash_point!("new.tagged");
-    let witnesses = Witnesses::new(seed()?);
-    let running = move_in(config, wanted, store, source, (map, witnesses))?;
+    let kept = (map, Witnesses::new(seed()?));
+    let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
     tell_rewritten(&running, rewritten);
+    if now {
+        running.volume.hand_off().map_err(OpenError::Handoff)?;
+    }
     Ok(running)
 }
 
@@ -316,7 +382,11 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let identity = state.identity().clone();
     if identity.life == Life::Local {
         check_complete(config, &identity, state_path)?;
-        return open_plain(config, Some(state), true);
+        let had_source = !identity.source_uri.is_empty();
+        return open_plain(config, Some(state), had_source);
+    }
+    if identity.life == Life::GivenUp {
+        return open_given_up(config, state, state_path);
     }
     let wanted = source_of(config, &identity)?;
     if wanted.uri != identity.source_uri {
@@ -329,9 +399,17 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
             identity.geometry.block_bytes()
         ));
     }
-    let store = open_image(config, identity.geometry, false)?;
+    let store = fitting(config, open_existing(config)?, identity.geometry)?;
     check_belongs(config, &store, &identity, state_path)?;
-    let source = reconnect(&wanted, config.transport, identity.geometry)?;
+    let ticket = identity.ties.fenced_source.then(|| {
+        let stance = if identity.life == Life::Standby {
+            Stance::Standby
+        } else {
+            Stance::Arriving
+        };
+        Ticket::new(identity.volume_id, identity.ties.base, stance, true)
+    });
+    let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let rewritten = settle_image(config, &store)?;
@@ -339,18 +417,35 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
-    let running = move_in(config, &wanted, store, source, (map, witnesses))?;
+    let kept = (map, witnesses);
+    let running = move_in(config, &wanted, store, source, kept, ticket)?;
     tell_rewritten(&running, rewritten);
+    if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
+        relocation.source_told(&refused);
+    }
     if wanted.handoff == HandoffPolicy::Now {
-        running
-            .volume
-            .hand_off()
-            .map_err(|source| OpenError::Image {
-                what: "recording the handoff beside",
-                source,
-            })?;
+        running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)
+}
+
+/// A move that was given up before the handoff: nothing here is worth anything.
+fn open_given_up(
+    config: &ExportConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<Running, OpenError> {
+    let Some(source) = config.source.as_ref().filter(|source| source.overwrite) else {
+        return refuse(format!(
+            "the move into {} was given up before the VM came here; remove it and {}, or begin \
+             anew with --from and --overwrite",
+            config.image.display(),
+            state_path.display()
+        ));
+    };
+    // Its lock goes with it.
+    drop(state);
+    open_new(config, source, state_path)
 }
 
 /// What draws the witnesses.
@@ -367,6 +462,7 @@ fn move_in(
     store: FileStore,
     source: Arc<dyn Source>,
     (map, witnesses): (OpenedMap, Witnesses),
+    ticket: Option<Arc<Ticket>>,
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
     let OpenedMap {
@@ -384,6 +480,11 @@ fn move_in(
         had_source: true,
         clock: system_clock(),
         heat_place: heat_place(config)?,
+        make_state: None,
+    };
+    let arrival = match ticket.filter(|_| parts.fenced_source()) {
+        Some(ticket) => Some(arrival(config, wanted, ticket, parts.geometry)?),
+        None => None,
     };
     let memory = Arc::clone(&live);
     let volume = parts.moving(Moving {
@@ -391,6 +492,7 @@ fn move_in(
         source,
         residency,
         witnesses,
+        arrival,
         at_completion: Box::new(move || {
             memory.remove();
             crash_point!("completion.memory-removed");
@@ -409,20 +511,48 @@ fn move_in(
     Running::start(volume, Some(live))
 }
 
+fn arrival(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    ticket: Arc<Ticket>,
+    geometry: Geometry,
+) -> Result<Arrival, OpenError> {
+    let failed = |source| OpenError::Source {
+        uri: wanted.uri.clone(),
+        source,
+    };
+    let line = source_config(wanted, config, Some(&ticket)).map_err(failed)?;
+    let link = Arc::new(MoveLine::new(line));
+    Ok(Arrival::new(ticket, link, wanted, geometry))
+}
+
 // The image
 
-fn open_image(
-    config: &ExportConfig,
-    geometry: Geometry,
-    create: bool,
-) -> Result<FileStore, OpenError> {
-    let size = geometry.size_bytes();
+fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
     let options = OpenOptions {
         read_only: false,
-        create_with_size: create.then_some(size),
+        create_with_size: None,
         engine: engine(config),
     };
-    let store = FileStore::open(&config.image, options)?;
+    Ok(FileStore::open(&config.image, options)?)
+}
+
+fn create_image(config: &ExportConfig, geometry: Geometry) -> Result<FileStore, OpenError> {
+    let options = OpenOptions {
+        read_only: false,
+        create_with_size: Some(geometry.size_bytes()),
+        engine: engine(config),
+    };
+    Ok(FileStore::open(&config.image, options)?)
+}
+
+/// The image, if it can hold the disk.
+fn fitting(
+    config: &ExportConfig,
+    store: FileStore,
+    geometry: Geometry,
+) -> Result<FileStore, OpenError> {
+    let size = geometry.size_bytes();
     let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
     if !fits {
         return refuse(format!(
@@ -465,7 +595,7 @@ fn tell_rewritten(running: &Running, bytes: Option<u64>) {
     }
 }
 
-fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
+fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     if tag_of(store)?.is_some() {
         return refuse(format!(
             "{} is only partly here: a move into it has begun, and its state directory is gone; \
@@ -474,6 +604,10 @@ fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError
             config.image.display()
         ));
     }
+    Ok(())
+}
+
+fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     let blank = store.looks_blank().map_err(|source| OpenError::Image {
         what: "looking for data in",
         source,
@@ -568,6 +702,17 @@ fn check_complete(
     identity: &Identity,
     state_path: &Path,
 ) -> Result<(), OpenError> {
+    if identity.ties.departed.is_some()
+        && let Some(source) = &config.source
+        && source.uri != identity.source_uri
+    {
+        return refuse(format!(
+            "{} is the old copy of a disk that has moved on; to bring it back from {}, give \
+             --return: only what has changed since is copied",
+            config.image.display(),
+            source.uri
+        ));
+    }
     match &config.source {
         Some(source) if source.uri != identity.source_uri => refuse(format!(
             "{} is complete already: it came from {}; to let a disk from {} take its place, remove \
@@ -598,7 +743,8 @@ fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig,
 
 fn source_config(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
+    ticket: Option<&Arc<Ticket>>,
 ) -> Result<NbdSourceConfig, SourceError> {
     let bad = |why: String| SourceError::new(SourceErrorKind::Untrusted, why);
     let parsed: NbdUri = match wanted.uri.parse() {
@@ -614,7 +760,9 @@ fn source_config(
     let mut config = NbdSourceConfig::new(parsed.address, parsed.export);
     config.uri.clone_from(&wanted.uri);
     config.connections = wanted.connections.max(1);
-    config.frames = transport == Transport::Auto;
+    config.frames = export.transport == Transport::Auto;
+    config.packing = export.compress;
+    config.ticket = ticket.cloned();
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,
     // nothing that is read is kept.
     config.several_without_promise = true;
@@ -627,21 +775,27 @@ fn source_config(
     Ok(config)
 }
 
-fn connect(wanted: &SourceConfig, transport: Transport) -> Result<Arc<dyn Source>, SourceError> {
-    Ok(NbdSource::connect(source_config(wanted, transport)?)?)
+fn connect(
+    wanted: &SourceConfig,
+    export: &ExportConfig,
+    ticket: &Arc<Ticket>,
+) -> Result<Arc<dyn Source>, SourceError> {
+    let config = source_config(wanted, export, Some(ticket))?;
+    Ok(NbdSource::connect(config)?)
 }
 
-/// A source that may be away right now.
+/// A source that may be away right now, or not be believed, and then why not.
 fn reconnect(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     geometry: Geometry,
-) -> Result<Arc<dyn Source>, OpenError> {
+    ticket: Option<&Arc<Ticket>>,
+) -> Result<(Arc<dyn Source>, Option<SourceError>), OpenError> {
     let failed = |source| OpenError::Source {
         uri: wanted.uri.clone(),
         source,
     };
-    let config = source_config(wanted, transport).map_err(failed)?;
+    let config = source_config(wanted, export, ticket).map_err(failed)?;
     // What is here is to be served soon, wherever the source is.
     let soon = NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,
@@ -649,15 +803,15 @@ fn reconnect(
         ..config.clone()
     };
     match NbdSource::connect(soon) {
-        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok(source),
+        Ok(source) if source.info().size_bytes == geometry.size_bytes() => Ok((source, None)),
         Ok(source) => refuse(format!(
             "the disk at {} has {} bytes now, and had {} when the move began; it is another one",
             wanted.uri,
             source.info().size_bytes,
             geometry.size_bytes()
         )),
-        Err(e) if e.kind == SourceErrorKind::Disconnected => {
-            tracing::warn!("the source cannot be reached yet: {e}; what is here is served");
+        Err(e) if e.kind == SourceErrorKind::Disconnected || ticket.is_some() => {
+            tracing::warn!("nothing can be fetched yet: {e}; what is here is served");
             let expected = SourceInfo {
                 size_bytes: geometry.size_bytes(),
                 read_only: false,
@@ -668,7 +822,8 @@ fn reconnect(
                 max_read_bytes: wire::MAX_PAYLOAD_BYTES,
                 uri: wanted.uri.clone(),
             };
-            Ok(NbdSource::connect_lazily(config, expected).map_err(failed)?)
+            let source = NbdSource::connect_lazily(config, expected).map_err(failed)?;
+            Ok((source, (e.kind == SourceErrorKind::Untrusted).then_some(e)))
         }
         Err(e) => Err(failed(e)),
     }

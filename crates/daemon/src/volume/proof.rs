@@ -147,14 +147,15 @@ impl Relocation {
         let mut proof = lock(&self.proof);
         proof.standing = Standing::Away;
         let known = std::mem::replace(&mut proof.told_lost, true);
-        if !known {
+        if error.kind == SourceErrorKind::Untrusted {
+            // Its handshake tells already that it is another one: a disk of another size, say, or
+            // one that was not handed over to this move.
+            self.event(EventKind::SourceRefused, error.to_string());
+            self.count(|tally| &tally.source_refusals);
+        } else if !known {
             let text = format!("the source is gone: {error}; trying to reach it again");
             self.event(EventKind::SourceLost, text);
             self.count(|tally| &tally.source_losses);
-        } else if error.kind == SourceErrorKind::Untrusted {
-            // Its handshake tells already that it is another one: a disk of another size, say.
-            self.event(EventKind::SourceRefused, error.to_string());
-            self.count(|tally| &tally.source_refusals);
         }
         // Under the lock: an answer of the proof that comes now must not turn it round.
         lock(&self.mover).source_down((self.clock)());

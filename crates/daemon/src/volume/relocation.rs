@@ -63,6 +63,8 @@ pub struct Traffic {
     pub blocks_installed: AtomicU64,
     /// Bytes that were zero at the source and so were not sent.
     pub zero_bytes_skipped: AtomicU64,
+    /// Bytes that did not cross the link because what did was compressed.
+    pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
     pub checksum_failures: AtomicU64,
     /// The longest that a read has waited, in microseconds.
@@ -76,6 +78,7 @@ impl Traffic {
             (&self.wire_bytes, &other.wire_bytes),
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
             (&self.longest_wait_us, &other.longest_wait_us),
         ] {
@@ -166,6 +169,12 @@ impl Relocation {
     /// The disk's source.
     pub fn source(&self) -> &Arc<dyn Source> {
         &self.source
+    }
+
+    /// The source is away, or not believed, and why.
+    pub(super) fn source_told(&self, error: &SourceError) {
+        *lock(&self.trouble) = Some(error.clone());
+        self.source_went(error);
     }
 
     /// Looks at the mover, for the status.
@@ -321,6 +330,11 @@ impl Relocation {
         self.traffic
             .wire_bytes
             .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+        let holes: u64 = fetched.holes.iter().map(|(_, len)| len).sum();
+        let data = (fetched.data.len() as u64).saturating_sub(holes);
+        self.traffic
+            .packed_bytes_saved
+            .fetch_add(data.saturating_sub(fetched.wire_bytes), Ordering::Relaxed);
     }
 
     fn note_failure(&self, error: &SourceError) -> FetchFailure {
@@ -542,7 +556,7 @@ impl Relocation {
     }
 
     /// The data is in the image: say so.
-    fn now_clean(&self, run: BlockRange) {
+    pub(super) fn now_clean(&self, run: BlockRange) {
         self.leave(|| {
             self.residency.mark_clean(run);
             Some(Record::Clean(run))
@@ -692,7 +706,7 @@ impl Relocation {
 }
 
 /// Neighbouring zero extents joined: a block may span two of them.
-fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
+pub(super) fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
     let mut runs: Vec<ByteRange> = Vec::new();
     for extent in answer.extents.iter().filter(|e| e.zero) {
         let next = ByteRange::at(extent.offset, extent.len);
@@ -704,7 +718,7 @@ fn merged_zeroes(answer: &ExtentsAnswer) -> impl Iterator<Item = ByteRange> {
     runs.into_iter()
 }
 
-fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
+pub(super) fn slice_of(fetched: &Fetched, offset: u64, len: u64) -> io::Result<&[u8]> {
     let start = offset
         .checked_sub(fetched.offset)
         .and_then(|o| usize::try_from(o).ok());
@@ -767,8 +781,7 @@ impl SourceWatcher for Watch {
         if let Some(relocation) = self.0.upgrade()
             && !relocation.retired.load(Ordering::Acquire)
         {
-            *lock(&relocation.trouble) = Some(error.clone());
-            relocation.source_went(error);
+            relocation.source_told(error);
         }
     }
 }

@@ -69,17 +69,25 @@ impl Volume {
                     .to_owned(),
             );
         }
+        notes.extend(self.departure_note());
         let Some(relocation) = relocation else {
             return notes;
         };
-        if self.life() == LifeState::Standby {
+        if self.has_given_up() {
+            notes.push(
+                "the move here was given up; the VM goes on at the source; remove this image and \
+                 its state"
+                    .to_owned(),
+            );
+        } else if self.life() == LifeState::Standby {
+            notes.extend(self.prepared_note());
             notes.push(match self.handoff_policy {
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
-                     `hikkoshi handoff`; until then nothing is copied"
+                     `hikkoshi handoff`; until then what is read here is read at the source"
                     .to_owned(),
                 HandoffPolicy::Command | HandoffPolicy::Now => {
-                    "waiting for `hikkoshi handoff`; until then nothing is copied and writes are \
-                     refused"
+                    "waiting for `hikkoshi handoff`; until then what is read here is read at the \
+                     source, and writes are refused"
                         .to_owned()
                 }
             });
@@ -148,6 +156,7 @@ impl Volume {
             zeroes: get(&self.tally.zeroes),
             blocks_installed: get(&traffic.blocks_installed),
             zero_bytes_skipped: get(&traffic.zero_bytes_skipped),
+            packed_bytes_saved: get(&traffic.packed_bytes_saved),
             checksum_failures: relocation.map_or(get(&traffic.checksum_failures), |r| {
                 r.source.checksum_failures()
             }),
@@ -171,7 +180,10 @@ impl Controlled for Volume {
         ExportStatus {
             export: self.name.clone(),
             size_bytes,
-            state: self.life(),
+            state: self.stands(),
+            prepared: self.prepared().map(|p| p.done),
+            ahead_bytes: self.prepared().map_or(0, |p| p.bytes),
+            repeated_bytes: self.prepared().map_or(0, |p| p.again_bytes),
             resident_bytes: size_bytes - absent_bytes,
             owned_bytes: r.map_or(size_bytes, |r| r.residency.owned_bytes()),
             absent_bytes,
@@ -214,6 +226,30 @@ impl Controlled for Volume {
         Ok(())
     }
 
+    fn abort(&self) -> Result<(), CommandError> {
+        self.give_up()
+            .map_err(|e| CommandError::Conflict(format!("cannot give the move up: {e}")))
+    }
+
+    fn release(&self, force: bool) -> Result<(), CommandError> {
+        if !self.has_departed() {
+            return Err(CommandError::Conflict(format!(
+                "export {:?} has no fence that could be lifted: the disk has not moved on",
+                self.name
+            )));
+        }
+        if !force {
+            return Err(CommandError::Conflict(
+                "the disk was handed over to another site, and what was written there since is \
+                 not here: if the VM ran on from this copy, there would be two; only if the other \
+                 copy is lost or will never be used again: `hikkoshi release --force`"
+                    .to_owned(),
+            ));
+        }
+        self.release_fence()
+            .map_err(|e| CommandError::Failed(format!("the fence stays: {e}")))
+    }
+
     fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError> {
         if accept {
             self.accept_differences()?;
@@ -229,9 +265,8 @@ impl Controlled for Volume {
 
     fn handoff(&self) -> Result<(), CommandError> {
         if self.life() == LifeState::Standby {
-            self.hand_off().map_err(|e| {
-                CommandError::Failed(format!("the handoff could not be recorded: {e}"))
-            })?;
+            self.hand_off()
+                .map_err(|e| CommandError::Failed(format!("the handoff failed: {e}")))?;
         } else if self.relocation().is_none() && !self.had_source {
             self.need_relocation("hand over")?;
         }

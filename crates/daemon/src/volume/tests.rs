@@ -17,7 +17,7 @@ use hikkoshi_engine::geometry::{ByteRange, Geometry};
 use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::MemoryDirectory;
-use hikkoshi_store::state::{Identity, Life, StateDir};
+use hikkoshi_store::state::{Identity, Life, StateDir, Ties};
 use hikkoshi_store::{MemoryStore, Store};
 use hikkoshi_wan::{MemorySource, Source};
 
@@ -138,6 +138,7 @@ fn config(handoff: HandoffPolicy) -> ExportConfig {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Auto,
+        compress: crate::config::Packing::Auto,
         source: Some(SourceConfig {
             handoff,
             ..SourceConfig::new("memory")
@@ -170,6 +171,7 @@ impl World {
             source_uri: "memory".into(),
             incarnation: [2; 16],
             image_inode: None,
+            ties: Ties::default(),
         };
         let state = StateDir::create_in(Box::new(dir.clone()), identity, None).unwrap();
         let store = Arc::new(MemoryStore::new(DISK));
@@ -472,11 +474,13 @@ fn assemble(
         had_source: true,
         clock,
         heat_place: None,
+        make_state: None,
     };
     if is_local {
         return parts.plain();
     }
     let volume = parts.moving(Moving {
+        arrival: None,
         wanted: config.source.as_ref().unwrap(),
         source: Arc::clone(source) as Arc<dyn Source>,
         residency: Arc::new(residency),

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use hikkoshi_daemon::Daemon;
 use hikkoshi_daemon::config::{
-    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, HandoffPolicy, Listen, SourceConfig,
-    Transport,
+    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, HandoffPolicy, Listen, Packing,
+    SourceConfig, Transport,
 };
 use hikkoshi_daemon::registry::Controlled;
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
@@ -30,6 +30,7 @@ pub struct Site {
 pub struct Wanted {
     pub on: On,
     pub transport: Transport,
+    pub compress: Packing,
     pub source: Option<SourceConfig>,
 }
 
@@ -38,6 +39,7 @@ impl Wanted {
         Self {
             on,
             transport: Transport::Auto,
+            compress: Packing::Auto,
             source: None,
         }
     }
@@ -79,6 +81,7 @@ impl Site {
                 read_only: false,
                 engine: Engine::Threads,
                 transport: wanted.transport,
+                compress: wanted.compress,
                 source: wanted.source,
             }],
             max_clients: DEFAULT_MAX_CLIENTS,
@@ -113,9 +116,13 @@ impl Site {
         }
     }
 
-    /// Settings of a client of it.
+    /// Settings of a client of it, towards which nothing is compressed: so many bytes cross the link
+    /// as there are.
     pub fn client(&self) -> NbdSourceConfig {
-        NbdSourceConfig::new(self.address(), "")
+        NbdSourceConfig {
+            packing: Packing::None,
+            ..NbdSourceConfig::new(self.address(), "")
+        }
     }
 
     pub fn export(&self) -> Arc<dyn Controlled> {

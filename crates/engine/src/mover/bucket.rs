@@ -6,7 +6,7 @@ use std::time::Duration;
 const BURST: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-pub(super) struct TokenBucket {
+pub(crate) struct TokenBucket {
     rate: Option<u64>,
     /// Bytes that may be sent; below zero after a chunk larger than what was there.
     level: i128,

@@ -13,12 +13,12 @@ mod ahead;
 mod background;
 #[cfg(all(test, not(loom)))]
 mod background_tests;
-mod bucket;
+pub(crate) mod bucket;
 mod check;
 mod failures;
 mod flights;
 mod order;
-mod pacer;
+pub(crate) mod pacer;
 mod readers;
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -82,7 +82,7 @@ enum Stage {
 }
 
 #[derive(Debug)]
-pub(super) struct Pacer {
+pub(crate) struct Pacer {
     window_bytes: u64,
     in_flight_bytes: u64,
     /// The shortest round trip of this and of the previous period.

@@ -6,6 +6,8 @@ use hikkoshi_engine::geometry::BlockRange;
 use hikkoshi_engine::journal::Record;
 use hikkoshi_engine::residency::BlockState;
 
+use crate::state::{Life, Ties};
+
 fn identity(size: u64) -> Identity {
     Identity {
         volume_id: random().unwrap(),
@@ -15,6 +17,7 @@ fn identity(size: u64) -> Identity {
         source_uri: "nbd://x".into(),
         incarnation: random().unwrap(),
         image_inode: None,
+        ties: Ties::default(),
     }
 }
 

@@ -21,16 +21,50 @@ pub enum Life {
     Arriving,
     /// Complete.
     Local,
+    /// Given up before the handoff: it never takes a write.
+    GivenUp,
 }
 
 impl Life {
+    const ALL: [Self; 4] = [Self::Standby, Self::Arriving, Self::Local, Self::GivenUp];
+
     fn name(self) -> &'static str {
         match self {
             Self::Standby => "standby",
             Self::Arriving => "arriving",
             Self::Local => "local",
+            Self::GivenUp => "given-up",
         }
     }
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|life| life.name() == name)
+    }
+}
+
+/// The disk has moved on from here: what is here is the old copy, and takes no writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Departure {
+    /// The volume that has it, and whose handoff this was.
+    pub to: VolumeId,
+    /// When the image was written last, in nanoseconds since 1970, where that is known: an image
+    /// that was changed since is not the old copy any more.
+    pub image_mtime: Option<i64>,
+    /// Nothing of a later disk was written into it.
+    pub intact: bool,
+}
+
+/// What binds a volume to its other copies. Nothing of it with servers that are not hikkoshi.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ties {
+    /// Where the disk has moved on to, and since when nothing is written here.
+    pub departed: Option<Departure>,
+    /// What was here when the move began is the old copy that this volume once took over.
+    pub base: Option<VolumeId>,
+    /// The source keeps a fence: the handoff is not done before it has closed it.
+    pub fenced_source: bool,
+    /// What is written here after completion is recorded as well, so that the way back is short.
+    pub way_back: bool,
 }
 
 /// What a state directory belongs to.
@@ -51,6 +85,8 @@ pub struct Identity {
     pub incarnation: [u8; 16],
     /// The inode of the image, where the file system keeps it over a restart.
     pub image_inode: Option<u64>,
+    /// Its other copies.
+    pub ties: Ties,
 }
 
 /// Why an identity cannot be read.
@@ -74,6 +110,11 @@ pub enum IdentityError {
 }
 
 impl Identity {
+    /// Whether the state tells which blocks are here, and which of them were written here.
+    pub fn keeps_map(&self) -> bool {
+        self.life != Life::Local || self.ties.way_back
+    }
+
     /// The content of the file.
     pub fn encode(&self) -> Vec<u8> {
         let mut text = format!("{TITLE}\n");
@@ -91,6 +132,20 @@ impl Identity {
             "image-inode",
             &self.image_inode.map_or("none".into(), |i| i.to_string()),
         );
+        let ties = &self.ties;
+        // Only what there is: without ties the file is as it was before there were any.
+        if let Some(departure) = ties.departed {
+            line("departed", &written(departure));
+        }
+        if let Some(base) = ties.base {
+            line("base", &hex(&base));
+        }
+        if ties.fenced_source {
+            line("source-fence", KEPT);
+        }
+        if ties.way_back {
+            line("way-back", KEPT);
+        }
         let crc = crc32c::crc32c(text.as_bytes());
         text.push_str(&format!("crc32c = {crc:08x}\n"));
         text.into_bytes()
@@ -129,20 +184,16 @@ impl Identity {
         let block = number("block-bytes", value("block-bytes")?)?;
         let block = u32::try_from(block).map_err(|_| IdentityError::Line("block-bytes"))?;
         let generation = number("generation", value("generation")?)?;
-        let life = match value("life")? {
-            "standby" => Life::Standby,
-            "arriving" => Life::Arriving,
-            "local" => Life::Local,
-            _ => return Err(IdentityError::Line("life")),
-        };
+        let life = Life::named(value("life")?).ok_or(IdentityError::Line("life"))?;
         let source_uri = unescape(value("source")?).ok_or(IdentityError::Line("source"))?;
         let incarnation = unhex(value("incarnation")?).ok_or(IdentityError::Line("incarnation"))?;
         let image_inode = match value("image-inode")? {
             "none" => None,
             text => Some(number("image-inode", text)?),
         };
+        let ties = ties(lines)?;
         let geometry = Geometry::new(size, block)?;
-        if lines.next().is_some() || source_uri.len() > MAX_URI_BYTES {
+        if source_uri.len() > MAX_URI_BYTES {
             return Err(IdentityError::Line("source"));
         }
         let identity = Self {
@@ -153,6 +204,7 @@ impl Identity {
             source_uri,
             incarnation,
             image_inode,
+            ties,
         };
         // Numbers can be written in more ways than one: `+5`, `007`, digits above 9 as capitals.
         if identity.encode() != content {
@@ -160,6 +212,55 @@ impl Identity {
         }
         Ok(identity)
     }
+}
+
+/// What is said of a tie that is there.
+const KEPT: &str = "kept";
+
+/// The lines of the ties, as many as there are.
+fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError> {
+    let mut ties = Ties::default();
+    for line in lines {
+        let (key, value) = line.split_once(" = ").ok_or(IdentityError::Line("ties"))?;
+        match (key, value) {
+            ("departed", text) => {
+                let departure = departure(text).ok_or(IdentityError::Line("departed"))?;
+                ties.departed = Some(departure);
+            }
+            ("base", text) => {
+                ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
+            }
+            ("source-fence", KEPT) => ties.fenced_source = true,
+            ("way-back", KEPT) => ties.way_back = true,
+            _ => return Err(IdentityError::Line("ties")),
+        }
+    }
+    Ok(ties)
+}
+
+/// A departure in words: the volume, the time or `unknown`, `intact` or `spoilt`.
+fn written(departure: Departure) -> String {
+    let Departure {
+        to,
+        image_mtime,
+        intact,
+    } = departure;
+    let time = image_mtime.map_or("unknown".into(), |time| time.to_string());
+    let state = if intact { "intact" } else { "spoilt" };
+    format!("{} {time} {state}", hex(&to))
+}
+
+fn departure(text: &str) -> Option<Departure> {
+    let mut words = text.split(' ');
+    let departure = Departure {
+        to: unhex(words.next()?)?,
+        image_mtime: match words.next()? {
+            "unknown" => None,
+            time => Some(time.parse().ok()?),
+        },
+        intact: words.next()? == "intact",
+    };
+    words.next().is_none().then_some(departure)
 }
 
 /// Sixteen bytes as 32 digits.

@@ -27,7 +27,7 @@ use hikkoshi_engine::witness::Witnesses;
 
 use crate::lock::{self, Locked};
 use crate::medium::{self, Directory, DurableFile, FsDirectory};
-pub use identity::{Identity, IdentityError, Life, hex};
+pub use identity::{Departure, Identity, IdentityError, Life, Ties, hex};
 
 const VOLUME: &str = "volume";
 const MAP: &str = "map";
@@ -196,20 +196,24 @@ impl StateDir {
         Ok(if is_empty { Found::Begun } else { Found::State })
     }
 
+    /// Makes the state of a plain image, all of which is here: its identity and nothing else.
+    ///
+    /// # Errors
+    /// The medium fails, or another process uses it.
+    pub fn create_complete(path: &Path, identity: Identity) -> Result<Self, StateError> {
+        make_directory(path)?;
+        let lock = take_lock(path)?;
+        let dir: Box<dyn Directory> = Box::new(FsDirectory::new(path));
+        put(&*dir, VOLUME, &identity.encode())?;
+        Ok(Self::complete(dir, identity, Some(lock)))
+    }
+
     /// Makes the state of a new volume, of which nothing is here.
     ///
     /// # Errors
     /// The medium fails, or another process uses it.
     pub fn create(path: &Path, identity: Identity) -> Result<Self, StateError> {
-        let made = std::fs::create_dir_all(path).and_then(|()| {
-            let parent = path.canonicalize()?;
-            File::open(parent.parent().unwrap_or(Path::new("/")))?.sync_all()
-        });
-        made.map_err(|source| StateError::Io {
-            what: "creating",
-            path: path.to_owned(),
-            source,
-        })?;
+        make_directory(path)?;
         let lock = take_lock(path)?;
         Self::create_in(Box::new(FsDirectory::new(path)), identity, Some(lock))
     }
@@ -294,18 +298,8 @@ impl StateDir {
                 path: dir.path(VOLUME),
                 source,
             })?;
-        if identity.life == Life::Local {
-            return Ok(Self {
-                log: Box::new(NoLog),
-                log_limit: log_limit(identity.geometry),
-                dir,
-                identity,
-                epoch: 0,
-                seq: 0,
-                log_bytes: 0,
-                poisoned: false,
-                _lock: lock,
-            });
+        if !identity.keeps_map() {
+            return Ok(Self::complete(dir, identity, lock));
         }
         let map = get(&*dir, MAP)?;
         let epoch = journal::snapshot_epoch(&map, identity.volume_id, identity.geometry).map_err(
@@ -315,6 +309,20 @@ impl StateDir {
             },
         )?;
         Self::opened(dir, identity, epoch, lock)
+    }
+
+    fn complete(dir: Box<dyn Directory>, identity: Identity, lock: Option<File>) -> Self {
+        Self {
+            log: Box::new(NoLog),
+            log_limit: log_limit(identity.geometry),
+            dir,
+            identity,
+            epoch: 0,
+            seq: 0,
+            log_bytes: 0,
+            poisoned: false,
+            _lock: lock,
+        }
     }
 
     /// Brings the snapshot and the log into an empty residency.
@@ -448,29 +456,54 @@ impl StateDir {
         })
     }
 
-    /// Records that the VM runs here.
+    /// Records that the VM runs here. `at_source` is the generation of the source, where it has one.
     ///
     /// # Errors
     /// The medium fails; the state is unusable then.
-    pub fn record_arriving(&mut self) -> Result<(), StateError> {
+    pub fn record_arriving(&mut self, at_source: u64) -> Result<(), StateError> {
         let last = || StateError::Identity {
             path: self.dir.path(VOLUME),
             source: IdentityError::Line("generation"),
         };
-        let generation = self.identity.generation.checked_add(1).ok_or_else(last)?;
+        let before = self.identity.generation.max(at_source);
+        let generation = before.checked_add(1).ok_or_else(last)?;
         self.change(|identity| {
             identity.life = Life::Arriving;
             identity.generation = generation;
         })
     }
 
-    /// Records that everything is here, and drops what said which blocks are.
+    /// Records that the move is given up before the handoff. What was the old copy of the disk that
+    /// comes back is that again, though no longer one to fall back on.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn give_up(&mut self) -> Result<(), StateError> {
+        self.change(|identity| match identity.ties.base {
+            Some(to) => {
+                identity.life = Life::Local;
+                identity.ties.base = None;
+                identity.ties.departed = Some(Departure {
+                    to,
+                    image_mtime: None,
+                    intact: false,
+                });
+            }
+            None => identity.life = Life::GivenUp,
+        })
+    }
+
+    /// Records that everything is here, and drops what said which blocks are, unless that is kept
+    /// for the way back.
     ///
     /// # Errors
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
         crash_point!("completion.recorded");
+        if self.identity.keeps_map() {
+            return Ok(());
+        }
         // Left-overs do no harm: the identity says that they do not count.
         let _ = self.dir.remove(MAP);
         crash_point!("completion.map-removed");
@@ -536,6 +569,18 @@ impl DurableFile for NoLog {
     fn sync(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn make_directory(path: &Path) -> Result<(), StateError> {
+    let made = std::fs::create_dir_all(path).and_then(|()| {
+        let parent = path.canonicalize()?;
+        File::open(parent.parent().unwrap_or(Path::new("/")))?.sync_all()
+    });
+    made.map_err(|source| StateError::Io {
+        what: "creating",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn take_lock(path: &Path) -> Result<File, StateError> {

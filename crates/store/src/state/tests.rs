@@ -16,6 +16,7 @@ fn identity() -> Identity {
         source_uri: "nbd://old.example/disk%\nx".into(),
         incarnation: [9; 16],
         image_inode: Some(77),
+        ties: Ties::default(),
     }
 }
 
@@ -86,13 +87,13 @@ fn nothing_follows_the_last_epoch_and_the_last_generation() {
     dir.replace(MAP, &map).unwrap();
 
     let (mut state, residency) = reopen(dir.clone()).unwrap();
-    state.record_arriving().unwrap();
+    state.record_arriving(0).unwrap();
     state.checkpoint(&residency, &mut || Ok(())).unwrap();
     let (mut state, residency) = reopen(dir.clone()).unwrap();
     let epoch = state.checkpoint(&residency, &mut || Ok(())).unwrap_err();
     assert!(matches!(epoch, StateError::Journal { .. }), "{epoch}");
     let (mut state, _) = reopen(dir.clone()).unwrap();
-    let generation = state.record_arriving().unwrap_err();
+    let generation = state.record_arriving(0).unwrap_err();
     assert!(
         matches!(generation, StateError::Identity { .. }),
         "{generation}"
@@ -269,7 +270,7 @@ proptest! {
                 Step::Checkpoint => {
                     if state.checkpoint(&promised, &mut || Ok(())).is_err() { cut = Some(11); }
                 }
-                Step::Arrive => if state.record_arriving().is_err() { cut = Some(13); },
+                Step::Arrive => if state.record_arriving(0).is_err() { cut = Some(13); },
                 Step::PowerCut(seed) => cut = Some(seed | 1),
             }
             if let Some(mut seed) = cut {
@@ -304,7 +305,7 @@ fn where_there_is_no_space_nothing_is_spoilt() {
         residency.mark_owned(run);
         state.append(&[Record::Owned(run)])
     };
-    state.record_arriving().unwrap();
+    state.record_arriving(0).unwrap();
     leave(&mut state, 1).unwrap();
     dir.set_full(true);
     let outcome = state.change(|identity| identity.generation = 99);

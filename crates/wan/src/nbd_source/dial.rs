@@ -15,6 +15,7 @@ use hikkoshi_nbd::client::{
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
 use super::address::{Address, NbdSourceConfig};
+use super::attach::attach;
 use super::line::Line;
 use super::wire::SocketWire;
 use crate::source::{SourceError, SourceErrorKind};
@@ -57,6 +58,7 @@ pub(super) fn dial(
         )
     })?;
     let negotiated = shake_hands(&socket, config)?;
+    attach(&socket, config, negotiated.size_bytes, negotiated.transport)?;
     Ok(Dialed { socket, negotiated })
 }
 
@@ -160,7 +162,12 @@ pub(super) fn send_all(socket: &Socket, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn receive_exactly(socket: &Socket, len: usize, deadline: Instant) -> io::Result<Vec<u8>> {
+/// Receives `len` bytes or fails.
+pub(super) fn receive_exactly(
+    socket: &Socket,
+    len: usize,
+    deadline: Instant,
+) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(len);
     let mut buffer = [MaybeUninit::<u8>::uninit(); 1024];
     while bytes.len() < len {

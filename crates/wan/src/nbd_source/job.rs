@@ -12,6 +12,7 @@ use crate::source::{
     Completion, ExtentsAnswer, Fetched, Hashes, Lane, SourceError, SourceErrorKind, SourceExtent,
 };
 use crate::transport::message::{Hash, Request, Wish};
+use crate::transport::pack::Packing;
 use crate::transport::{HEADER_BYTES, Priority, limits};
 
 /// The longest question for extents that goes over the wire, in bytes; a multiple of every
@@ -182,9 +183,9 @@ impl Job {
     }
 
     /// The request in frames.
-    pub(super) fn frame(&self, id: u64) -> Vec<u8> {
+    pub(super) fn frame(&self, id: u64, packing: Packing) -> Vec<u8> {
         let (wish, bulk) = match self.op {
-            Op::Read { .. } => (Wish::Read, Priority::COLD),
+            Op::Read { .. } => (Wish::Read { packing }, Priority::COLD),
             Op::Status { .. } => (Wish::Extents, Priority::COLD),
             Op::Hash { grain, .. } => (Wish::Hash { grain }, Priority::CHECK),
         };

@@ -50,6 +50,9 @@ pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>
             Err(error) => error,
         };
         let others_stand = shared.standing() > 0;
+        if failed.kind == SourceErrorKind::Untrusted {
+            shared.tell_untrusted(&failed);
+        }
         tracing::debug!(slot, others_stand, error = %failed, "no connection to the source");
         let wait = if others_stand {
             EXTRA_RETRY

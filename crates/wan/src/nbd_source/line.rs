@@ -18,6 +18,7 @@ use super::wire::Wire;
 use crate::source::Lane;
 use crate::transport::Priority;
 use crate::transport::message::Request;
+use crate::transport::pack::Packing;
 
 /// How many requests wait on one connection at most, those in flight not counted. Callers bound
 /// what they ask for far below; this is only against their mistakes.
@@ -29,6 +30,7 @@ pub(super) struct Line {
     pub(super) negotiated: Negotiated,
     in_flight_max: usize,
     bulk_max: usize,
+    packing: Packing,
     dead: AtomicBool,
     /// Bytes asked for and not answered, queued ones included.
     load: AtomicU64,
@@ -62,6 +64,7 @@ impl Line {
             negotiated,
             in_flight_max: config.in_flight,
             bulk_max: config.bulk_in_flight,
+            packing: config.packing,
             dead: AtomicBool::new(false),
             load: AtomicU64::new(0),
             queued_bulk: AtomicU64::new(0),
@@ -156,7 +159,7 @@ impl Line {
             let cookie = state.next_cookie;
             state.next_cookie = cookie.wrapping_add(1);
             if self.speaks_frames() {
-                output.extend(job.frame(cookie));
+                output.extend(job.frame(cookie, self.packing));
             } else {
                 output.reserve(REQUEST_BYTES);
                 output.extend_from_slice(&encode_request(

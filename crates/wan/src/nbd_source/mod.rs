@@ -8,6 +8,7 @@
 //! `receive`; requests are written by `job`, replies are read by `reader` (NBD) and `frames`.
 
 mod address;
+mod attach;
 mod bare;
 mod dial;
 mod frames;
@@ -30,6 +31,7 @@ use std::thread;
 use std::time::Duration;
 
 pub use address::{Address, MAX_CONNECTIONS, MAX_IN_FLIGHT, NbdSourceConfig};
+pub use attach::{MoveLine, MoveLink, Ticket};
 pub use bare::{BareConnection, Undone};
 pub use wire::Wire;
 

@@ -267,6 +267,15 @@ impl Shared {
         Installed::Yes
     }
 
+    /// What answers is not to be believed: says so once, if it is all there is.
+    pub(super) fn tell_untrusted(&self, error: &SourceError) {
+        let mut state = self.state();
+        if state.standing == 0 && !state.closed && !state.told_differs {
+            state.told_differs = true;
+            self.tell(News::Down(error.clone()));
+        }
+    }
+
     /// Another disk answered: says so once, if it is all there is.
     fn differs(&self, state: &mut State, fresh: &SourceInfo, same: bool) -> SourceError {
         let (kind, message) = if same {

@@ -5,12 +5,13 @@
 //! except for their checksum. The table is in `docs/wire.md`.
 
 use super::limits;
+use super::pack::{self, Codec, Packing};
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 40;
 
-/// `HKF1`: the last byte is the version.
-pub const MAGIC: u32 = 0x484b_4631;
+/// `HKF2`: the last byte is the version.
+pub const MAGIC: u32 = 0x484b_4632;
 
 /// In the last frame of a reply.
 pub const FLAG_LAST: u16 = 1 << 0;
@@ -31,6 +32,8 @@ pub enum Kind {
     Promote = 0x05,
     /// Request: an answer, and nothing else.
     Ping = 0x06,
+    /// Request: something about the move.
+    Tell = 0x10,
     /// Reply: bytes of a range.
     Data = 0x81,
     /// Reply: a range reads as zeroes.
@@ -43,6 +46,8 @@ pub enum Kind {
     Error = 0x85,
     /// Reply: nothing more comes.
     End = 0x86,
+    /// Reply: a piece of an answer about the move.
+    Told = 0x90,
 }
 
 impl Kind {
@@ -54,12 +59,14 @@ impl Kind {
             0x04 => Self::Cancel,
             0x05 => Self::Promote,
             0x06 => Self::Ping,
+            0x10 => Self::Tell,
             0x81 => Self::Data,
             0x82 => Self::Zero,
             0x83 => Self::ExtentList,
             0x84 => Self::Hashes,
             0x85 => Self::Error,
             0x86 => Self::End,
+            0x90 => Self::Told,
             _ => return None,
         })
     }
@@ -146,6 +153,8 @@ pub struct Header {
     pub priority: Priority,
     /// The last frame of a reply.
     pub last: bool,
+    /// What it says of compression, as it is on the wire: see [`super::pack`].
+    pub packing: u16,
     /// The number of the request that it is, belongs to or is about.
     pub id: u64,
     /// Where on the disk, in bytes.
@@ -165,6 +174,7 @@ impl Header {
             kind,
             priority,
             last: false,
+            packing: 0,
             id,
             offset,
             span,
@@ -193,7 +203,7 @@ impl Header {
         bytes[..4].copy_from_slice(&MAGIC.to_be_bytes());
         bytes[4] = self.kind as u8;
         bytes[5] = self.priority.0;
-        let flags = if self.last { FLAG_LAST } else { 0 };
+        let flags = self.packing | if self.last { FLAG_LAST } else { 0 };
         bytes[6..8].copy_from_slice(&flags.to_be_bytes());
         bytes[8..16].copy_from_slice(&self.id.to_be_bytes());
         bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
@@ -223,13 +233,14 @@ impl Header {
         else {
             return Err(FrameError::Unknown);
         };
-        if flags & !FLAG_LAST != 0 {
+        if flags & !(FLAG_LAST | pack::FLAGS) != 0 {
             return Err(FrameError::Unknown);
         }
         let header = Self {
             kind,
             priority,
             last: flags & FLAG_LAST != 0,
+            packing: flags & pack::FLAGS,
             id: u64_at(bytes, 8),
             offset: u64_at(bytes, 16),
             span: u32_at(bytes, 24),
@@ -253,6 +264,14 @@ impl Header {
         {
             return false;
         }
+        let packing_fits = match self.kind {
+            Kind::Read => Packing::from_flags(self.packing).is_some(),
+            Kind::Data => Codec::from_flags(self.packing).is_ok(),
+            _ => self.packing == 0,
+        };
+        if !packing_fits {
+            return false;
+        }
         let bare = payload_len == 0 && !self.last;
         let nothing = span == 0 && self.offset == 0;
         let listed = |unit: u32, most: u32| {
@@ -266,7 +285,13 @@ impl Header {
                 of_grain && (1..=limits::HASH_BYTES).contains(&span)
             }
             Kind::Cancel | Kind::Promote | Kind::Ping => bare && nothing,
-            Kind::Data => (1..=limits::QUANTUM_BYTES).contains(&span) && payload_len == span,
+            Kind::Data => {
+                (1..=limits::QUANTUM_BYTES).contains(&span)
+                    && match self.packing {
+                        0 => payload_len == span,
+                        _ => (1..span).contains(&payload_len),
+                    }
+            }
             Kind::Zero => (1..=limits::READ_BYTES).contains(&span) && payload_len == 0,
             Kind::ExtentList => {
                 (1..=limits::EXTENTS_BYTES).contains(&span)
@@ -282,6 +307,8 @@ impl Header {
                 nothing && self.last && (4..=4 + limits::ERROR_TEXT_BYTES).contains(&payload_len)
             }
             Kind::End => nothing && self.last && payload_len == 0,
+            Kind::Tell => nothing && !self.last && (1..=limits::TELL_BYTES).contains(&payload_len),
+            Kind::Told => nothing && (1..=limits::QUANTUM_BYTES).contains(&payload_len),
         }
     }
 

@@ -38,7 +38,19 @@ pub const ERROR_TEXT_BYTES: u32 = 256;
 /// has answered some.
 pub const REQUESTS: usize = 256;
 
-/// The longest payload of a request; only HASH has one.
+/// The longest message about a move.
+pub const TELL_BYTES: u32 = 64;
+
+/// The longest answer to one, all its frames together.
+pub const TOLD_BYTES: usize = 32 << 20;
+
+/// Runs of changed bytes in an answer: where there are more, neighbours are joined.
+pub const TOLD_RANGES: usize = 64 << 10;
+
+/// Older copies that an answer speaks of.
+pub const TOLD_BASES: usize = 8;
+
+/// The longest payload of a request for something of the disk; only HASH has one.
 pub const REQUEST_PAYLOAD_BYTES: u32 = 4;
 
 /// The longest payload of a reply.

@@ -7,7 +7,9 @@
 pub mod frame;
 pub mod limits;
 pub mod message;
+pub mod pack;
 pub mod scheduler;
+pub mod session;
 
 pub use frame::{Decoder, Frame, FrameError, HEADER_BYTES, Header, Kind, Priority};
 pub use scheduler::{Misuse, Scheduler, Step, Work};

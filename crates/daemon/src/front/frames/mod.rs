@@ -14,21 +14,25 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use hikkoshi_engine::geometry::ByteRange;
 use hikkoshi_nbd::server::StatusExtents;
 use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
-use hikkoshi_wan::transport::{Decoder, Scheduler, Step, Work, limits};
+use hikkoshi_wan::transport::pack::Packer;
+use hikkoshi_wan::transport::session::Tell;
+use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
 use rustix::event::{PollFd, PollFlags, poll};
 use socket2::Socket;
 
 use super::outbox::errno_of;
 use crate::volume::Volume;
+use crate::volume::departure::Bound;
 use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
-use batch::{Batch, Bytes};
+use batch::{Batch, Bytes, Place};
 use post::{Letter, Outcome, Post};
 
 /// What the kernel may hold of this connection that it has not sent: enough to be sending on
@@ -79,6 +83,9 @@ pub(super) struct FrameSession {
     hashes: HashMap<u64, (u64, Vec<Hash>)>,
     /// Requests of which something had to come from the volume's own source.
     remote: HashSet<u64>,
+    /// For which move it reads, once it has said so.
+    bound: Bound,
+    packer: Packer,
 }
 
 impl FrameSession {
@@ -100,6 +107,8 @@ impl FrameSession {
             fetched_bytes: 0,
             hashes: HashMap::new(),
             remote: HashSet::new(),
+            bound: Bound::default(),
+            packer: Packer::default(),
         })
     }
 
@@ -121,7 +130,9 @@ impl FrameSession {
             // Only the kernel knows whether there is room for more, and it is asked at the same
             // time as for what is new, so that this is seen before the next quantum is chosen.
             let sending = !self.batch.is_empty() || self.scheduler.peek().is_some();
+            let asked_at = Instant::now();
             let seen = self.wait(sending)?;
+            let woken_at = Instant::now();
             if seen.letters {
                 self.take_letters();
             }
@@ -135,8 +146,15 @@ impl FrameSession {
             if seen.room || !sending {
                 if self.batch.is_empty() {
                     self.fill();
+                    // Looked at after reading: a fence is lifted before the first write behind it.
+                    if !self.volume.still_serves(&self.bound) {
+                        return Ok(());
+                    }
                 }
                 self.batch.send(&self.socket)?;
+                if sending {
+                    self.packer.note(woken_at - asked_at, woken_at.elapsed());
+                }
             }
         }
     }
@@ -193,8 +211,27 @@ impl FrameSession {
         while !self.scheduler.is_full()
             && let Some(frame) = self.decoder.next_frame().map_err(io::Error::other)?
         {
+            if frame.header.kind == Kind::Tell {
+                self.tell(&frame)?;
+                continue;
+            }
             let request = Request::parse(&frame).map_err(io::Error::other)?;
             self.scheduler.submit(request).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// A message about the move. It is answered here and now: whoever hands over waits for the
+    /// medium, and has a connection of its own for it.
+    fn tell(&mut self, frame: &Frame) -> io::Result<()> {
+        let tell = Tell::decode(&frame.payload)
+            .ok_or_else(|| io::Error::other("a message about the move that makes no sense"))?;
+        let told = self.volume.answer(tell, &mut self.bound).encode();
+        let mut pieces = told.chunks(limits::QUANTUM_BYTES as usize).peekable();
+        while let Some(piece) = pieces.next() {
+            let mut header = Header::request(Kind::Told, Priority::DEMAND, frame.header.id, 0, 0);
+            header.last = pieces.peek().is_none();
+            self.batch.frame(header, piece.to_vec());
         }
         Ok(())
     }
@@ -226,7 +263,7 @@ impl FrameSession {
                 self.finish(step);
             }
             Work::Wish(Wish::Extents) => self.produce_extents(step),
-            Work::Wish(Wish::Read) => match self.bytes(step) {
+            Work::Wish(Wish::Read { packing }) => match self.bytes(step) {
                 Got::Bytes(bytes) => {
                     let Step {
                         id,
@@ -235,7 +272,14 @@ impl FrameSession {
                         last,
                         ..
                     } = *step;
-                    self.batch.data(id, priority, offset, &bytes, last);
+                    let place = Place {
+                        id,
+                        priority,
+                        offset,
+                        last,
+                    };
+                    let packing = self.volume.packing_towards(packing);
+                    self.batch.data(place, &bytes, &mut self.packer, packing);
                     if last && !self.remote.contains(&id) {
                         self.volume.count_read(false);
                     }

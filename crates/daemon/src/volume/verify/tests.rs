@@ -58,6 +58,7 @@ fn world(required: bool) -> World {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Auto,
+        compress: crate::config::Packing::Auto,
         source: Some(SourceConfig {
             handoff: HandoffPolicy::Now,
             verify: required,
@@ -73,8 +74,10 @@ fn world(required: bool) -> World {
         had_source: true,
         clock: system_clock(),
         heat_place: None,
+        make_state: None,
     };
     let volume = parts.moving(Moving {
+        arrival: None,
         wanted: config.source.as_ref().unwrap(),
         source: Arc::clone(&source) as Arc<dyn Source>,
         residency,

@@ -1,0 +1,722 @@
+//! The destination's side of a move from one of ours: pre-copy before the handoff, the handoff, and
+//! what is to be told afterwards.
+//!
+//! Before the handoff guests' reads pass by to the source, as with any source. What is copied ahead
+//! goes into the image and is counted apart from the residency ([`Precopy`]): the VM still writes
+//! at the source. At the handoff the source stops it, tells what has changed last, and only what is
+//! right then becomes resident.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+use hikkoshi_crashpoint::crash_point;
+use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
+use hikkoshi_engine::heat::HeatMap;
+use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
+use hikkoshi_store::ZeroMode;
+use hikkoshi_wan::transport::session::{Tell, Told};
+use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
+
+use super::gate::Gate;
+use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
+use super::{Volume, lock};
+use crate::config::{Prepare, SourceConfig, SourceLoss};
+use crate::events::EventKind;
+use crate::status::LifeState;
+
+/// How often the source is asked what has changed: while copying, and when all is copied.
+const ASK_AFTER: Duration = Duration::from_millis(250);
+
+/// How long an answer about the move may take. A handoff syncs the source's disk.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long telling the source something that it can do without may take.
+const SHORT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The pause before something is said again that did not get through.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+/// The pause after the image could not take what was copied.
+const STORE_PAUSE: Duration = Duration::from_secs(5);
+
+/// Copies under way at most.
+const MAX_COPIES: usize = 64;
+
+/// A copy that gains nothing on the VM for so many seconds will not catch up by itself.
+const LAG_S: u32 = 3;
+
+/// The handoff may wait no longer for `--prepare full` when so little is left to copy.
+const NEARLY_ALL_BYTES: u64 = 8 << 20;
+
+/// The source of a move, as far as it is one of ours.
+pub struct Arrival {
+    pub(super) ticket: Arc<Ticket>,
+    link: Arc<dyn MoveLink>,
+    prepare: Prepare,
+    /// The image holds the disk as it was at the handoff to [`Ticket::base`].
+    has_base: bool,
+    /// What is read most was told by a file.
+    knows_heat: bool,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Entered by what is copied ahead, closed at the handoff.
+    installing: Gate,
+    /// One handoff or giving up at a time.
+    deciding: Mutex<()>,
+    wants_to_give_up: AtomicBool,
+    given_up: AtomicBool,
+    stopping: AtomicBool,
+    /// Bytes that were copied ahead, those again that had changed included.
+    copied_bytes: AtomicU64,
+}
+
+struct State {
+    precopy: Precopy,
+    /// When the last second began, what was copied until then, and what was missing.
+    second: (Duration, u64, u64),
+    /// The most that was copied in a second, and for how many seconds nothing was gained.
+    best_per_s: u64,
+    lagging_s: u32,
+    /// The VM's writes are slowed down to this, in bytes per second.
+    slowed_to: u64,
+    /// The tracking that it relies on.
+    epoch: u64,
+    /// Questions about changes that were answered.
+    number: u64,
+    /// All was copied once since the tracking began.
+    prepared: bool,
+    rests_until: Duration,
+    over: bool,
+}
+
+/// How far the pre-copy is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Prepared {
+    /// Everything that is worth it is here.
+    pub done: bool,
+    /// Bytes that are copied, and right as far as is known.
+    pub bytes: u64,
+    /// Bytes that were copied again because they had changed.
+    pub again_bytes: u64,
+}
+
+impl Arrival {
+    /// For a source that has answered to `ticket`.
+    pub fn new(
+        ticket: Arc<Ticket>,
+        link: Arc<dyn MoveLink>,
+        wanted: &SourceConfig,
+        geometry: Geometry,
+    ) -> Self {
+        let prepare = wanted.prepare;
+        Self {
+            has_base: ticket.base().is_some(),
+            knows_heat: wanted.heat.is_some(),
+            ticket,
+            link,
+            prepare,
+            state: Mutex::new(State {
+                precopy: match prepare {
+                    Prepare::Full => Precopy::new(geometry, false).until_all_is_here(),
+                    Prepare::None | Prepare::Ahead => Precopy::new(geometry, false),
+                },
+                second: (Duration::ZERO, 0, u64::MAX),
+                best_per_s: 0,
+                lagging_s: 0,
+                slowed_to: 0,
+                epoch: 0,
+                number: 0,
+                prepared: false,
+                rests_until: Duration::ZERO,
+                over: false,
+            }),
+            changed: Condvar::new(),
+            installing: Gate::default(),
+            deciding: Mutex::new(()),
+            wants_to_give_up: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            copied_bytes: AtomicU64::new(0),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// Ends whatever waits for the source.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        self.link.hang_up();
+        drop(self.state());
+        self.changed.notify_all();
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Waits for news, for at most `most`.
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+        self.changed
+            .wait_timeout(state, most)
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .0
+    }
+
+    fn pause(&self, pause: Duration) {
+        let state = self.state();
+        if !self.is_stopping() {
+            drop(self.wait(state, pause));
+        }
+    }
+}
+
+impl State {
+    /// Begins anew if the tracking has.
+    fn follow(&mut self, epoch: u64, has_base: bool) {
+        if self.epoch != epoch {
+            self.epoch = epoch;
+            self.number = 0;
+            self.prepared = false;
+            self.precopy.start_over(has_base);
+        }
+    }
+}
+
+impl Volume {
+    /// Whether the move here was given up before the handoff.
+    pub fn has_given_up(&self) -> bool {
+        self.arrival
+            .as_ref()
+            .is_some_and(|a| a.given_up.load(Ordering::Acquire))
+    }
+
+    /// Whether its source keeps a fence and is to be told of the move.
+    pub(super) fn has_arrival(&self) -> bool {
+        self.arrival.is_some()
+    }
+
+    /// What a person should know of the pre-copy.
+    pub(super) fn prepared_note(&self) -> Option<String> {
+        let prepared = self.prepared()?;
+        let mib = prepared.bytes >> 20;
+        Some(if prepared.done {
+            format!("{mib} MiB are here ahead of the handoff: all that is worth it")
+        } else {
+            format!("{mib} MiB are here ahead of the handoff, and more is copied")
+        })
+    }
+
+    /// How far the pre-copy is; `None` where there is none.
+    pub fn prepared(&self) -> Option<Prepared> {
+        let arrival = self.arrival.as_ref()?;
+        if arrival.prepare == Prepare::None || self.life() != LifeState::Standby {
+            return None;
+        }
+        let state = arrival.state();
+        let block = self.geometry.block_bytes();
+        let missing = state.precopy.missing() * block;
+        Some(Prepared {
+            done: state.prepared,
+            bytes: self.geometry.size_bytes().saturating_sub(missing),
+            again_bytes: state.precopy.repeated() * block,
+        })
+    }
+
+    /// The loop of the thread that prepares, and tells the source what it should know; returns when
+    /// there is nothing more to tell.
+    pub fn keep_move(self: Arc<Self>) {
+        let Some(arrival) = &self.arrival else {
+            return;
+        };
+        self.ask_for_heat(arrival);
+        while !arrival.is_stopping() && self.life() == LifeState::Standby && !self.has_given_up() {
+            let Some(relocation) = self.relocation() else {
+                return;
+            };
+            if arrival.prepare != Prepare::None && self.background {
+                self.prepare_some(arrival, &relocation);
+            } else {
+                arrival.pause(RETRY_AFTER);
+            }
+        }
+        // A move that was given up must be told of until the source has heard it.
+        if self.has_given_up() {
+            self.tell_until_heard(
+                arrival,
+                Tell::Abort {
+                    id: arrival.ticket.id(),
+                },
+            );
+            return;
+        }
+        if self.life() != LifeState::Local {
+            self.ask_for_heat(arrival);
+            self.ask_for_bases(arrival);
+        }
+        while !arrival.is_stopping() && self.life() != LifeState::Local {
+            arrival.pause(RETRY_AFTER);
+        }
+        if self.life() == LifeState::Local {
+            self.tell_until_heard(
+                arrival,
+                Tell::Done {
+                    id: arrival.ticket.id(),
+                },
+            );
+            arrival.link.hang_up();
+        }
+    }
+
+    fn tell_until_heard(&self, arrival: &Arrival, tell: Tell) {
+        while !arrival.is_stopping() {
+            match arrival.link.tell(&tell, SHORT_PATIENCE) {
+                Err(error) if error.kind == SourceErrorKind::Disconnected => {
+                    arrival.pause(RETRY_AFTER * 10);
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// What is read most comes first. Only an order depends on the answer, so it is asked for once,
+    /// and once more when nothing changes any more at the source. The next move knows it, too.
+    fn ask_for_heat(&self, arrival: &Arrival) {
+        let id = arrival.ticket.id();
+        let (false, Some(relocation)) = (arrival.knows_heat, self.relocation()) else {
+            return;
+        };
+        let map = match arrival.link.tell(&Tell::Heat { id }, PATIENCE) {
+            Ok(Told::Heat(map)) => HeatMap::decode(&map).map_err(|error| error.to_string()),
+            Ok(_) => Err("it answered something else".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        let outcome = map.and_then(|map| {
+            self.heat.merge(&map).map_err(|error| error.to_string())?;
+            Ok(self.heat.map().order(self.geometry))
+        });
+        match outcome {
+            Ok(order) => relocation.set_order(order),
+            Err(why) => tracing::debug!("what is read most at the source is not known: {why}"),
+        }
+    }
+
+    fn ask_for_bases(&self, arrival: &Arrival) {
+        let id = arrival.ticket.id();
+        while !arrival.is_stopping() && self.life() != LifeState::Local {
+            match arrival.link.tell(&Tell::Bases { id }, PATIENCE) {
+                Ok(Told::Bases(bases)) => {
+                    let blocks_of = |ranges: Vec<ByteRange>| {
+                        let covering = |range| self.geometry.covering(range);
+                        ranges.into_iter().map(covering).collect()
+                    };
+                    let bases = bases
+                        .into_iter()
+                        .map(|(id, ranges)| (id, blocks_of(ranges)))
+                        .collect();
+                    if let Err(error) = self.inherit(bases) {
+                        self.event(
+                            EventKind::StateTrouble,
+                            format!(
+                                "what older copies of this disk lack could not be kept, so a way \
+                                 back to them copies everything: {error}"
+                            ),
+                        );
+                    }
+                    return;
+                }
+                Err(error) if error.kind == SourceErrorKind::Disconnected => {
+                    arrival.pause(RETRY_AFTER * 10);
+                }
+                _ => return,
+            }
+        }
+    }
+
+    // Before the handoff
+
+    /// Asks what has changed, and copies until it is time to ask again.
+    fn prepare_some(&self, arrival: &Arrival, relocation: &Arc<Relocation>) {
+        let Some(attached) = arrival.ticket.attached().filter(|a| a.epoch != 0) else {
+            return arrival.pause(RETRY_AFTER);
+        };
+        let all_copied = arrival.has_base && attached.knows_base;
+        let tell = {
+            let mut state = arrival.state();
+            if state.epoch != attached.epoch {
+                state.follow(attached.epoch, all_copied);
+                state.precopy.connected(self.now());
+            }
+            Tell::Changes {
+                id: arrival.ticket.id(),
+                epoch: state.epoch,
+                number: state.number + 1,
+            }
+        };
+        if !relocation.source.is_connected() {
+            return arrival.pause(RETRY_AFTER);
+        }
+        match arrival.link.tell(&tell, PATIENCE) {
+            Ok(Told::Changes { ranges }) => {
+                let mut state = arrival.state();
+                let Tell::Changes { epoch, number, .. } = tell else {
+                    return;
+                };
+                if state.epoch != epoch {
+                    return;
+                }
+                state.number = number;
+                for range in ranges {
+                    state.precopy.changed(self.geometry.covering(range));
+                }
+            }
+            _ => return arrival.pause(RETRY_AFTER),
+        }
+        self.keep_up(arrival);
+        let until = self.now() + ASK_AFTER;
+        let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
+        let mut state = arrival.state();
+        state.precopy.set_limit(self.now(), limit);
+        while self.now() < until && !state.over && !arrival.is_stopping() {
+            let now = self.now();
+            while now >= state.rests_until
+                && !paused
+                && state.precopy.in_flight() < MAX_COPIES
+                && let Some(wanted) = state.precopy.next_paced(now)
+            {
+                let epoch = state.epoch;
+                drop(state);
+                self.copy_ahead(relocation, epoch, wanted);
+                state = arrival.state();
+            }
+            let idle = state.precopy.in_flight() == 0 && now >= state.rests_until;
+            if idle && !paused && !state.prepared {
+                let capped = state.precopy.next(1).is_some_and(|wanted| {
+                    let (Wanted::Data(id, _) | Wanted::Extents(id, _)) = wanted;
+                    state.precopy.failed(id);
+                    true
+                });
+                if !capped {
+                    state.prepared = true;
+                    self.event(
+                        EventKind::Prepared,
+                        "all that can be copied before the handoff is here",
+                    );
+                }
+            }
+            state = arrival.wait(state, until.saturating_sub(self.now()).min(ASK_AFTER / 10));
+        }
+    }
+
+    /// With `--prepare full`: where for some seconds nothing is gained on a VM that writes, although
+    /// only what it changes is missing, it is slowed down to half of what the link carries, and
+    /// further while that is not enough.
+    fn keep_up(&self, arrival: &Arrival) {
+        if arrival.prepare != Prepare::Full {
+            return;
+        }
+        let now = self.now();
+        let bytes_per_s = {
+            let mut state = arrival.state();
+            let (since, copied_before, missing_before) = state.second;
+            if now.saturating_sub(since) < Duration::from_secs(1) {
+                return;
+            }
+            let copied = arrival.copied_bytes.load(Ordering::Relaxed);
+            let missing = state.precopy.missing() * self.geometry.block_bytes();
+            state.second = (now, copied, missing);
+            state.best_per_s = state.best_per_s.max(copied - copied_before);
+            let lags = missing > NEARLY_ALL_BYTES / 2
+                && missing >= missing_before
+                && state.precopy.is_chasing();
+            state.lagging_s = if lags { state.lagging_s + 1 } else { 0 };
+            if state.lagging_s >= LAG_S {
+                state.lagging_s = 0;
+                state.slowed_to = match state.slowed_to {
+                    0 => (state.best_per_s / 2).max(1),
+                    slowed => (slowed / 2).max(1),
+                };
+            }
+            state.slowed_to
+        };
+        if bytes_per_s > 0 {
+            // Said again and again: a source that does not hear of it lifts the bound by itself.
+            let id = arrival.ticket.id();
+            let _ = arrival.link.tell(&Tell::Slow { id, bytes_per_s }, PATIENCE);
+        }
+    }
+
+    fn copy_ahead(&self, relocation: &Arc<Relocation>, epoch: u64, wanted: Wanted) {
+        let (Wanted::Data(id, range) | Wanted::Extents(id, range)) = wanted;
+        let bytes = self.geometry.bytes(range);
+        let Some(volume) = relocation.volume() else {
+            return;
+        };
+        match wanted {
+            Wanted::Data(..) => {
+                let len = u32::try_from(bytes.len()).expect("a region at most");
+                let done = move |outcome| volume.copied_ahead(epoch, id, range, outcome);
+                relocation
+                    .source
+                    .read(Lane::Bulk, bytes.start, len, Box::new(done));
+            }
+            Wanted::Extents(..) => {
+                let done = move |outcome| volume.scanned_ahead(epoch, id, range, outcome);
+                relocation
+                    .source
+                    .extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
+            }
+        }
+    }
+
+    /// On a thread of the source.
+    fn copied_ahead(
+        &self,
+        epoch: u64,
+        id: CopyId,
+        range: BlockRange,
+        outcome: Result<Fetched, SourceError>,
+    ) {
+        let Some(arrival) = &self.arrival else {
+            return;
+        };
+        arrival
+            .state()
+            .precopy
+            .arrived(self.now(), id, outcome.is_ok());
+        let Ok(fetched) = outcome else {
+            return self.not_copied(arrival, id, false);
+        };
+        if let Some(relocation) = self.relocation() {
+            relocation.count_wire(&fetched);
+        }
+        // From here to the mark the handoff waits.
+        let Some(_inside) = arrival.installing.enter() else {
+            return;
+        };
+        let bytes = self.geometry.bytes(range);
+        let installed = slice_of(&fetched, bytes.start, bytes.len()).and_then(|data| {
+            for (offset, piece, zero) in zero_runs(bytes.start, data) {
+                if zero {
+                    let len = piece.len() as u64;
+                    self.store.write_zeroes(offset, len, ZeroMode::MayPunch)?;
+                } else {
+                    self.store.write(offset, piece)?;
+                }
+            }
+            Ok(())
+        });
+        crash_point!("prepare.written");
+        if self.note_write(installed).is_err() {
+            return self.not_copied(arrival, id, true);
+        }
+        let copied = fetched.data.len() as u64;
+        arrival.copied_bytes.fetch_add(copied, Ordering::Relaxed);
+        let mut state = arrival.state();
+        if state.epoch == epoch {
+            state.precopy.landed(id);
+        }
+        drop(state);
+        arrival.changed.notify_all();
+    }
+
+    fn scanned_ahead(
+        &self,
+        epoch: u64,
+        id: CopyId,
+        range: BlockRange,
+        outcome: Result<ExtentsAnswer, SourceError>,
+    ) {
+        let Some(arrival) = &self.arrival else {
+            return;
+        };
+        let Ok(answer) = outcome else {
+            return self.not_copied(arrival, id, false);
+        };
+        let Some(_inside) = arrival.installing.enter() else {
+            return;
+        };
+        let told = answer
+            .extents
+            .last()
+            .map_or(0, |e| e.offset.saturating_add(e.len));
+        let end = self.geometry.bytes(range).end.min(told);
+        let start = self.geometry.bytes(range).start;
+        let told = self.geometry.within(ByteRange {
+            start,
+            end: end.max(start),
+        });
+        let zeroes: Vec<BlockRange> = merged_zeroes(&answer)
+            .map(|bytes| self.geometry.within(bytes).intersection(range))
+            .filter(|blocks| !blocks.is_empty())
+            .collect();
+        for zero in &zeroes {
+            let bytes = self.geometry.bytes(*zero);
+            let outcome = self
+                .store
+                .write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch);
+            if self.note_write(outcome).is_err() {
+                return self.not_copied(arrival, id, true);
+            }
+        }
+        let mut state = arrival.state();
+        if state.epoch == epoch {
+            // Less than a block answered: the first one counts as data, so that it gets on.
+            let answered_to = told.end.max(range.start + 1);
+            state.precopy.scanned(id, answered_to, &zeroes);
+        }
+        drop(state);
+        arrival.changed.notify_all();
+    }
+
+    fn not_copied(&self, arrival: &Arrival, id: CopyId, store_failed: bool) {
+        let mut state = arrival.state();
+        state.precopy.failed(id);
+        let pause = if store_failed {
+            STORE_PAUSE
+        } else {
+            RETRY_AFTER
+        };
+        state.rests_until = self.now() + pause;
+        drop(state);
+        arrival.changed.notify_all();
+    }
+
+    // The handoff
+
+    /// Has the source stop the VM's writes there, for good, and takes what was copied ahead and is
+    /// right. Waits as long as the policy for a lost source allows.
+    ///
+    /// # Errors
+    /// The source refuses, or cannot be reached; nothing has happened here, and it may be tried
+    /// again.
+    pub(super) fn take_over(&self, arrival: &Arrival) -> io::Result<Takeover> {
+        let id = arrival.ticket.id();
+        let since = self.now();
+        loop {
+            if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
+                return Err(io::Error::from_raw_os_error(1));
+            }
+            let epoch = arrival.state().epoch;
+            let told = arrival.link.tell(&Tell::Handoff { id, epoch }, PATIENCE);
+            match told {
+                Ok(Told::Fenced { generation, ranges }) => {
+                    crash_point!("takeover.fenced");
+                    arrival.installing.close();
+                    let mut state = arrival.state();
+                    state.over = true;
+                    let known = state.epoch == epoch && epoch != 0;
+                    let copied = match ranges.filter(|_| known) {
+                        Some(ranges) => {
+                            for range in ranges {
+                                state.precopy.changed(self.geometry.covering(range));
+                            }
+                            state.precopy.finish()
+                        }
+                        None => Vec::new(),
+                    };
+                    return Ok(Takeover { generation, copied });
+                }
+                Ok(_) => return Err(io::Error::other("the source answered something else")),
+                Err(error) if error.kind == SourceErrorKind::Disconnected => {
+                    tracing::debug!("the handoff did not get through: {error}");
+                    if let SourceLoss::Error(after) = self.on_loss
+                        && self.now().saturating_sub(since) >= after
+                    {
+                        return Err(io::Error::other(format!(
+                            "the handoff did not get through to the source: {error}"
+                        )));
+                    }
+                    arrival.pause(RETRY_AFTER);
+                }
+                Err(error) => {
+                    self.event(
+                        EventKind::SourceRefused,
+                        format!("the source refuses the handoff: {error}"),
+                    );
+                    return Err(io::Error::other(error.to_string()));
+                }
+            }
+        }
+    }
+
+    /// With `--prepare full`: waits until everything is here.
+    pub(super) fn await_prepared(&self, arrival: &Arrival) -> io::Result<()> {
+        if arrival.prepare != Prepare::Full {
+            return Ok(());
+        }
+        let block = self.geometry.block_bytes();
+        let mut state = arrival.state();
+        while !(state.prepared && state.precopy.missing() * block <= NEARLY_ALL_BYTES) {
+            if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
+                return Err(io::Error::from_raw_os_error(1));
+            }
+            state = arrival.wait(state, RETRY_AFTER);
+        }
+        Ok(())
+    }
+
+    pub(super) fn decide<'a>(&self, arrival: &'a Arrival) -> MutexGuard<'a, ()> {
+        lock(&arrival.deciding)
+    }
+
+    /// Gives the move up before the handoff: this volume never takes a write, and the source is
+    /// told, now or as soon as it can be reached.
+    ///
+    /// # Errors
+    /// It is too late, or there is nothing to give up; or it could not be recorded.
+    pub(super) fn give_up(&self) -> io::Result<()> {
+        let Some(arrival) = &self.arrival else {
+            return Err(io::Error::other(
+                "there is no move from a source of ours that could be given up",
+            ));
+        };
+        arrival.wants_to_give_up.store(true, Ordering::Release);
+        arrival.changed.notify_all();
+        let deciding = lock(&arrival.deciding);
+        if self.life() != LifeState::Standby {
+            arrival.wants_to_give_up.store(false, Ordering::Release);
+            return Err(io::Error::other(
+                "it is too late: the VM runs here already, and what it wrote is here",
+            ));
+        }
+        let mut journal = lock(&self.journal);
+        if let Some(state) = journal.state.as_mut() {
+            let outcome = state.give_up();
+            let outcome = self.note_state("recording that the move is given up", outcome);
+            if outcome.is_err() {
+                arrival.wants_to_give_up.store(false, Ordering::Release);
+            }
+            outcome?;
+        }
+        drop(journal);
+        crash_point!("give-up.recorded");
+        arrival.given_up.store(true, Ordering::Release);
+        arrival.state().over = true;
+        drop(deciding);
+        arrival.changed.notify_all();
+        self.event(
+            EventKind::MoveGivenUp,
+            "the move was given up; the VM goes on at the source",
+        );
+        let id = arrival.ticket.id();
+        if let Err(error) = arrival.link.tell(&Tell::Abort { id }, SHORT_PATIENCE) {
+            tracing::warn!(
+                "the source has not heard yet that the move was given up, and is told as soon as \
+                 it can be reached: {error}"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// What the handoff brought.
+pub(super) struct Takeover {
+    /// The source's generation.
+    pub generation: u64,
+    /// What was copied ahead and is what the source has for good.
+    pub copied: Vec<BlockRange>,
+}

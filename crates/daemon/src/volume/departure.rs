@@ -1,0 +1,639 @@
+//! The source's side of a move: who copies this disk, what changes meanwhile, and the fence.
+//!
+//! While a destination stands by, what guests change is marked for it, after each change and before
+//! its answer ([`ChangeMap`]). At the handoff no more writes are let in, those under way end, all is
+//! made durable, and then the departure itself; only then is the destination told. From there on
+//! nothing is written here until somebody lifts the fence: the destination, by giving up before it
+//! has taken a write, or a person. What may follow what is in [`hikkoshi_engine::handover`].
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use hikkoshi_crashpoint::crash_point;
+use hikkoshi_engine::changes::{ChangeMap, coarsened};
+use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
+use hikkoshi_engine::handover::{self, Handoff, Refusal};
+use hikkoshi_store::state::{Departure, StateDir, StateError};
+use hikkoshi_wan::transport::limits;
+use hikkoshi_wan::transport::session::{Attached, MoveId, Stance, Tell, Told};
+
+use super::gate::{Gate, Inside};
+use super::{Volume, lock};
+use crate::events::EventKind;
+use crate::status::LifeState;
+
+/// Destinations that copy at the same time; the one that was not heard of for longest goes.
+const MAX_SESSIONS: usize = 4;
+
+/// Moves that were given up, remembered so that a request of theirs that comes late is refused.
+const MAX_GIVEN_UP: usize = 64;
+
+/// Writes are slowed down to no less than this, in bytes per second, and for no longer at a time.
+const MIN_SLOW_RATE: u64 = 256 << 10;
+const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
+
+/// So far ahead of its rate a guest may be.
+const SLOW_GRACE: Duration = Duration::from_millis(100);
+
+/// A bound that nobody has asked for again for so long ends: whoever wanted it is gone.
+const SLOW_FOR: Duration = Duration::from_secs(10);
+
+/// Makes the durable state of a plain image, which has none until it is needed.
+pub type MakeState = Box<dyn Fn() -> Result<StateDir, StateError> + Send + Sync>;
+
+/// A destination that copies.
+struct Session {
+    id: MoveId,
+    /// Which tracking of changes this is: what was copied before it began may have changed unseen.
+    epoch: u64,
+    map: ChangeMap,
+    /// The answer to its last question, until it asks the next.
+    told: Mutex<(u64, Vec<BlockRange>)>,
+    /// When it was heard of last, in turns of [`Departures::turn`].
+    heard: AtomicU64,
+}
+
+/// What a volume knows of those who move its disk away.
+#[derive(Default)]
+pub struct Departures {
+    gate: Gate,
+    /// Some session is there: what changes is marked.
+    tracking: AtomicBool,
+    sessions: RwLock<Vec<Arc<Session>>>,
+    departed: Mutex<Option<Departure>>,
+    has_departed: AtomicBool,
+    given_up: Mutex<Vec<MoveId>>,
+    /// All has arrived where it departed to.
+    arrived: AtomicBool,
+    /// Grows whenever somebody who reads here might not be allowed to any more.
+    version: AtomicU64,
+    turn: AtomicU64,
+    /// Held over a handoff, an abort, a release: one at a time.
+    deciding: Mutex<()>,
+    make_state: Option<MakeState>,
+    /// Guests may change so many bytes in a second, for the sake of this move; 0: as many as they
+    /// like.
+    slowed: AtomicU64,
+    slowed_for: Mutex<Option<(MoveId, Duration)>>,
+    /// Until when what was changed has used the rate up.
+    owed_until: Mutex<Duration>,
+}
+
+/// A client of ours, as far as it has said who it is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bound {
+    who: Option<(MoveId, Stance)>,
+    version: u64,
+}
+
+impl Departures {
+    /// Those of a volume that has departed, or not.
+    pub fn new(departed: Option<Departure>, make_state: Option<MakeState>) -> Self {
+        let this = Self {
+            departed: Mutex::new(departed),
+            has_departed: AtomicBool::new(departed.is_some()),
+            make_state,
+            ..Self::default()
+        };
+        if departed.is_some() {
+            this.gate.close();
+        }
+        this
+    }
+
+    fn sessions(&self) -> Vec<Arc<Session>> {
+        self.read_sessions().clone()
+    }
+
+    fn read_sessions(&self) -> std::sync::RwLockReadGuard<'_, Vec<Arc<Session>>> {
+        self.sessions
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write_sessions(&self) -> std::sync::RwLockWriteGuard<'_, Vec<Arc<Session>>> {
+        self.sessions
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn departed(&self) -> Option<Departure> {
+        *lock(&self.departed)
+    }
+
+    fn find(&self, id: MoveId) -> Option<Arc<Session>> {
+        let found = self.sessions().into_iter().find(|s| s.id == id)?;
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        found.heard.store(turn, Ordering::Relaxed);
+        Some(found)
+    }
+
+    fn open(&self, session: Session) -> Arc<Session> {
+        let session = Arc::new(session);
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        session.heard.store(turn, Ordering::Relaxed);
+        let mut sessions = self.write_sessions();
+        sessions.retain(|s| s.id != session.id);
+        if sessions.len() >= MAX_SESSIONS {
+            let heard = |s: &Arc<Session>| s.heard.load(Ordering::Relaxed);
+            if let Some(oldest) = (0..sessions.len()).min_by_key(|at| heard(&sessions[*at])) {
+                sessions.remove(oldest);
+            }
+        }
+        sessions.push(Arc::clone(&session));
+        // Before any write that ends from now on looks at it.
+        self.tracking.store(true, Ordering::SeqCst);
+        session
+    }
+
+    fn close(&self, id: MoveId) {
+        let mut sessions = self.write_sessions();
+        sessions.retain(|s| s.id != id);
+        self.tracking.store(!sessions.is_empty(), Ordering::SeqCst);
+    }
+}
+
+impl Session {
+    fn new(id: MoveId, geometry: Geometry) -> Result<Self, StateError> {
+        let random = hikkoshi_store::live::random()?;
+        let epoch = u64::from_le_bytes(random[..8].try_into().expect("eight of sixteen"));
+        Ok(Self {
+            id,
+            // 0 means none.
+            epoch: epoch | 1,
+            map: ChangeMap::new(geometry),
+            told: Mutex::new((0, Vec::new())),
+            heard: AtomicU64::new(0),
+        })
+    }
+
+    fn bytes_of(&self, runs: &[BlockRange]) -> Vec<ByteRange> {
+        let geometry = self.map.geometry();
+        runs.iter().map(|run| geometry.bytes(*run)).collect()
+    }
+
+    /// The answer to question `number`: the one before, if that was lost, or the news.
+    fn changes(&self, number: u64) -> Vec<ByteRange> {
+        let mut told = lock(&self.told);
+        if told.0 != number {
+            *told = (number, coarsened(self.map.take(), limits::TOLD_RANGES));
+        }
+        self.bytes_of(&told.1)
+    }
+
+    /// All that it may not know. Nothing changes any more.
+    fn last_changes(&self) -> Vec<ByteRange> {
+        for run in &lock(&self.told).1 {
+            self.map.mark(*run);
+        }
+        let runs = self.map.take();
+        for run in &runs {
+            // It may ask again.
+            self.map.mark(*run);
+        }
+        self.bytes_of(&coarsened(runs, limits::TOLD_RANGES))
+    }
+}
+
+impl Volume {
+    /// Lets a guest's change begin.
+    ///
+    /// # Errors
+    /// The disk has moved on from here.
+    #[inline]
+    pub(super) fn begin_change(&self) -> io::Result<Inside<'_>> {
+        self.departures.gate.enter().ok_or_else(|| {
+            // EPERM, as for an export that is read-only.
+            io::Error::from_raw_os_error(1)
+        })
+    }
+
+    /// A guest's change has been made, whatever came of it, and is not answered yet.
+    #[inline]
+    pub(super) fn changed(&self, bytes: ByteRange) {
+        self.pay_for(bytes.len());
+        if self.departures.tracking.load(Ordering::SeqCst) && !bytes.is_empty() {
+            let blocks = self.geometry.covering(bytes);
+            for session in self.departures.read_sessions().iter() {
+                session.map.mark(blocks);
+            }
+        }
+    }
+
+    /// Where guests write faster than the link carries it, and all of it is to be copied before the
+    /// handoff, their writes are answered later.
+    fn pay_for(&self, bytes: u64) {
+        let rate = self.departures.slowed.load(Ordering::Relaxed);
+        if rate == 0 {
+            return;
+        }
+        let now = self.now();
+        let asked_at = lock(&self.departures.slowed_for).map(|(_, at)| at);
+        if asked_at.is_none_or(|at| now.saturating_sub(at) > SLOW_FOR) {
+            self.departures.slowed.store(0, Ordering::Relaxed);
+            return;
+        }
+        let price = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
+        let wait = {
+            let mut until = lock(&self.departures.owed_until);
+            *until = (*until).max(now) + price;
+            until.saturating_sub(now)
+        };
+        if wait > SLOW_GRACE {
+            std::thread::sleep((wait - SLOW_GRACE).min(MAX_SLOW_PAUSE));
+        }
+    }
+
+    fn slow_down(&self, id: MoveId, bytes_per_s: u64) {
+        if self.departures.find(id).is_none() {
+            return;
+        }
+        let mut who = lock(&self.departures.slowed_for);
+        if bytes_per_s == 0 && who.is_none_or(|(known, _)| known != id) {
+            return;
+        }
+        *who = (bytes_per_s > 0).then_some((id, self.now()));
+        let rate = match bytes_per_s {
+            0 => 0,
+            rate => rate.max(MIN_SLOW_RATE),
+        };
+        if self.departures.slowed.swap(rate, Ordering::Relaxed) == 0 && rate > 0 {
+            self.event(
+                EventKind::Slowed,
+                "the VM writes faster than the link carries it, and the new site wants all of it \
+                 before the handoff: its writes are slowed down until then",
+            );
+        }
+    }
+
+    /// Writes are as fast as ever again, if they were slowed down for this move.
+    fn speed_up(&self, id: MoveId) {
+        let mut who = lock(&self.departures.slowed_for);
+        if who.is_some_and(|(known, _)| known == id) {
+            *who = None;
+            self.departures.slowed.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the disk has moved on, so that what is here is its old copy.
+    pub fn has_departed(&self) -> bool {
+        self.departures.has_departed.load(Ordering::Acquire)
+    }
+
+    /// Where the volume stands, departures included.
+    pub fn stands(&self) -> LifeState {
+        let life = self.life();
+        if self.has_departed() {
+            LifeState::Departed
+        } else if self.has_given_up() {
+            LifeState::GivenUp
+        } else if life == LifeState::Local && !self.departures.read_sessions().is_empty() {
+            LifeState::Departing
+        } else {
+            life
+        }
+    }
+
+    /// What a person should know of its departure.
+    pub(super) fn departure_note(&self) -> Option<String> {
+        if self.has_departed() {
+            return Some(if self.departures.arrived.load(Ordering::Acquire) {
+                "the disk has moved on, and all of it has arrived: this old copy is needed no \
+                 more; it takes no writes until `hikkoshi release --force`"
+                    .to_owned()
+            } else {
+                "the disk has moved on, and is still being fetched from here: keep this running; \
+                 it takes no writes until `hikkoshi release --force`"
+                    .to_owned()
+            });
+        }
+        let slowed = self.departures.slowed.load(Ordering::Relaxed);
+        if slowed > 0 {
+            return Some(format!(
+                "a new site wants all of the disk before the handoff (--prepare full): the VM's \
+                 writes are slowed down to {} MB/s so that it can keep up",
+                slowed.div_ceil(1_000_000)
+            ));
+        }
+        let copying = self.departures.read_sessions().len();
+        (copying > 0).then(|| {
+            format!(
+                "{copying} new {} being prepared; the VM still runs here",
+                if copying == 1 { "site is" } else { "sites are" }
+            )
+        })
+    }
+
+    /// Answers a message of a destination. Waits for the medium at a handoff.
+    pub fn answer(&self, tell: Tell, bound: &mut Bound) -> Told {
+        let answered = match tell {
+            Tell::Attach {
+                id,
+                stance,
+                epoch,
+                base,
+            } => self.attach(id, stance, epoch, base, bound),
+            Tell::Changes { id, epoch, number } => match self.departures.find(id) {
+                Some(session) if session.epoch == epoch => Ok(Told::Changes {
+                    ranges: session.changes(number),
+                }),
+                _ => Err("these changes are not tracked any more".to_owned()),
+            },
+            Tell::Handoff { id, epoch } => self.depart(id, epoch),
+            Tell::Abort { id } => self.abort_departure(id),
+            Tell::Bases { id } => self.tell_bases(id),
+            Tell::Slow { id, bytes_per_s } => {
+                self.slow_down(id, bytes_per_s);
+                Ok(Told::Fine)
+            }
+            Tell::Heat { .. } => Ok(Told::Heat(self.heat().map().encode())),
+            Tell::Done { id } => {
+                if self.departures.departed().is_some_and(|d| d.to == id)
+                    && !self.departures.arrived.swap(true, Ordering::AcqRel)
+                {
+                    self.event(
+                        EventKind::Departed,
+                        "all of the disk has arrived at its new place; this old copy is needed no \
+                         more",
+                    );
+                }
+                Ok(Told::Fine)
+            }
+        };
+        answered.unwrap_or_else(Told::Refused)
+    }
+
+    /// Whether a client that has said who it is may go on reading.
+    pub fn still_serves(&self, bound: &Bound) -> bool {
+        let Some((id, stance)) = bound.who else {
+            return true;
+        };
+        bound.version == self.departures.version.load(Ordering::Acquire)
+            || self.may_attach(id, stance).is_ok()
+    }
+
+    fn may_attach(&self, id: MoveId, stance: Stance) -> Result<(), Refusal> {
+        // Nobody writes to what is read-only: there is nothing to fence, and it may move to many.
+        if self.read_only && !self.has_departed() {
+            return Ok(());
+        }
+        let stance = match stance {
+            Stance::Standby => handover::Stance::Standby,
+            Stance::Arriving => handover::Stance::Arriving,
+        };
+        handover::attach(self.departures.departed().map(|d| d.to), id, stance)
+    }
+
+    fn attach(
+        &self,
+        id: MoveId,
+        stance: Stance,
+        epoch: u64,
+        base: Option<MoveId>,
+        bound: &mut Bound,
+    ) -> Result<Told, String> {
+        let version = self.departures.version.load(Ordering::Acquire);
+        self.may_attach(id, stance).map_err(|e| e.to_string())?;
+        *bound = Bound {
+            who: Some((id, stance)),
+            version,
+        };
+        let departed = self.departures.departed().is_some_and(|d| d.to == id);
+        let mut attached = Attached {
+            generation: self.generation(),
+            epoch: 0,
+            departed,
+            knows_base: false,
+        };
+        // A volume that stands by itself does not see what changes.
+        if stance == Stance::Standby && self.life() != LifeState::Standby {
+            let known = self.departures.find(id).filter(|s| s.epoch == epoch);
+            let session = match known {
+                Some(session) => session,
+                None if departed => return Ok(Told::Attached(attached)),
+                None => self.begin_session(id, base, &mut attached)?,
+            };
+            attached.epoch = session.epoch;
+        }
+        Ok(Told::Attached(attached))
+    }
+
+    fn begin_session(
+        &self,
+        id: MoveId,
+        base: Option<MoveId>,
+        attached: &mut Attached,
+    ) -> Result<Arc<Session>, String> {
+        self.need_state().map_err(|e| {
+            format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
+        })?;
+        let session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        let known = self.departures.find(id).is_some();
+        // In this order: a change that is too early to be marked is in the difference.
+        let session = self.departures.open(session);
+        let since = base.and_then(|base| self.since(base));
+        attached.knows_base = since.is_some();
+        for run in since.into_iter().flatten() {
+            session.map.mark(run);
+        }
+        if !known {
+            self.event(
+                EventKind::Departing,
+                "a new site prepares to take the disk over; the VM still runs here",
+            );
+        }
+        Ok(session)
+    }
+
+    /// The durable state, made now if there is none: a fence must outlive a restart.
+    fn need_state(&self) -> Result<(), StateError> {
+        let mut journal = lock(&self.journal);
+        if journal.state.is_none()
+            && !self.read_only
+            && let Some(make) = &self.departures.make_state
+        {
+            journal.state = Some(make()?);
+        }
+        Ok(())
+    }
+
+    /// The handoff: from here on the VM runs elsewhere.
+    fn depart(&self, id: MoveId, epoch: u64) -> Result<Told, String> {
+        let _deciding = lock(&self.departures.deciding);
+        if self.life() == LifeState::Standby || self.has_given_up() {
+            return Err("the disk has not arrived at this source itself".to_owned());
+        }
+        if self.read_only && !self.has_departed() {
+            return Ok(self.fenced(id, epoch));
+        }
+        let departed = self.departures.departed().map(|d| d.to);
+        let given_up = lock(&self.departures.given_up).contains(&id);
+        match handover::handoff(departed, id, given_up).map_err(|e| e.to_string())? {
+            Handoff::Repeat => {}
+            Handoff::Close => {
+                self.need_state().map_err(|e| e.to_string())?;
+                self.departures.gate.close();
+                crash_point!("fence.closed");
+                if let Err(error) = self.record_departure(id) {
+                    // Only where it is known that nothing was recorded; a poisoned volume takes no
+                    // writes anyway, and says what is to be done.
+                    self.departures.gate.open();
+                    return Err(format!("the fence could not be made durable: {error}"));
+                }
+                crash_point!("fence.recorded");
+                self.event(
+                    EventKind::Departed,
+                    "handoff: the disk has moved on; nothing is written here from now on",
+                );
+                if let Some(relocation) = self.relocation() {
+                    // What the new site needs it asks for.
+                    relocation.with_mover_at(|mover, _| mover.pause());
+                }
+            }
+        }
+        Ok(self.fenced(id, epoch))
+    }
+
+    fn fenced(&self, id: MoveId, epoch: u64) -> Told {
+        let session = self.departures.find(id).filter(|s| s.epoch == epoch);
+        Told::Fenced {
+            generation: self.generation(),
+            ranges: session.map(|session| session.last_changes()),
+        }
+    }
+
+    fn record_departure(&self, id: MoveId) -> io::Result<()> {
+        let mut journal = lock(&self.journal);
+        self.commit_locked(&mut journal)?;
+        crash_point!("fence.synced");
+        let departure = Departure {
+            to: id,
+            image_mtime: self.store.modified().unwrap_or(None),
+            intact: true,
+        };
+        if let Some(state) = journal.state.as_mut() {
+            let outcome = state.change(|identity| identity.ties.departed = Some(departure));
+            self.note_state("recording the departure", outcome)?;
+        }
+        self.set_departed(Some(departure));
+        Ok(())
+    }
+
+    fn set_departed(&self, departure: Option<Departure>) {
+        *lock(&self.departures.departed) = departure;
+        let departed = departure.is_some();
+        self.departures
+            .has_departed
+            .store(departed, Ordering::Release);
+        self.departures.version.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A destination has given up, durably, before it took a write: all is as before.
+    fn abort_departure(&self, id: MoveId) -> Result<Told, String> {
+        let _deciding = lock(&self.departures.deciding);
+        {
+            let mut given_up = lock(&self.departures.given_up);
+            if !given_up.contains(&id) {
+                if given_up.len() >= MAX_GIVEN_UP {
+                    given_up.remove(0);
+                }
+                given_up.push(id);
+            }
+        }
+        let known = self.departures.find(id).is_some();
+        self.departures.close(id);
+        self.speed_up(id);
+        let departed = self.departures.departed().map(|d| d.to);
+        if handover::abort(departed, id) {
+            self.lift_fence().map_err(|e| e.to_string())?;
+        } else if known {
+            self.departures.version.fetch_add(1, Ordering::AcqRel);
+        }
+        if known || departed == Some(id) {
+            self.event(
+                EventKind::MoveGivenUp,
+                "the new site has given the move up; the disk stays here, as before",
+            );
+        }
+        Ok(Told::Fine)
+    }
+
+    /// Lifts the fence by hand.
+    ///
+    /// # Errors
+    /// It is not recorded; the fence stays.
+    pub(super) fn lift_fence(&self) -> io::Result<()> {
+        {
+            let mut journal = lock(&self.journal);
+            if let Some(state) = journal.state.as_mut() {
+                let outcome = state.change(|identity| identity.ties.departed = None);
+                self.note_state("recording that the fence is lifted", outcome)?;
+            }
+            crash_point!("fence.lifted");
+            // Whoever still reads for the move is cut off before the first write.
+            self.set_departed(None);
+        }
+        self.departures.arrived.store(false, Ordering::Release);
+        if let Some(relocation) = self.relocation() {
+            relocation.drive(|m, now, out| m.resume(now, &relocation.residency, out));
+        }
+        self.departures.gate.open();
+        Ok(())
+    }
+
+    /// Lifts the fence because a person says that the other copy is of no account.
+    ///
+    /// # Errors
+    /// There is none, or it could not be recorded.
+    pub(super) fn release_fence(&self) -> io::Result<()> {
+        let _deciding = lock(&self.departures.deciding);
+        let Some(departure) = self.departures.departed() else {
+            return Err(io::Error::other("there is no fence here"));
+        };
+        self.departures.close(departure.to);
+        self.lift_fence()?;
+        self.event(
+            EventKind::FenceLifted,
+            "the fence was lifted by hand: writes are accepted here again; what was written at the \
+             new site is not here",
+        );
+        Ok(())
+    }
+
+    fn tell_bases(&self, id: MoveId) -> Result<Told, String> {
+        if self.departures.departed().is_none_or(|d| d.to != id) {
+            return Err("the disk has not been handed over to you".to_owned());
+        }
+        let bases = self.bases().into_iter().take(limits::TOLD_BASES);
+        let geometry = self.geometry;
+        Ok(Told::Bases(
+            bases
+                .map(|(id, runs)| (id, runs.iter().map(|run| geometry.bytes(*run)).collect()))
+                .collect(),
+        ))
+    }
+
+    fn generation(&self) -> u64 {
+        let journal = lock(&self.journal);
+        journal
+            .state
+            .as_ref()
+            .map_or(0, |state| state.identity().generation)
+    }
+
+    /// What differs from an older copy.
+    pub(super) fn since(&self, _base: MoveId) -> Option<Vec<BlockRange>> {
+        None
+    }
+
+    fn bases(&self) -> Vec<(MoveId, Vec<BlockRange>)> {
+        Vec::new()
+    }
+
+    /// Takes over what is known of older copies.
+    pub(super) fn inherit(&self, _bases: Vec<(MoveId, Vec<BlockRange>)>) -> io::Result<()> {
+        Ok(())
+    }
+}
