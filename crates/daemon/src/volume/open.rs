@@ -604,7 +604,10 @@ pub(super) fn fitting(
 
 /// Writes everything once more that syncs of an earlier process may have left in the page cache
 /// alone. Tells how many bytes, if any had failed.
-fn settle_image(config: &ExportConfig, store: &FileStore) -> Result<Option<u64>, RewriteError> {
+pub(super) fn settle_image(
+    config: &ExportConfig,
+    store: &FileStore,
+) -> Result<Option<u64>, RewriteError> {
     let image = config.image.display();
     let mut told = None;
     let mut progress = |at: u64| {
@@ -621,7 +624,7 @@ fn settle_image(config: &ExportConfig, store: &FileStore) -> Result<Option<u64>,
     suspect::settle(store, store.mark(), &mut progress)
 }
 
-fn tell_rewritten(running: &Running, bytes: Option<u64>) {
+pub(super) fn tell_rewritten(running: &Running, bytes: Option<u64>) {
     if let Some(bytes) = bytes {
         running.volume.event(
             EventKind::Rewritten,
