@@ -47,6 +47,9 @@ struct Flight {
     scans: bool,
     /// What has changed meanwhile.
     changed: Vec<BlockRange>,
+    /// The tracking has begun anew since: nothing of it counts. But its bytes are written into the
+    /// image all the same, maybe over those of a newer copy.
+    void: bool,
     /// When it was sent, for those that are paced.
     sent_at: Option<Duration>,
 }
@@ -93,9 +96,9 @@ impl Precopy {
 
     /// The tracking of changes begins anew.
     pub fn start_over(&mut self, all_copied: bool) {
-        // Numbers are not used again, so that what is under way lands nowhere.
-        for flight in std::mem::take(&mut self.flights).values() {
-            if flight.sent_at.is_some() {
+        for flight in self.flights.values_mut() {
+            flight.void = true;
+            if flight.sent_at.take().is_some() {
                 self.pacer.lost(self.geometry.bytes(flight.range).len());
             }
         }
@@ -209,6 +212,7 @@ impl Precopy {
             range,
             scans,
             changed: Vec::new(),
+            void: false,
             sent_at: None,
         };
         self.flights.insert(id, flight);
@@ -278,14 +282,14 @@ impl Precopy {
 
     /// The source's bytes are in the image. What has not changed meanwhile is copied.
     pub fn landed(&mut self, id: CopyId) {
-        if let Some(flight) = self.flights.remove(&id) {
+        if let Some(flight) = self.take_down(id) {
             self.copied_but(flight.range, &flight.changed);
         }
     }
 
     /// The extents are known up to `answered_to`, and `zeroes` are zero in the image as well.
     pub fn scanned(&mut self, id: CopyId, answered_to: u64, zeroes: &[BlockRange]) {
-        let Some(flight) = self.flights.remove(&id) else {
+        let Some(flight) = self.take_down(id) else {
             return;
         };
         self.scanning = false;
@@ -304,19 +308,35 @@ impl Precopy {
 
     /// It came to nothing.
     pub fn failed(&mut self, id: CopyId) {
-        if self.flights.remove(&id).is_some_and(|flight| flight.scans) {
+        if self.take_down(id).is_some_and(|flight| flight.scans) {
             self.scanning = false;
         }
     }
 
-    /// The VM has changed these blocks at the source.
-    pub fn changed(&mut self, range: BlockRange) {
+    /// A copy has ended. One from before the tracking began anew may have put old bytes into the
+    /// image, over newer ones: what it covered counts as changed.
+    fn take_down(&mut self, id: CopyId) -> Option<Flight> {
+        let flight = self.flights.remove(&id)?;
+        if !flight.void {
+            return Some(flight);
+        }
+        self.clear(flight.range);
+        self.overtake(flight.range);
+        None
+    }
+
+    fn overtake(&mut self, range: BlockRange) {
         for flight in self.flights.values_mut() {
             let touched = flight.range.intersection(range);
             if !touched.is_empty() {
                 flight.changed.push(touched);
             }
         }
+    }
+
+    /// The VM has changed these blocks at the source.
+    pub fn changed(&mut self, range: BlockRange) {
+        self.overtake(range);
         let region = (REGION_BYTES / self.geometry.block_bytes()).max(1);
         let mut at = range.start;
         while at < range.end {
@@ -388,7 +408,14 @@ mod tests {
 
         fn step(&mut self, what: u8, a: u64, len: u64, value: u32) {
             let range = BlockRange::new(a % BLOCKS, (a % BLOCKS + 1 + len % 40).min(BLOCKS));
-            match what % 8 {
+            match what % 9 {
+                // The source restarts: what it had marked is gone, and the tracking begins anew.
+                // What was asked for is answered all the same, now or over a new connection.
+                8 if value == 0 => {
+                    self.tracker.take();
+                    self.told.clear();
+                    self.precopy.start_over(false);
+                }
                 // The VM writes; marked after, before the answer.
                 0 => {
                     self.source[Self::blocks(range)].fill(value);

@@ -340,9 +340,8 @@ impl Volume {
                 && state.precopy.in_flight() < MAX_COPIES
                 && let Some(wanted) = state.precopy.next_paced(now)
             {
-                let epoch = state.epoch;
                 drop(state);
-                self.copy_ahead(relocation, epoch, wanted);
+                self.copy_ahead(relocation, wanted);
                 state = arrival.state();
             }
             let idle = state.precopy.in_flight() == 0 && now >= state.rests_until;
@@ -364,7 +363,7 @@ impl Volume {
         }
     }
 
-    fn copy_ahead(&self, relocation: &Arc<Relocation>, epoch: u64, wanted: Wanted) {
+    fn copy_ahead(&self, relocation: &Arc<Relocation>, wanted: Wanted) {
         let (Wanted::Data(id, range) | Wanted::Extents(id, range)) = wanted;
         let bytes = self.geometry.bytes(range);
         let Some(volume) = relocation.volume() else {
@@ -373,13 +372,13 @@ impl Volume {
         match wanted {
             Wanted::Data(..) => {
                 let len = u32::try_from(bytes.len()).expect("a region at most");
-                let done = move |outcome| volume.copied_ahead(epoch, id, range, outcome);
+                let done = move |outcome| volume.copied_ahead(id, range, outcome);
                 relocation
                     .source
                     .read(Lane::Bulk, bytes.start, len, Box::new(done));
             }
             Wanted::Extents(..) => {
-                let done = move |outcome| volume.scanned_ahead(epoch, id, range, outcome);
+                let done = move |outcome| volume.scanned_ahead(id, range, outcome);
                 relocation
                     .source
                     .extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
@@ -390,7 +389,6 @@ impl Volume {
     /// On a thread of the source.
     fn copied_ahead(
         &self,
-        epoch: u64,
         id: CopyId,
         range: BlockRange,
         outcome: Result<Fetched, SourceError>,
@@ -430,17 +428,12 @@ impl Volume {
         }
         let copied = fetched.data.len() as u64;
         arrival.copied_bytes.fetch_add(copied, Ordering::Relaxed);
-        let mut state = arrival.state();
-        if state.epoch == epoch {
-            state.precopy.landed(id);
-        }
-        drop(state);
+        arrival.state().precopy.landed(id);
         arrival.changed.notify_all();
     }
 
     fn scanned_ahead(
         &self,
-        epoch: u64,
         id: CopyId,
         range: BlockRange,
         outcome: Result<ExtentsAnswer, SourceError>,
@@ -477,13 +470,9 @@ impl Volume {
                 return self.not_copied(arrival, id, true);
             }
         }
-        let mut state = arrival.state();
-        if state.epoch == epoch {
-            // Less than a block answered: the first one counts as data, so that it gets on.
-            let answered_to = told.end.max(range.start + 1);
-            state.precopy.scanned(id, answered_to, &zeroes);
-        }
-        drop(state);
+        // Less than a block answered: the first one counts as data, so that it gets on.
+        let answered_to = told.end.max(range.start + 1);
+        arrival.state().precopy.scanned(id, answered_to, &zeroes);
         arrival.changed.notify_all();
     }
 
