@@ -104,13 +104,11 @@ impl Volume {
         data: &[u8],
     ) -> io::Result<()> {
         self.check_poison()?;
-        let _inside = self.begin_change()?;
         let bytes = ByteRange::at(offset, data.len() as u64);
         let outcome = match relocation {
-            None => self.store.write(offset, data),
+            None => self.change(bytes, || self.store.write(offset, data)),
             Some(relocation) => self.mutate(relocation, bytes, &Change::Data { offset, data }),
         };
-        self.changed(bytes);
         self.note_write(outcome)
     }
 
@@ -126,13 +124,11 @@ impl Volume {
         mode: ZeroMode,
     ) -> io::Result<()> {
         self.check_poison()?;
-        let _inside = self.begin_change()?;
         let bytes = ByteRange::at(offset, len);
         let outcome = match relocation {
-            None => self.store.write_zeroes(offset, len, mode),
+            None => self.change(bytes, || self.store.write_zeroes(offset, len, mode)),
             Some(relocation) => self.mutate(relocation, bytes, &Change::Zeroes(mode)),
         };
-        self.changed(bytes);
         self.note_write(outcome)
     }
 
@@ -172,7 +168,10 @@ impl Volume {
         self.await_prepared(arrival)?;
         let _deciding = self.decide(arrival);
         if self.has_given_up() {
-            return Err(io::Error::from_raw_os_error(1));
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "this move was given up; the disk stays at the source",
+            ));
         }
         if self.life() != LifeState::Standby {
             return Ok(());
@@ -215,6 +214,16 @@ impl Volume {
         Ok(())
     }
 
+    /// Makes a change, unless the disk has moved on, and marks it for those who copy. A handoff
+    /// waits for it: nothing in it may wait for a source.
+    #[inline]
+    fn change<T>(&self, bytes: ByteRange, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _inside = self.begin_change()?;
+        let outcome = make();
+        self.changed(bytes);
+        outcome
+    }
+
     fn mutate(
         &self,
         relocation: &Arc<Relocation>,
@@ -229,14 +238,17 @@ impl Volume {
         }
         let blocks = relocation.geometry.covering(bytes);
         loop {
-            if relocation.residency.all_resident(blocks) {
-                relocation.own(blocks);
-                crash_point!("write.marked");
-                let outcome = change.apply(&*self.store, bytes);
-                crash_point!("write.written");
-                return outcome;
-            }
-            if relocation.change_missing(bytes, change)? {
+            let made = self.change(bytes, || {
+                if relocation.residency.all_resident(blocks) {
+                    relocation.own(blocks);
+                    crash_point!("write.marked");
+                    let outcome = change.apply(&*self.store, bytes);
+                    crash_point!("write.written");
+                    return outcome.map(|()| true);
+                }
+                relocation.change_missing(bytes, change)
+            })?;
+            if made {
                 return Ok(());
             }
             // The edges need the source's bytes: fetch those blocks, then look again.
