@@ -254,10 +254,6 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     way_back: Default::default(),
     ahead_bytes: 0,
     repeated_bytes: 0,
-    way_back: WayBackStatus {
-        kept: false,
-        changed_bytes: 0,
-    },
     background: BackgroundState::Running,
     rate_bytes_per_s: 1_000_000,
     eta_s: Some(3600),
