@@ -53,6 +53,8 @@ pub enum EventKind {
     MoveGivenUp,
     /// The fence of an old copy was lifted by hand.
     FenceLifted,
+    /// The VM's writes are slowed down, so that all can be copied before the handoff.
+    Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
 }
@@ -78,6 +80,7 @@ impl EventKind {
             Self::Departed => "departed",
             Self::MoveGivenUp => "move-given-up",
             Self::FenceLifted => "fence-lifted",
+            Self::Slowed => "slowed",
             Self::Prepared => "prepared",
         }
     }
@@ -125,6 +128,7 @@ impl EventLog {
             | EventKind::ReadsFailed
             | EventKind::DiskError
             | EventKind::StateTrouble
+            | EventKind::Slowed
             | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack

@@ -475,3 +475,42 @@ fn the_server_is_told_what_a_guest_waits_for() {
     source.close();
     site.daemon.shutdown().unwrap();
 }
+
+/// What is read most at the source is what comes first, without anybody saying so.
+#[test]
+fn the_source_tells_what_to_copy_first() {
+    let (dir, data) = (TempDir::new().unwrap(), pattern(24 << 20));
+    let old = Site::with(dir.path(), "old", &data, On::Tcp);
+    let mut plain = old.client();
+    plain.frames = false;
+    let guest = NbdSource::connect(plain).unwrap();
+    for _ in 0..20 {
+        let read = submit_read(&*guest, Lane::Demand, 20 << 20, 1 << 20);
+        outcome(&read).unwrap();
+    }
+    guest.close();
+    let mut wanted = Wanted::from(On::Unix, &old.uri());
+    wanted.source().max_rate = Some(1 << 20);
+    let new = Site::start(dir.path(), "new", wanted);
+    wait_until("something is here", || {
+        new.status().resident_bytes > 3 << 20
+    });
+    // Heat is handed on, and what was hot is here although the rest is not.
+    let map = new.export().heat();
+    assert!(
+        map.regions
+            .iter()
+            .any(|region| region.region == 20 && region.reads > 0)
+    );
+    let counters = new.status().counters;
+    let mut client = new.client();
+    client.frames = false;
+    let guest = NbdSource::connect(client).unwrap();
+    outcome(&submit_read(&*guest, Lane::Demand, 20 << 20, 1 << 20)).unwrap();
+    guest.close();
+    let after = new.status();
+    assert_eq!(after.counters.reads_remote, counters.reads_remote);
+    assert!(after.absent_bytes > 0, "everything was here already");
+    new.daemon.shutdown().unwrap();
+    old.daemon.shutdown().unwrap();
+}

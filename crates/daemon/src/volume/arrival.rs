@@ -12,7 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use hikkoshi_crashpoint::crash_point;
-use hikkoshi_engine::geometry::{BlockRange, ByteRange};
+use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
+use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_store::ZeroMode;
 use hikkoshi_wan::transport::session::{Tell, Told};
@@ -21,7 +22,7 @@ use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceEr
 use super::gate::Gate;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
-use crate::config::{Prepare, SourceLoss};
+use crate::config::{Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
 
@@ -43,6 +44,9 @@ const STORE_PAUSE: Duration = Duration::from_secs(5);
 /// Copies under way at most.
 const MAX_COPIES: usize = 64;
 
+/// A copy that gains nothing on the VM for so many seconds will not catch up by itself.
+const LAG_S: u32 = 3;
+
 /// The handoff may wait no longer for `--prepare full` when so little is left to copy.
 const NEARLY_ALL_BYTES: u64 = 8 << 20;
 
@@ -53,6 +57,8 @@ pub struct Arrival {
     prepare: Prepare,
     /// The image holds the disk as it was at the handoff to [`Ticket::base`].
     has_base: bool,
+    /// What is read most was told by a file.
+    knows_heat: bool,
     state: Mutex<State>,
     changed: Condvar,
     /// Entered by what is copied ahead, closed at the handoff.
@@ -68,6 +74,13 @@ pub struct Arrival {
 
 struct State {
     precopy: Precopy,
+    /// When the last second began, what was copied until then, and what was missing.
+    second: (Duration, u64, u64),
+    /// The most that was copied in a second, and for how many seconds nothing was gained.
+    best_per_s: u64,
+    lagging_s: u32,
+    /// The VM's writes are slowed down to this, in bytes per second.
+    slowed_to: u64,
     /// The tracking that it relies on.
     epoch: u64,
     /// Questions about changes that were answered.
@@ -94,16 +107,25 @@ impl Arrival {
     pub fn new(
         ticket: Arc<Ticket>,
         link: Arc<dyn MoveLink>,
-        prepare: Prepare,
-        geometry: hikkoshi_engine::geometry::Geometry,
+        wanted: &SourceConfig,
+        geometry: Geometry,
     ) -> Self {
+        let prepare = wanted.prepare;
         Self {
             has_base: ticket.base().is_some(),
+            knows_heat: wanted.heat.is_some(),
             ticket,
             link,
             prepare,
             state: Mutex::new(State {
-                precopy: Precopy::new(geometry, false),
+                precopy: match prepare {
+                    Prepare::Full => Precopy::new(geometry, false).until_all_is_here(),
+                    Prepare::None | Prepare::Ahead => Precopy::new(geometry, false),
+                },
+                second: (Duration::ZERO, 0, u64::MAX),
+                best_per_s: 0,
+                lagging_s: 0,
+                slowed_to: 0,
                 epoch: 0,
                 number: 0,
                 prepared: false,
@@ -210,6 +232,7 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
+        self.ask_for_heat(arrival);
         while !arrival.is_stopping() && self.life() == LifeState::Standby && !self.has_given_up() {
             let Some(relocation) = self.relocation() else {
                 return;
@@ -231,6 +254,7 @@ impl Volume {
             return;
         }
         if self.life() != LifeState::Local {
+            self.ask_for_heat(arrival);
             self.ask_for_bases(arrival);
         }
         while !arrival.is_stopping() && self.life() != LifeState::Local {
@@ -255,6 +279,28 @@ impl Volume {
                 }
                 _ => return,
             }
+        }
+    }
+
+    /// What is read most comes first. Only an order depends on the answer, so it is asked for once,
+    /// and once more when nothing changes any more at the source. The next move knows it, too.
+    fn ask_for_heat(&self, arrival: &Arrival) {
+        let id = arrival.ticket.id();
+        let (false, Some(relocation)) = (arrival.knows_heat, self.relocation()) else {
+            return;
+        };
+        let map = match arrival.link.tell(&Tell::Heat { id }, PATIENCE) {
+            Ok(Told::Heat(map)) => HeatMap::decode(&map).map_err(|error| error.to_string()),
+            Ok(_) => Err("it answered something else".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        let outcome = map.and_then(|map| {
+            self.heat.merge(&map).map_err(|error| error.to_string())?;
+            Ok(self.heat.map().order(self.geometry))
+        });
+        match outcome {
+            Ok(order) => relocation.set_order(order),
+            Err(why) => tracing::debug!("what is read most at the source is not known: {why}"),
         }
     }
 
@@ -329,6 +375,7 @@ impl Volume {
             }
             _ => return arrival.pause(RETRY_AFTER),
         }
+        self.keep_up(arrival);
         let until = self.now() + ASK_AFTER;
         let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
         let mut state = arrival.state();
@@ -361,6 +408,44 @@ impl Volume {
                 }
             }
             state = arrival.wait(state, until.saturating_sub(self.now()).min(ASK_AFTER / 10));
+        }
+    }
+
+    /// With `--prepare full`: where for some seconds nothing is gained on a VM that writes, although
+    /// only what it changes is missing, it is slowed down to half of what the link carries, and
+    /// further while that is not enough.
+    fn keep_up(&self, arrival: &Arrival) {
+        if arrival.prepare != Prepare::Full {
+            return;
+        }
+        let now = self.now();
+        let bytes_per_s = {
+            let mut state = arrival.state();
+            let (since, copied_before, missing_before) = state.second;
+            if now.saturating_sub(since) < Duration::from_secs(1) {
+                return;
+            }
+            let copied = arrival.copied_bytes.load(Ordering::Relaxed);
+            let missing = state.precopy.missing() * self.geometry.block_bytes();
+            state.second = (now, copied, missing);
+            state.best_per_s = state.best_per_s.max(copied - copied_before);
+            let lags = missing > NEARLY_ALL_BYTES / 2
+                && missing >= missing_before
+                && state.precopy.is_chasing();
+            state.lagging_s = if lags { state.lagging_s + 1 } else { 0 };
+            if state.lagging_s >= LAG_S {
+                state.lagging_s = 0;
+                state.slowed_to = match state.slowed_to {
+                    0 => (state.best_per_s / 2).max(1),
+                    slowed => (slowed / 2).max(1),
+                };
+            }
+            state.slowed_to
+        };
+        if bytes_per_s > 0 {
+            // Said again and again: a source that does not hear of it lifts the bound by itself.
+            let id = arrival.ticket.id();
+            let _ = arrival.link.tell(&Tell::Slow { id, bytes_per_s }, PATIENCE);
         }
     }
 

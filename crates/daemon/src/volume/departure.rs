@@ -9,6 +9,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
 
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::changes::{ChangeMap, coarsened};
@@ -28,6 +29,16 @@ const MAX_SESSIONS: usize = 4;
 
 /// Moves that were given up, remembered so that a request of theirs that comes late is refused.
 const MAX_GIVEN_UP: usize = 64;
+
+/// Writes are slowed down to no less than this, in bytes per second, and for no longer at a time.
+const MIN_SLOW_RATE: u64 = 256 << 10;
+const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
+
+/// So far ahead of its rate a guest may be.
+const SLOW_GRACE: Duration = Duration::from_millis(100);
+
+/// A bound that nobody has asked for again for so long ends: whoever wanted it is gone.
+const SLOW_FOR: Duration = Duration::from_secs(10);
 
 /// Makes the durable state of a plain image, which has none until it is needed.
 pub type MakeState = Box<dyn Fn() -> Result<StateDir, StateError> + Send + Sync>;
@@ -62,6 +73,12 @@ pub struct Departures {
     /// Held over a handoff, an abort, a release: one at a time.
     deciding: Mutex<()>,
     make_state: Option<MakeState>,
+    /// Guests may change so many bytes in a second, for the sake of this move; 0: as many as they
+    /// like.
+    slowed: AtomicU64,
+    slowed_for: Mutex<Option<(MoveId, Duration)>>,
+    /// Until when what was changed has used the rate up.
+    owed_until: Mutex<Duration>,
 }
 
 /// A client of ours, as far as it has said who it is.
@@ -196,11 +213,67 @@ impl Volume {
     /// A guest's change has been made, whatever came of it, and is not answered yet.
     #[inline]
     pub(super) fn changed(&self, bytes: ByteRange) {
+        self.pay_for(bytes.len());
         if self.departures.tracking.load(Ordering::SeqCst) && !bytes.is_empty() {
             let blocks = self.geometry.covering(bytes);
             for session in self.departures.read_sessions().iter() {
                 session.map.mark(blocks);
             }
+        }
+    }
+
+    /// Where guests write faster than the link carries it, and all of it is to be copied before the
+    /// handoff, their writes are answered later.
+    fn pay_for(&self, bytes: u64) {
+        let rate = self.departures.slowed.load(Ordering::Relaxed);
+        if rate == 0 {
+            return;
+        }
+        let now = self.now();
+        let asked_at = lock(&self.departures.slowed_for).map(|(_, at)| at);
+        if asked_at.is_none_or(|at| now.saturating_sub(at) > SLOW_FOR) {
+            self.departures.slowed.store(0, Ordering::Relaxed);
+            return;
+        }
+        let price = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
+        let wait = {
+            let mut until = lock(&self.departures.owed_until);
+            *until = (*until).max(now) + price;
+            until.saturating_sub(now)
+        };
+        if wait > SLOW_GRACE {
+            std::thread::sleep((wait - SLOW_GRACE).min(MAX_SLOW_PAUSE));
+        }
+    }
+
+    fn slow_down(&self, id: MoveId, bytes_per_s: u64) {
+        if self.departures.find(id).is_none() {
+            return;
+        }
+        let mut who = lock(&self.departures.slowed_for);
+        if bytes_per_s == 0 && who.is_none_or(|(known, _)| known != id) {
+            return;
+        }
+        *who = (bytes_per_s > 0).then_some((id, self.now()));
+        let rate = match bytes_per_s {
+            0 => 0,
+            rate => rate.max(MIN_SLOW_RATE),
+        };
+        if self.departures.slowed.swap(rate, Ordering::Relaxed) == 0 && rate > 0 {
+            self.event(
+                EventKind::Slowed,
+                "the VM writes faster than the link carries it, and the new site wants all of it \
+                 before the handoff: its writes are slowed down until then",
+            );
+        }
+    }
+
+    /// Writes are as fast as ever again, if they were slowed down for this move.
+    fn speed_up(&self, id: MoveId) {
+        let mut who = lock(&self.departures.slowed_for);
+        if who.is_some_and(|(known, _)| known == id) {
+            *who = None;
+            self.departures.slowed.store(0, Ordering::Relaxed);
         }
     }
 
@@ -236,6 +309,14 @@ impl Volume {
                     .to_owned()
             });
         }
+        let slowed = self.departures.slowed.load(Ordering::Relaxed);
+        if slowed > 0 {
+            return Some(format!(
+                "a new site wants all of the disk before the handoff (--prepare full): the VM's \
+                 writes are slowed down to {} MB/s so that it can keep up",
+                slowed.div_ceil(1_000_000)
+            ));
+        }
         let copying = self.departures.read_sessions().len();
         (copying > 0).then(|| {
             format!(
@@ -263,6 +344,11 @@ impl Volume {
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
             Tell::Bases { id } => self.tell_bases(id),
+            Tell::Slow { id, bytes_per_s } => {
+                self.slow_down(id, bytes_per_s);
+                Ok(Told::Fine)
+            }
+            Tell::Heat { .. } => Ok(Told::Heat(self.heat().map().encode())),
             Tell::Done { id } => {
                 if self.departures.departed().is_some_and(|d| d.to == id)
                     && !self.departures.arrived.swap(true, Ordering::AcqRel)
@@ -458,6 +544,7 @@ impl Volume {
         }
         let known = self.departures.find(id).is_some();
         self.departures.close(id);
+        self.speed_up(id);
         let departed = self.departures.departed().map(|d| d.to);
         if handover::abort(departed, id) {
             self.lift_fence().map_err(|e| e.to_string())?;

@@ -508,7 +508,7 @@ fn arrival(
     };
     let line = source_config(wanted, config, Some(&ticket)).map_err(failed)?;
     let link = Arc::new(MoveLine::new(line));
-    Ok(Arrival::new(ticket, link, wanted.prepare, geometry))
+    Ok(Arrival::new(ticket, link, wanted, geometry))
 }
 
 // The image
