@@ -157,7 +157,7 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
         let uri = format!("tcp:{}:{}", link.address_b, MIGRATION_PORTS[attempt]);
         arguments.extend(["--uri".into(), uri]);
         for number in 0..2 {
-            let ends = [&old_servers, &new_servers].map(|s| format!("{}#", s.0[number].control()));
+            let ends = [&old_servers, new_servers].map(|s| format!("{}#", s.0[number].control()));
             arguments.extend(["--disk".into(), ends.join("=")]);
         }
         // QEMU's logs of the writes are this test's own.

@@ -66,7 +66,7 @@ impl Course<'_> {
             ));
         }
         let disks = if self.options.keep_standby {
-            DisksPlace::OldStandby
+            self.disks_now()
         } else {
             self.give_up(&mut advice)
         };

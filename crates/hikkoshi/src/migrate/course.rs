@@ -373,7 +373,8 @@ impl<'a> Course<'a> {
 }
 
 pub(super) fn is_handed(state: &DiskState) -> bool {
-    state.state == "arriving" || state.state == "local"
+    // A disk that is there may already be prepared for the next move.
+    matches!(state.state.as_str(), "arriving" | "local" | "departing")
 }
 
 fn failed(what: &str, migration: &Migration) -> String {

@@ -33,7 +33,12 @@ fn is_true(fake: &Fake, outcome: &Outcome, story: &str) {
         VmPlace::Unknown(_) => {}
     }
     match &outcome.disks {
-        DisksPlace::OldStandby => assert_eq!(fake.handed(), 0, "{story}: {text}"),
+        DisksPlace::OldStandby => {
+            assert!(
+                fake.disks.iter().all(|d| d.state == "standby"),
+                "{story}: {text}"
+            );
+        }
         DisksPlace::OldGivenUp => {
             assert!(
                 fake.disks.iter().all(|d| d.state == "given-up"),
@@ -304,6 +309,15 @@ fn a_handoff_that_does_not_get_through_is_given_up_and_the_fence_waited_for() {
     let outcome = fake.drive(&options());
     is_true(&fake, &outcome, "given up");
     assert_eq!(outcome.vm, VmPlace::Old, "{outcome:?}");
+    assert_eq!(outcome.disks, DisksPlace::OldGivenUp);
+    // Whoever wants them to stand by hears that they do not.
+    let mut fake = stuck();
+    let keep = Options {
+        keep_standby: true,
+        ..options()
+    };
+    let outcome = fake.drive(&keep);
+    is_true(&fake, &outcome, "given up all the same");
     assert_eq!(outcome.disks, DisksPlace::OldGivenUp);
     // The old site does not hear of it: on a disk that takes no writes the VM must not go on.
     let mut fake = stuck();

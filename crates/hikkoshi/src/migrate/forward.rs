@@ -239,7 +239,7 @@ impl Course<'_> {
                     done_bytes: size.saturating_sub(left),
                     of_bytes: size,
                 });
-                if states.iter().all(|state| state.state == "local") {
+                if states.iter().all(|s| s.state != "arriving" && is_handed(s)) {
                     return self.arrived(None, DisksPlace::New, advice);
                 }
                 for note in states.iter().flat_map(|state| &state.notes) {

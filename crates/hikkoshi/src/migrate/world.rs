@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use hikkoshi_daemon::control::client::{ClientError, Command, ControlClient};
+use hikkoshi_daemon::status::LifeState;
 use serde_json::{Value, json};
 
 use super::blocks::{self, Node};
@@ -281,7 +282,14 @@ impl Sites for World {
         let one = |disk: usize| {
             let End { daemon, export } = &disks[disk].new;
             match daemon.command_within(export, Command::Handoff, HANDOFF_TIMEOUT) {
-                Ok(_) => Ok(()),
+                Ok(status) => match status.state {
+                    LifeState::Arriving | LifeState::Local | LifeState::Departing => Ok(()),
+                    // A command without effect: it was given up, or has moved on.
+                    state => Err(Trouble::Refused(format!(
+                        "export {export:?} is {}",
+                        crate::status::life(state)
+                    ))),
+                },
                 Err(error) => Err(from_daemon(&error)),
             }
         };
