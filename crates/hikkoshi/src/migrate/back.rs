@@ -109,12 +109,7 @@ impl Course<'_> {
     fn give_up(&mut self, advice: &mut Vec<String>) -> DisksPlace {
         let mut not_known = Vec::new();
         for disk in 0..self.sites.disks() {
-            let mut result = self.sites.give_up(disk);
-            if matches!(result, Err(Trouble::Lost(_))) {
-                self.sites.nap(Site::New, POLL);
-                result = self.sites.give_up(disk);
-            }
-            if let Err(trouble) = result {
+            if let Err(trouble) = self.give_up_disk(disk) {
                 let name = self.sites.disk_name(disk);
                 advice.push(format!(
                     "Giving up {name} at the new site failed ({}): see to it that nobody writes \
@@ -128,5 +123,15 @@ impl Course<'_> {
             true => DisksPlace::OldGivenUp,
             false => DisksPlace::OldPartly(not_known),
         }
+    }
+
+    /// Has the new site give a disk up; asked again when the answer is lost.
+    pub(super) fn give_up_disk(&mut self, disk: usize) -> Result<(), Trouble> {
+        let result = self.sites.give_up(disk);
+        if !matches!(result, Err(Trouble::Lost(_))) {
+            return result;
+        }
+        self.sites.nap(Site::New, POLL);
+        self.sites.give_up(disk)
     }
 }

@@ -107,12 +107,7 @@ impl Course<'_> {
             return self.split_now(reason);
         }
         for disk in &all {
-            let mut result = self.sites.give_up(*disk);
-            if matches!(result, Err(Trouble::Lost(_))) {
-                self.sites.nap(Site::New, HANDOFF_PAUSE);
-                result = self.sites.give_up(*disk);
-            }
-            if let Err(trouble) = result {
+            if let Err(trouble) = self.give_up_disk(*disk) {
                 let name = self.sites.disk_name(*disk);
                 let reason = format!(
                     "{reason}; and {name} could not be given up: {}",
