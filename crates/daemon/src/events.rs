@@ -43,6 +43,8 @@ pub enum EventKind {
     DiskError,
     /// A sync failed: nothing more is written until a restart.
     Poisoned,
+    /// A sync had failed before this start, so all of the image was written once more.
+    Rewritten,
     /// Something of the state could not be kept; nothing is lost by it.
     StateTrouble,
     /// A new site prepares to take the disk over.
@@ -57,6 +59,8 @@ pub enum EventKind {
     Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// What differs from older copies is not recorded any more.
+    WayBack,
 }
 
 impl EventKind {
@@ -75,6 +79,7 @@ impl EventKind {
             Self::DiskSpace => "disk-space",
             Self::DiskError => "disk-error",
             Self::Poisoned => "poisoned",
+            Self::Rewritten => "rewritten",
             Self::StateTrouble => "state-trouble",
             Self::Departing => "departing",
             Self::Departed => "departed",
@@ -82,6 +87,7 @@ impl EventKind {
             Self::FenceLifted => "fence-lifted",
             Self::Slowed => "slowed",
             Self::Prepared => "prepared",
+            Self::WayBack => "way-back",
         }
     }
 }
@@ -127,9 +133,11 @@ impl EventLog {
             | EventKind::SourceError
             | EventKind::ReadsFailed
             | EventKind::DiskError
+            | EventKind::Rewritten
             | EventKind::StateTrouble
             | EventKind::Slowed
-            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::FenceLifted
+            | EventKind::WayBack => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
@@ -192,6 +200,7 @@ mod tests {
             EventKind::Departing,
             EventKind::MoveGivenUp,
             EventKind::FenceLifted,
+            EventKind::WayBack,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));

@@ -327,12 +327,7 @@ impl Precopy {
 
     /// The VM has changed these blocks at the source.
     pub fn changed(&mut self, range: BlockRange) {
-        for flight in self.flights.values_mut() {
-            let touched = flight.range.intersection(range);
-            if !touched.is_empty() {
-                flight.changed.push(touched);
-            }
-        }
+        self.touch(range);
         let region = (REGION_BYTES / self.geometry.block_bytes()).max(1);
         let mut at = range.start;
         while at < range.end {
@@ -343,6 +338,23 @@ impl Precopy {
                 *self.repeats.entry(at / region).or_default() += 1;
             }
             at = end;
+        }
+    }
+
+    /// These blocks are not here as they were when the tracking began: there is nothing that would
+    /// be copied again.
+    pub fn differs(&mut self, range: BlockRange) {
+        self.touch(range);
+        self.clear(range);
+    }
+
+    /// What is under way of these blocks will not count.
+    fn touch(&mut self, range: BlockRange) {
+        for flight in self.flights.values_mut() {
+            let touched = flight.range.intersection(range);
+            if !touched.is_empty() {
+                flight.changed.push(touched);
+            }
         }
     }
 

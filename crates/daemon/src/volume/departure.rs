@@ -49,6 +49,8 @@ struct Session {
     /// Which tracking of changes this is: what was copied before it began may have changed unseen.
     epoch: u64,
     map: ChangeMap,
+    /// The old copy that it has, if it is known in what that differs: that was marked.
+    base: Option<MoveId>,
     /// The answer to its last question, until it asks the next.
     told: Mutex<(u64, Vec<BlockRange>)>,
     /// When it was heard of last, in turns of [`Departures::turn`].
@@ -164,6 +166,7 @@ impl Session {
             // 0 means none.
             epoch: epoch | 1,
             map: ChangeMap::new(geometry),
+            base: None,
             told: Mutex::new((0, Vec::new())),
             heard: AtomicU64::new(0),
         })
@@ -411,7 +414,10 @@ impl Volume {
         if stance == Stance::Standby && self.life() != LifeState::Standby {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
             let session = match known {
-                Some(session) => session,
+                Some(session) => {
+                    attached.knows_base = base.is_some() && session.base == base;
+                    session
+                }
                 None if departed => return Ok(Told::Attached(attached)),
                 None => self.begin_session(id, base, &mut attached)?,
             };
@@ -426,17 +432,35 @@ impl Volume {
         base: Option<MoveId>,
         attached: &mut Attached,
     ) -> Result<Arc<Session>, String> {
+        if base.is_some() && !self.is_local() {
+            return Err(
+                "not all of the disk has arrived here: until then the old copy is needed as it is, and \
+                 cannot take the disk back"
+                    .to_owned(),
+            );
+        }
         self.need_state().map_err(|e| {
             format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
         })?;
-        let session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        let mut session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        // Whether it is known does not change to the better; in what it differs is asked below.
+        session.base = base.filter(|base| self.knows_base(*base));
         let known = self.departures.find(id).is_some();
         // In this order: a change that is too early to be marked is in the difference.
         let session = self.departures.open(session);
-        let since = base.and_then(|base| self.since(base));
-        attached.knows_base = since.is_some();
-        for run in since.into_iter().flatten() {
-            session.map.mark(run);
+        match session.base.map(|base| self.since(base)) {
+            None => {}
+            Some(Some(runs)) => {
+                attached.knows_base = true;
+                for run in runs {
+                    session.map.mark(run);
+                }
+            }
+            // It has just ended.
+            Some(None) => {
+                self.departures.close(id);
+                return Err("the way back has just been closed here; begin it anew".to_owned());
+            }
         }
         if !known {
             self.event(
@@ -608,11 +632,11 @@ impl Volume {
         }
         let bases = self.bases().into_iter().take(limits::TOLD_BASES);
         let geometry = self.geometry;
-        Ok(Told::Bases(
-            bases
-                .map(|(id, runs)| (id, runs.iter().map(|run| geometry.bytes(*run)).collect()))
-                .collect(),
-        ))
+        let told = bases.map(|(id, runs)| {
+            let runs = coarsened(runs, limits::TOLD_RANGES);
+            (id, runs.iter().map(|run| geometry.bytes(*run)).collect())
+        });
+        Ok(Told::Bases(told.collect()))
     }
 
     fn generation(&self) -> u64 {
@@ -621,19 +645,5 @@ impl Volume {
             .state
             .as_ref()
             .map_or(0, |state| state.identity().generation)
-    }
-
-    /// What differs from an older copy.
-    pub(super) fn since(&self, _base: MoveId) -> Option<Vec<BlockRange>> {
-        None
-    }
-
-    fn bases(&self) -> Vec<(MoveId, Vec<BlockRange>)> {
-        Vec::new()
-    }
-
-    /// Takes over what is known of older copies.
-    pub(super) fn inherit(&self, _bases: Vec<(MoveId, Vec<BlockRange>)>) -> io::Result<()> {
-        Ok(())
     }
 }

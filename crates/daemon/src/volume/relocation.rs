@@ -161,9 +161,10 @@ impl Relocation {
 
     /// Lets go of the source. Whatever still waits fails.
     pub(super) fn retire(self: &Arc<Self>) {
-        self.retired.store(true, Ordering::Release);
-        self.drive(|m, _, out| m.abandon(out));
-        self.source.close();
+        if !self.retired.swap(true, Ordering::AcqRel) {
+            self.drive(|m, _, out| m.abandon(out));
+            self.source.close();
+        }
     }
 
     /// The disk's source.

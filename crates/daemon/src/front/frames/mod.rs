@@ -148,7 +148,7 @@ impl FrameSession {
                 return Ok(());
             }
             self.take_requests()?;
-            if self.relocation.is_some() && self.volume.is_local() {
+            if self.relocation.is_some() && self.volume.is_plain() {
                 self.relocation = None;
             }
             if seen.room || !sending {
