@@ -240,11 +240,7 @@ impl Relocation {
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
-        let standing = self.source.connections();
-        self.drive(|m, now, out| {
-            m.connections(standing);
-            m.tick(now, &self.residency, out);
-        });
+        self.drive(|m, now, out| m.tick(now, &self.residency, out));
     }
 
     /// Worked off in a queue and not by recursion: installing zeroes lands at once and brings

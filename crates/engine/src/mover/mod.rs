@@ -177,8 +177,6 @@ pub struct Mover<W> {
     policy: Policy,
     phase: Phase,
     connected: bool,
-    /// How many connections stand, as far as was told.
-    connections: usize,
     /// When the source was lost, while it is.
     lost_at: Option<Duration>,
     paused: bool,
@@ -211,7 +209,6 @@ impl<W> Mover<W> {
             policy,
             phase,
             connected: false,
-            connections: 0,
             lost_at: Some(Duration::ZERO),
             paused: false,
             flights: Flights::default(),
@@ -376,15 +373,6 @@ impl<W> Mover<W> {
         self.pacer.restart(now);
         self.send_held(now, out);
         self.pump(now, residency, out);
-    }
-
-    /// So many connections to the source stand now. A fresh one has its own slow start before it, in
-    /// which nothing is to be learnt of the path.
-    pub fn connections(&mut self, standing: usize) {
-        if standing > self.connections {
-            self.pacer.widened();
-        }
-        self.connections = standing;
     }
 
     fn send_held(&mut self, now: Duration, out: &mut Vec<Action<W>>) {

@@ -36,10 +36,8 @@ const FIRST_WINDOW_BYTES: u64 = 1 << 20;
 /// lets the rate be found again after it has grown.
 const SLACK: u64 = 16;
 
-/// While the rate is still being found: the window over the product so far. It must double with every
-/// round trip, as TCP's does at the source, and what was measured over a round is less than what its end
-/// was like: three times while it has grown by half or more, else twice.
-const FAST_GAIN: u64 = 3;
+/// While the rate is still being found: the window over the product so far. It doubles with every
+/// round trip, as TCP's does at the source.
 const START_GAIN: u64 = 2;
 
 /// The rate counts as found when it has grown by less than a quarter over so many full rounds.
@@ -130,11 +128,6 @@ impl Pacer {
             drained_at: now,
             ..Self::new()
         };
-    }
-
-    /// The path may carry more from now on: the rate is to be found again, from where it is.
-    pub fn widened(&mut self) {
-        self.stage = Stage::Start { best: 0, rounds: 0 };
     }
 
     /// How long a chunk of the background copy should be.
@@ -258,21 +251,12 @@ impl Pacer {
 
     /// After a full round: what fills the path.
     fn fit_window(&mut self, rate: u64) {
-        let before = match self.stage {
-            Stage::Start { best, .. } => best,
-            Stage::Cruise { .. } | Stage::Probe { .. } => rate,
-        };
         self.stage = self.next_stage(rate);
         let product = bytes_in(self.rate(), self.base());
         let window = match self.stage {
             Stage::Start { best, .. } => {
                 let product = bytes_in(best, self.base());
-                let gain = if best > before + before / 2 {
-                    FAST_GAIN
-                } else {
-                    START_GAIN
-                };
-                self.window_bytes.max(product * gain)
+                self.window_bytes.max(product * START_GAIN)
             }
             Stage::Cruise { .. } => product + (product / SLACK).max(self.chunk_bytes()),
             Stage::Probe { rounds: 0, .. } => self.window_bytes / 8 * PROBE_GAIN_8TH,

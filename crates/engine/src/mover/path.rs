@@ -158,11 +158,6 @@ impl Seat {
         }
     }
 
-    /// See [`Pacer::widened`].
-    pub fn widened(&self) {
-        self.state().pacer.widened();
-    }
-
     /// See [`Pacer::chunk_bytes`].
     pub fn chunk_bytes(&self) -> u64 {
         self.state().pacer.chunk_bytes()
