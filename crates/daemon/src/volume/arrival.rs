@@ -249,7 +249,7 @@ impl Volume {
             let Some(relocation) = self.relocation() else {
                 return;
             };
-            if arrival.prepare != Prepare::None && self.background {
+            if self.copies_ahead(arrival) || arrival.has_base {
                 self.prepare_some(arrival, &relocation);
             } else {
                 arrival.pause(RETRY_AFTER);
@@ -357,34 +357,41 @@ impl Volume {
 
     // Before the handoff
 
+    fn copies_ahead(&self, arrival: &Arrival) -> bool {
+        arrival.prepare != Prepare::None && self.background
+    }
+
+    /// Begins anew where the source's tracking of changes has. Tells whether what was here at its
+    /// beginning is an old copy that counts; `None`: it is not known, or could not be.
+    fn follow_tracking(&self, arrival: &Arrival) -> Option<bool> {
+        let attached = arrival.ticket.attached().filter(|a| a.epoch != 0)?;
+        let all_copied = arrival.has_base && attached.knows_base;
+        let mut state = arrival.state();
+        if state.epoch != attached.epoch {
+            if arrival.has_base && !all_copied {
+                drop(state);
+                // The old copy is worth nothing: it is copied over.
+                self.will_overwrite(arrival, &[self.geometry.all()]).ok()?;
+                state = arrival.state();
+            }
+            state.follow(attached.epoch, all_copied);
+            if all_copied {
+                for run in lock(&arrival.overwritten).runs(self.geometry.blocks()) {
+                    state.precopy.differs(run);
+                }
+            }
+            state.precopy.connected(self.now());
+        }
+        Some(all_copied)
+    }
+
     /// Asks what has changed, and copies until it is time to ask again.
     fn prepare_some(&self, arrival: &Arrival, relocation: &Arc<Relocation>) {
-        let Some(attached) = arrival.ticket.attached().filter(|a| a.epoch != 0) else {
+        let Some(all_copied) = self.follow_tracking(arrival) else {
             return arrival.pause(RETRY_AFTER);
         };
-        let all_copied = arrival.has_base && attached.knows_base;
         let tell = {
-            let mut state = arrival.state();
-            if state.epoch != attached.epoch {
-                if arrival.has_base && !all_copied {
-                    drop(state);
-                    // The old copy is worth nothing: it is copied over.
-                    if self
-                        .will_overwrite(arrival, &[self.geometry.all()])
-                        .is_err()
-                    {
-                        return arrival.pause(STORE_PAUSE);
-                    }
-                    state = arrival.state();
-                }
-                state.follow(attached.epoch, all_copied);
-                if all_copied {
-                    for run in lock(&arrival.overwritten).runs(self.geometry.blocks()) {
-                        state.precopy.differs(run);
-                    }
-                }
-                state.precopy.connected(self.now());
-            }
+            let state = arrival.state();
             Tell::Changes {
                 id: arrival.ticket.id(),
                 epoch: state.epoch,
@@ -426,6 +433,8 @@ impl Volume {
         self.keep_up(arrival);
         let until = self.now() + ASK_AFTER;
         let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
+        // Of an old copy it is to be known what differs, also where nothing is copied ahead.
+        let paused = paused || !self.copies_ahead(arrival);
         let mut state = arrival.state();
         state.precopy.set_limit(self.now(), limit);
         while self.now() < until && !state.over && !arrival.is_stopping() {
@@ -679,6 +688,10 @@ impl Volume {
     pub(super) fn take_over(&self, arrival: &Arrival) -> io::Result<Takeover> {
         let id = arrival.ticket.id();
         let since = self.now();
+        if arrival.has_base {
+            // Right after the start: what is here counts, if it is the old copy.
+            let _ = self.follow_tracking(arrival);
+        }
         loop {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
