@@ -96,6 +96,10 @@ pub struct SourceConfig {
     pub verify: bool,
     /// What is copied before the handoff.
     pub prepare: Prepare,
+    /// Images at this site that may hold blocks of the disk.
+    pub seed_images: Vec<PathBuf>,
+    /// Bytes are to be saved even where fetching them is faster than finding them.
+    pub seed_always: bool,
 }
 
 impl SourceConfig {
@@ -113,6 +117,8 @@ impl SourceConfig {
             heat: None,
             verify: false,
             prepare: Prepare::Ahead,
+            seed_images: Vec::new(),
+            seed_always: false,
         }
     }
 }
@@ -152,6 +158,9 @@ pub struct DaemonConfig {
     /// Most client connections at once.
     pub max_clients: usize,
 }
+
+/// Most seed images of an export.
+pub const MAX_SEED_IMAGES: usize = 8;
 
 /// Connections to a source when nothing else is asked for: one for demand, three for bulk.
 pub const DEFAULT_CONNECTIONS: usize = 4;

@@ -55,6 +55,8 @@ pub enum EventKind {
     FenceLifted,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// Looking for blocks in seed images has begun, rests, goes on or has ended.
+    Seeding,
 }
 
 impl EventKind {
@@ -79,6 +81,7 @@ impl EventKind {
             Self::MoveGivenUp => "move-given-up",
             Self::FenceLifted => "fence-lifted",
             Self::Prepared => "prepared",
+            Self::Seeding => "seeding",
         }
     }
 }
@@ -134,7 +137,8 @@ impl EventLog {
             | EventKind::Departing
             | EventKind::Departed
             | EventKind::MoveGivenUp
-            | EventKind::Prepared => tracing::info!(export, event = name, "{text}"),
+            | EventKind::Prepared
+            | EventKind::Seeding => tracing::info!(export, event = name, "{text}"),
         }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let ms = since_1970.map_or(0, |time| time.as_millis());

@@ -240,7 +240,8 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size", "heat", "verify", "transport", "prepare",
+        "engine", "size", "heat", "verify", "transport", "prepare", "seed_images",
+        "seed_always",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -291,6 +292,13 @@ pub struct Serve {
     /// When everything is here, compare it with the source before that is let go
     #[arg(long, requires = "from")]
     pub verify: bool,
+    /// An image at this site that may hold blocks of the disk (an old copy, a template): what it
+    /// has does not cross the link. Up to 8; IMAGE itself with --overwrite
+    #[arg(long = "seed-image", value_name = "PATH", requires = "from")]
+    pub seed_images: Vec<PathBuf>,
+    /// Look in the seed images even where the link is so fast that it costs time
+    #[arg(long, requires = "seed_images")]
+    pub seed_always: bool,
     /// What is spoken with another hikkoshi, as source or destination of this disk
     #[arg(long, value_enum, default_value_t)]
     pub transport: TransportName,
@@ -505,7 +513,7 @@ mod tests {
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
              --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
-             --transport nbd -v",
+             --transport nbd --seed-image a --seed-image b --seed-always -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -521,6 +529,8 @@ mod tests {
         assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);
         assert!(serve.verify && serve.transport == TransportName::Nbd);
+        assert_eq!(serve.seed_images, [PathBuf::from("a"), "b".into()]);
+        assert!(serve.seed_always);
     }
 
     #[test]
@@ -533,6 +543,8 @@ mod tests {
             "disk.img --max-rate 1MB/s",
             "disk.img --heat f",
             "disk.img --verify",
+            "disk.img --seed-image old.img",
+            "disk.img --from nbd://old/ --seed-always",
             "disk.img --transport frames",
             "disk.img --size 1G --from nbd://old/",
             "disk.img --block-size 3k",

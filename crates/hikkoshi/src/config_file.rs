@@ -58,6 +58,8 @@ struct Export {
     heat: Option<PathBuf>,
     verify: Option<bool>,
     prepare: Option<String>,
+    seed_images: Option<Vec<PathBuf>>,
+    seed_always: Option<bool>,
 }
 
 /// Reads a configuration file.
@@ -163,6 +165,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("heat", export.heat.is_some()),
             ("verify", export.verify.is_some()),
             ("prepare", export.prepare.is_some()),
+            ("seed-images", export.seed_images.is_some()),
+            ("seed-always", export.seed_always.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -194,6 +198,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         heat: export.heat.clone(),
         verify: export.verify.unwrap_or(false),
         prepare: prepare.unwrap_or_default().into(),
+        seed_images: export.seed_images.clone().unwrap_or_default(),
+        seed_always: export.seed_always.unwrap_or(false),
     }))
 }
 

@@ -43,6 +43,7 @@ impl Pretend {
                 disk_full: false,
                 prepared: None,
                 ahead_bytes: 0,
+                seeded_bytes: 0,
                 repeated_bytes: 0,
                 background: BackgroundState::Running,
                 rate_bytes_per_s: 0,

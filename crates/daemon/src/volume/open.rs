@@ -27,8 +27,12 @@ use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, T
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
+use super::seeding::SeedImage;
 use super::{Volume, system_clock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
+use crate::config::{
+    Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, Prepare, SourceConfig, SourceLoss,
+    Transport,
+};
 use crate::events::EventKind;
 use crate::heat::{self, HeatFileError};
 
@@ -140,6 +144,10 @@ impl Running {
             let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
             threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
             relocation.start();
+        }
+        if volume.has_seeds() {
+            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("seed", Box::new(move || volume.run_seeding(&stop)))?);
         }
         if volume.has_arrival() {
             let moving = Arc::clone(&volume);
@@ -296,6 +304,7 @@ fn open_new(
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
     // What is wrong here is said before anybody else is asked.
+    let seeds = open_seeds(wanted, &config.image)?;
     let existing = match config.image.exists() {
         true => Some(open_existing(config)?),
         false => None,
@@ -348,7 +357,7 @@ fn open_new(
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
     crash_point!("new.tagged");
-    let kept = (map, Witnesses::new(seed()?));
+    let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
     if now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
@@ -377,6 +386,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         return open_given_up(config, state, state_path);
     }
     let wanted = source_of(config, &identity)?;
+    let seeds = open_seeds(&wanted, &config.image)?;
     if wanted.uri != identity.source_uri {
         state.change(|identity| identity.source_uri = wanted.uri.clone())?;
     }
@@ -409,7 +419,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
-    let kept = (map, witnesses);
+    let kept = (map, witnesses, seeds);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
@@ -452,7 +462,7 @@ fn move_in(
     wanted: &SourceConfig,
     store: FileStore,
     source: Arc<dyn Source>,
-    (map, witnesses): (OpenedMap, Witnesses),
+    (map, witnesses, seeds): (OpenedMap, Witnesses, Vec<SeedImage>),
     ticket: Option<Arc<Ticket>>,
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
@@ -493,6 +503,7 @@ fn move_in(
             crash_point!("completion.tag-removed");
         }),
     });
+    volume.seed_from(seeds);
     if let Some(recorded) = &wanted.heat {
         heat::replay(volume.heat(), recorded)?;
     }
@@ -514,7 +525,32 @@ fn arrival(
     };
     let line = source_config(wanted, config.transport, Some(&ticket)).map_err(failed)?;
     let link = Arc::new(MoveLine::new(line));
-    Ok(Arrival::new(ticket, link, wanted.prepare, geometry))
+    let prepare = match wanted.prepare {
+        // What is not in a seed is fetched after the handoff; what is copied ahead would cross the
+        // link whether it is in one or not.
+        Prepare::Ahead if !wanted.seed_images.is_empty() => Prepare::None,
+        prepare => prepare,
+    };
+    Ok(Arrival::new(ticket, link, prepare, geometry))
+}
+
+fn open_seeds(wanted: &SourceConfig, image: &Path) -> Result<Vec<SeedImage>, OpenError> {
+    if wanted.seed_images.len() > MAX_SEED_IMAGES {
+        return refuse(format!(
+            "{} seed images are too many: at most {MAX_SEED_IMAGES} can be looked through",
+            wanted.seed_images.len()
+        ));
+    }
+    let open = |path: &PathBuf| {
+        SeedImage::open(path, image).or_else(|error| {
+            refuse(format!(
+                "the seed image {} cannot be read: {error}; name an image file or a block device \
+                 that can, or leave it away",
+                path.display()
+            ))
+        })
+    };
+    wanted.seed_images.iter().map(open).collect()
 }
 
 // The image

@@ -141,7 +141,7 @@ impl<W> Mover<W> {
             if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
-            let Some(range) = self.next_bulk(chunk, residency) else {
+            let Some(range) = self.next_bulk(now, chunk, residency) else {
                 return;
             };
             self.bucket.take(self.geometry.bytes(range).len());
@@ -149,7 +149,12 @@ impl<W> Mover<W> {
         }
     }
 
-    fn next_bulk(&mut self, chunk: u64, residency: &Residency) -> Option<BlockRange> {
+    fn next_bulk(
+        &mut self,
+        now: Duration,
+        chunk: u64,
+        residency: &Residency,
+    ) -> Option<BlockRange> {
         let blocks = self.geometry.blocks();
         let mut order = std::mem::take(&mut self.order);
         if order.passed(blocks) && self.flights.is_empty() && self.refused.is_empty() {
@@ -157,8 +162,8 @@ impl<W> Mover<W> {
             order.rewind();
         }
         let free = |from, to| self.next_wanted(from, to, residency);
-        let all_scanned = self.scanned_to >= blocks;
-        let next = order.next(chunk, self.scanned_to, all_scanned, free);
+        let seeded_to = self.seeded_to(now);
+        let next = order.next(chunk, self.scanned_to, seeded_to, blocks, free);
         self.order = order;
         next
     }
@@ -187,7 +192,7 @@ impl<W> Mover<W> {
     }
 
     /// The next run from `at` on, before `end`, that is missing and not in flight.
-    fn next_free(&self, at: u64, end: u64, residency: &Residency) -> Option<BlockRange> {
+    pub(super) fn next_free(&self, at: u64, end: u64, residency: &Residency) -> Option<BlockRange> {
         let mut at = at;
         while at < end {
             let run = residency.next_missing(at, end)?;

@@ -20,6 +20,9 @@ mod flights;
 mod order;
 pub(crate) mod pacer;
 mod readers;
+mod seeds;
+#[cfg(all(test, not(loom)))]
+mod seeds_tests;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
@@ -36,6 +39,8 @@ use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
 use pacer::Pacer;
 use readers::Waiter;
+pub use seeds::SeedStep;
+use seeds::Seeds;
 
 /// Two missing runs with at most this much resident data between them are fetched as one: the
 /// data costs less time on the wire than a further request costs at both ends.
@@ -191,6 +196,8 @@ pub struct Mover<W> {
     /// The local store could not take a fetch: until when nothing is fetched that nobody waits
     /// for. After that a single fetch tries it, and only when it lands do others follow.
     store_rests_until: Option<Duration>,
+    /// What the background copy leaves alone because a seed image may have it.
+    seeds: Option<Seeds>,
 }
 
 impl<W> Mover<W> {
@@ -215,6 +222,7 @@ impl<W> Mover<W> {
             rests: BTreeSet::new(),
             refused: Vec::new(),
             store_rests_until: None,
+            seeds: None,
         }
     }
 
@@ -350,6 +358,7 @@ impl<W> Mover<W> {
     pub fn handoff(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         if self.phase == Phase::Standby {
             self.phase = Phase::Arriving;
+            self.seeds_may_move(now);
         }
         self.pump(now, residency, out);
     }
@@ -359,6 +368,7 @@ impl<W> Mover<W> {
         self.connected = true;
         self.lost_at = None;
         self.pacer.restart(now);
+        self.seeds_may_move(now);
         self.send_held(now, out);
         self.pump(now, residency, out);
     }
@@ -383,6 +393,7 @@ impl<W> Mover<W> {
     /// Lets the background copy go on.
     pub fn resume(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         self.paused = false;
+        self.seeds_may_move(now);
         self.pump(now, residency, out);
     }
 

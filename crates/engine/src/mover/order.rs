@@ -89,29 +89,34 @@ impl CopyOrder {
 
     /// The next range to fetch, at most `chunk` blocks long. `free(from, to)` finds the first run
     /// in there that is missing, not in flight, and may be asked for. Nothing past `scanned_to` is
-    /// given in the linear pass, because it may be known to be zero soon; `all_scanned`: there is
-    /// nothing past it.
+    /// given in the linear pass, because it may be known to be zero soon, and nothing at all past
+    /// `seeded_to`, because it may be here soon without being fetched. `end`: of the disk.
     pub(super) fn next(
         &mut self,
         chunk: u64,
         scanned_to: u64,
-        all_scanned: bool,
+        seeded_to: u64,
+        end: u64,
         free: impl Fn(u64, u64) -> Option<BlockRange>,
     ) -> Option<BlockRange> {
         while let Some(range) = self.hot.get(self.hot_next) {
+            if range.end > seeded_to {
+                break;
+            }
             if let Some(run) = free(range.start, range.end) {
                 return Some(cut(run, chunk));
             }
             self.hot_next += 1;
         }
-        while self.cursor < scanned_to {
+        let linear_to = scanned_to.min(seeded_to);
+        while self.cursor < linear_to {
             let to = match self.late_from(self.cursor) {
                 Some(late) if late.start <= self.cursor => {
                     self.cursor = late.end;
                     continue;
                 }
-                Some(late) => late.start.min(scanned_to),
-                None => scanned_to,
+                Some(late) => late.start.min(linear_to),
+                None => linear_to,
             };
             match free(self.cursor, to) {
                 Some(run) => {
@@ -122,7 +127,7 @@ impl CopyOrder {
                 None => self.cursor = to,
             }
         }
-        if !all_scanned {
+        if linear_to < end {
             return None;
         }
         while let Some(range) = self.late.get(self.late_next) {
