@@ -89,6 +89,7 @@ pub struct Machine {
     qmp: Qmp,
     orders: UnixStream,
     write_log: PathBuf,
+    second_qmp: PathBuf,
     /// What it says.
     pub console: Console,
 }
@@ -106,9 +107,26 @@ impl Machine {
         name: &str,
         start: &Start,
     ) -> Result<Self> {
+        Self::start_with_second_disk(site, guest, dir, name, start, None)
+    }
+
+    /// The same with a second disk, whose writes are logged in [`Machine::second_write_log`]. The
+    /// guest writes to it in place.
+    ///
+    /// # Errors
+    /// As [`Machine::start`].
+    pub fn start_with_second_disk(
+        site: &Namespace,
+        guest: &Guest,
+        dir: &Path,
+        name: &str,
+        start: &Start,
+        second: Option<&Disk>,
+    ) -> Result<Self> {
         let file = |suffix: &str| dir.join(format!("{name}.{suffix}"));
         let console = Console::follow(&file("console"))?;
         let (qmp, orders, write_log) = (file("qmp"), file("orders"), file("writes"));
+        let second_qmp = file("qmp2");
         let mut arguments = base_arguments(guest, start);
         arguments.extend([
             "-chardev".into(),
@@ -123,11 +141,13 @@ impl Machine {
             ),
             "-qmp".into(),
             format!("unix:{},server=on,wait=off", qmp.display()),
+            "-qmp".into(),
+            format!("unix:{},server=on,wait=off", second_qmp.display()),
         ]);
         match start {
-            Start::Boot(disk) => arguments.extend(disk_arguments(disk, &write_log)?),
+            Start::Boot(disk) => arguments.extend(disk_arguments(disk, "", &write_log)?),
             Start::Incoming(disk) => {
-                arguments.extend(disk_arguments(disk, &write_log)?);
+                arguments.extend(disk_arguments(disk, "", &write_log)?);
                 arguments.extend(["-incoming".into(), "defer".into()]);
             }
             Start::KernelClient(_) => {
@@ -142,6 +162,9 @@ impl Machine {
                 );
             }
         }
+        if let Some(disk) = second {
+            arguments.extend(disk_arguments(disk, "2", &second_log(&write_log))?);
+        }
         let mut process = Process::start(
             Some(site),
             "qemu-system-x86_64",
@@ -155,6 +178,7 @@ impl Machine {
             qmp,
             orders,
             write_log,
+            second_qmp,
             console,
         })
     }
@@ -162,6 +186,30 @@ impl Machine {
     /// Where QEMU logs the guest's writes.
     pub fn write_log(&self) -> &Path {
         &self.write_log
+    }
+
+    /// Where QEMU logs what the guest writes to its second disk.
+    pub fn second_write_log(&self) -> PathBuf {
+        second_log(&self.write_log)
+    }
+
+    /// A QMP socket for others: QEMU serves one client on each.
+    pub fn second_qmp(&self) -> &Path {
+        &self.second_qmp
+    }
+
+    /// Waits until QEMU has ended by itself.
+    ///
+    /// # Errors
+    /// It does not, or with another status than 0.
+    pub fn wait_end(mut self) -> Result<()> {
+        let status = self.process.wait(SOON)?;
+        ensure!(
+            status.success(),
+            "QEMU ended with {status}:\n{}",
+            self.process.tail()
+        );
+        Ok(())
     }
 
     /// Gives the workload an order.
@@ -268,13 +316,7 @@ impl Machine {
     pub fn quit(mut self) -> Result<()> {
         self.console.check()?;
         self.qmp.execute("quit", json!({}))?;
-        let status = self.process.wait(SOON)?;
-        ensure!(
-            status.success(),
-            "QEMU ended with {status}:\n{}",
-            self.process.tail()
-        );
-        Ok(())
+        self.wait_end()
     }
 
     /// Orders the workload to finish, waits until the guest has unmounted its disk and switched
@@ -349,12 +391,17 @@ fn base_arguments(guest: &Guest, start: &Start) -> Vec<String> {
     arguments
 }
 
-/// The disk: NBD without QEMU's cache, below a log of the writes.
-fn disk_arguments(disk: &Disk, write_log: &Path) -> Result<Vec<String>> {
+fn second_log(write_log: &Path) -> PathBuf {
+    write_log.with_extension("writes2")
+}
+
+/// A disk: NBD without QEMU's cache, below a log of the writes. `suffix` tells its nodes from those
+/// of other disks.
+fn disk_arguments(disk: &Disk, suffix: &str, write_log: &Path) -> Result<Vec<String>> {
     std::fs::File::create(write_log)?;
     let network = json!({
         "driver": "nbd",
-        "node-name": "network",
+        "node-name": format!("network{suffix}"),
         "server": disk.server(),
         // A server that is killed and started again is no error to the guest.
         "reconnect-delay": RECONNECT_S,
@@ -362,16 +409,16 @@ fn disk_arguments(disk: &Disk, write_log: &Path) -> Result<Vec<String>> {
     });
     let log = json!({
         "driver": "file",
-        "node-name": "log-file",
+        "node-name": format!("log-file{suffix}"),
         "filename": write_log,
         // The log has to survive QEMU, not the machine.
         "cache": {"direct": false, "no-flush": true},
     });
     let logged = json!({
         "driver": "blklogwrites",
-        "node-name": "disk",
-        "file": "network",
-        "log": "log-file",
+        "node-name": format!("disk{suffix}"),
+        "file": format!("network{suffix}"),
+        "log": format!("log-file{suffix}"),
         "log-sector-size": 512,
         "log-super-update-interval": 1,
     });
@@ -381,7 +428,7 @@ fn disk_arguments(disk: &Disk, write_log: &Path) -> Result<Vec<String>> {
         .collect();
     arguments.extend([
         "-device".into(),
-        "virtio-blk-pci,drive=disk,write-cache=on".into(),
+        format!("virtio-blk-pci,drive=disk{suffix},write-cache=on"),
     ]);
     Ok(arguments)
 }

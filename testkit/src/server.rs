@@ -210,6 +210,11 @@ impl Hikkoshi {
         }
     }
 
+    /// Where it is controlled, as `--control` takes it.
+    pub fn control(&self) -> &str {
+        &self.control
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddrV4 {
         self.server.address()

@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use hikkoshi_wan::transport::pack::{MAX_LEVEL as MAX_COMPRESSION_LEVEL, Packing};
+
 /// Where clients are listened for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
@@ -100,6 +102,10 @@ pub struct SourceConfig {
     pub seed_images: Vec<PathBuf>,
     /// Bytes are to be saved even where fetching them is faster than finding them.
     pub seed_always: bool,
+    /// What is written here is recorded after completion as well.
+    pub way_back: bool,
+    /// The image is the old copy of this disk, which comes back.
+    pub comes_back: bool,
 }
 
 impl SourceConfig {
@@ -119,6 +125,8 @@ impl SourceConfig {
             prepare: Prepare::Ahead,
             seed_images: Vec::new(),
             seed_always: false,
+            way_back: false,
+            comes_back: false,
         }
     }
 }
@@ -140,6 +148,9 @@ pub struct ExportConfig {
     pub engine: Engine,
     /// What is spoken with its source, and with destinations that it moves to.
     pub transport: Transport,
+    /// How what comes from its source is to be compressed; with `None` nothing is compressed for
+    /// destinations either.
+    pub compress: Packing,
     /// Where the disk moves from.
     pub source: Option<SourceConfig>,
 }

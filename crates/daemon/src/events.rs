@@ -53,10 +53,14 @@ pub enum EventKind {
     MoveGivenUp,
     /// The fence of an old copy was lifted by hand.
     FenceLifted,
+    /// The VM's writes are slowed down, so that all can be copied before the handoff.
+    Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
     /// Looking for blocks in seed images has begun, rests, goes on or has ended.
     Seeding,
+    /// What differs from older copies is not recorded any more.
+    WayBack,
 }
 
 impl EventKind {
@@ -80,8 +84,10 @@ impl EventKind {
             Self::Departed => "departed",
             Self::MoveGivenUp => "move-given-up",
             Self::FenceLifted => "fence-lifted",
+            Self::Slowed => "slowed",
             Self::Prepared => "prepared",
             Self::Seeding => "seeding",
+            Self::WayBack => "way-back",
         }
     }
 }
@@ -128,7 +134,9 @@ impl EventLog {
             | EventKind::ReadsFailed
             | EventKind::DiskError
             | EventKind::StateTrouble
-            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::Slowed
+            | EventKind::FenceLifted
+            | EventKind::WayBack => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
@@ -192,6 +200,7 @@ mod tests {
             EventKind::Departing,
             EventKind::MoveGivenUp,
             EventKind::FenceLifted,
+            EventKind::WayBack,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));

@@ -21,6 +21,15 @@ pub enum LifeState {
     GivenUp,
 }
 
+/// What is recorded of changes, so that a move back copies only these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayBackStatus {
+    /// Whether it is.
+    pub kept: bool,
+    /// Bytes that have changed since the disk came here.
+    pub changed_bytes: u64,
+}
+
 /// What the background copy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -80,6 +89,9 @@ pub struct ExportStatus {
     /// While the disk stands by: bytes that were copied again because the VM had changed them.
     #[serde(default)]
     pub repeated_bytes: u64,
+    /// What is recorded for a way back.
+    #[serde(default)]
+    pub way_back: WayBackStatus,
     /// The background copy.
     pub background: BackgroundState,
     /// How fast blocks become resident, bytes per second, over the last seconds.
@@ -117,6 +129,9 @@ pub struct Counters {
     pub blocks_installed: u64,
     /// Bytes found to be zero at the source, so never sent.
     pub zero_bytes_skipped: u64,
+    /// Bytes that did not cross the link because what did was compressed.
+    #[serde(default)]
+    pub packed_bytes_saved: u64,
     /// Connections to the source given up because bytes were changed on their way.
     #[serde(default)]
     pub checksum_failures: u64,

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hikkoshi_daemon::config::{
-    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, Prepare, SourceLoss, Transport,
+    DEFAULT_CONNECTIONS, Engine, HandoffPolicy, Listen, MAX_COMPRESSION_LEVEL as MAX_LEVEL,
+    Packing, Prepare, SourceLoss, Transport,
 };
 
+use crate::migrate::args::Migrate;
 use crate::{address, quantity};
 
 const AFTER_HELP: &str = "\
@@ -53,6 +55,8 @@ pub enum Command {
     Heat(Heat),
     /// Compare a disk that moves here with its source
     Verify(Verify),
+    /// Move a VM that QEMU runs to another site, and its disks with it
+    Migrate(Box<Migrate>),
     /// Show a whole move on this machine: no root, no set-up, about a minute
     Demo(Demo),
     /// Print the completions for a shell
@@ -240,8 +244,8 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size", "heat", "verify", "transport", "prepare", "seed_images",
-        "seed_always",
+        "engine", "size", "heat", "verify", "transport", "prepare", "way_back", "comes_back",
+        "compress", "seed_images", "seed_always",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -299,9 +303,21 @@ pub struct Serve {
     /// Look in the seed images even where the link is so fast that it costs time
     #[arg(long, requires = "seed_images")]
     pub seed_always: bool,
+    /// Record what changes here, also when all has arrived, so that the disk can move back by
+    /// copying only that
+    #[arg(long, requires = "from")]
+    pub way_back: bool,
+    /// The image is the old copy of this disk, which comes back: copy only what has changed since
+    #[arg(long = "return", requires = "from")]
+    pub comes_back: bool,
     /// What is spoken with another hikkoshi, as source or destination of this disk
     #[arg(long, value_enum, default_value_t)]
     pub transport: TransportName,
+    /// How what comes over the link is compressed, if the source is hikkoshi, too: auto, zstd:N
+    /// (1 to 19), lz4 or none; with none this disk is not compressed for others, either
+    #[arg(long, value_name = "auto|zstd:N|lz4|none", default_value = "auto",
+        value_parser = parse_packing)]
+    pub compress: Packing,
     /// Where the durable state lives [default: IMAGE.hikkoshi]
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
@@ -457,6 +473,23 @@ pub fn parse_connections(text: &str) -> Result<usize, String> {
     }
 }
 
+/// `auto`, `zstd:N`, `lz4` or `none`.
+///
+/// # Errors
+/// It is none of these.
+pub fn parse_packing(text: &str) -> Result<Packing, String> {
+    let level = |text: &str| text.parse().ok().filter(|n| (1..=MAX_LEVEL).contains(n));
+    match (text, text.strip_prefix("zstd:").and_then(level)) {
+        ("auto", _) => Ok(Packing::Auto),
+        ("lz4", _) => Ok(Packing::Lz4),
+        ("none", _) => Ok(Packing::None),
+        (_, Some(level)) => Ok(Packing::Zstd(level)),
+        _ => Err(format!(
+            "must be auto, zstd:1 to zstd:{MAX_LEVEL}, lz4 or none"
+        )),
+    }
+}
+
 /// `wait` or `error:SECONDS`.
 ///
 /// # Errors
@@ -513,7 +546,7 @@ mod tests {
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
              --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
-             --transport nbd --seed-image a --seed-image b --seed-always -v",
+             --transport nbd --way-back --return --seed-image a --seed-image b --seed-always -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -531,6 +564,7 @@ mod tests {
         assert!(serve.verify && serve.transport == TransportName::Nbd);
         assert_eq!(serve.seed_images, [PathBuf::from("a"), "b".into()]);
         assert!(serve.seed_always);
+        assert!(serve.way_back && serve.comes_back);
     }
 
     #[test]
@@ -545,13 +579,14 @@ mod tests {
             "disk.img --verify",
             "disk.img --seed-image old.img",
             "disk.img --from nbd://old/ --seed-always",
+            "disk.img --way-back",
+            "disk.img --return",
             "disk.img --transport frames",
             "disk.img --size 1G --from nbd://old/",
             "disk.img --block-size 3k",
             "disk.img --block-size 2M",
             "disk.img --from nbd://old/ --connections 0",
             "disk.img --from nbd://old/ --on-source-loss error",
-            "disk.img --compress auto",
         ] {
             assert!(serve(line).is_err(), "{line}");
         }

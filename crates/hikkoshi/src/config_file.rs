@@ -47,6 +47,7 @@ struct Export {
     read_only: bool,
     engine: Option<String>,
     transport: Option<String>,
+    compress: Option<String>,
     from: Option<String>,
     handoff: Option<String>,
     background: Option<bool>,
@@ -60,6 +61,9 @@ struct Export {
     prepare: Option<String>,
     seed_images: Option<Vec<PathBuf>>,
     seed_always: Option<bool>,
+    way_back: Option<bool>,
+    #[serde(rename = "return")]
+    comes_back: Option<bool>,
 }
 
 /// Reads a configuration file.
@@ -131,6 +135,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
     let transport = value("transport", &export.transport, |text| {
         TransportName::from_str(text, false)
     })?;
+    let compress = value("compress", &export.compress, cli::parse_packing)?;
     let source = source(&export)?;
     if size.is_some() && source.is_some() {
         return Err("size: a disk that comes from elsewhere has the size it has there".into());
@@ -147,6 +152,7 @@ fn check(export: Export) -> Result<(ExportConfig, Option<NewImage>), String> {
         read_only: export.read_only,
         engine: engine.unwrap_or_default().into(),
         transport: transport.unwrap_or_default().into(),
+        compress: compress.unwrap_or_default(),
         source,
     };
     Ok((config, new_image))
@@ -167,6 +173,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("prepare", export.prepare.is_some()),
             ("seed-images", export.seed_images.is_some()),
             ("seed-always", export.seed_always.is_some()),
+            ("way-back", export.way_back.is_some()),
+            ("return", export.comes_back.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -200,6 +208,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         prepare: prepare.unwrap_or_default().into(),
         seed_images: export.seed_images.clone().unwrap_or_default(),
         seed_always: export.seed_always.unwrap_or(false),
+        way_back: export.way_back.unwrap_or(false),
+        comes_back: export.comes_back.unwrap_or(false),
     }))
 }
 

@@ -13,6 +13,7 @@ mod demo;
 mod events;
 mod failure;
 mod heat;
+mod migrate;
 mod pages;
 mod plan;
 mod quantity;
@@ -73,6 +74,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Heat(args) => heat::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Limit(args) => command::limit(args),
+        Command::Migrate(args) => migrate::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => pages::completions(&args),
         Command::Man(args) => pages::man(&args),

@@ -113,6 +113,8 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         prepare: args.prepare.into(),
         seed_images: args.seed_images,
         seed_always: args.seed_always,
+        way_back: args.way_back,
+        comes_back: args.comes_back,
     });
     let new_image = args.size.map(|bytes| NewImage {
         path: image.clone(),
@@ -126,6 +128,7 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         read_only: args.read_only,
         engine: args.engine.into(),
         transport: args.transport.into(),
+        compress: args.compress,
         source,
     };
     Ok((export, new_image))

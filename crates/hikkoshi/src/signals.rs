@@ -6,7 +6,7 @@ use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Exit status when a second signal cuts the orderly end short.
 const CUT_SHORT: i32 = 1;
@@ -24,15 +24,29 @@ impl Signals {
     /// # Errors
     /// The system refuses.
     pub fn catch() -> io::Result<Self> {
+        Self::catch_these(false)
+    }
+
+    /// The same with SIGHUP: for what must not be cut short because a terminal goes away.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn catch_with_hangup() -> io::Result<Self> {
+        Self::catch_these(true)
+    }
+
+    fn catch_these(with_hangup: bool) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .build()?;
         // Registered before this returns: a signal right afterwards must not kill the process.
-        let (mut term, mut int) = {
+        let (mut term, mut int, mut hangup) = {
             let _inside = runtime.enter();
+            let hangup = with_hangup.then(|| signal(SignalKind::hangup()));
             (
                 signal(SignalKind::terminate())?,
                 signal(SignalKind::interrupt())?,
+                hangup.transpose()?,
             )
         };
         let (sender, received) = channel();
@@ -45,6 +59,7 @@ impl Signals {
                         tokio::select! {
                             _ = term.recv() => {}
                             _ = int.recv() => {}
+                            () = one_of(hangup.as_mut()) => {}
                         }
                         if !std::mem::take(&mut first) || sender.send(()).is_err() {
                             std::process::exit(CUT_SHORT);
@@ -67,5 +82,15 @@ impl Signals {
             self.received.recv_timeout(time),
             Err(RecvTimeoutError::Timeout)
         )
+    }
+}
+
+/// Waits for a signal that may not be caught at all.
+async fn one_of(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => {
+            let _ = signal.recv().await;
+        }
+        None => std::future::pending().await,
     }
 }

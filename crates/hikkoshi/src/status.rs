@@ -120,8 +120,18 @@ fn describe(one: &Found, with_daemon: bool) -> String {
             Some(false) => "NOT CONNECTED",
             None => "needed no more",
         };
+        let counters = &status.counters;
+        let saved = [
+            (counters.packed_bytes_saved, "saved by compression"),
+            (counters.zero_bytes_skipped, "of zeroes not sent"),
+        ];
+        let saved: String = saved
+            .iter()
+            .filter(|(bytes, _)| *bytes > 0)
+            .map(|(bytes, what)| format!(", {} {what}", show_size(*bytes)))
+            .collect();
         lines.push(format!(
-            "  source   {source} {link}, {} came over the link",
+            "  source   {source} {link}, {} came over the link{saved}",
             show_size(status.wire_bytes)
         ));
     }

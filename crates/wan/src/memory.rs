@@ -127,9 +127,7 @@ impl MemorySource {
 
     /// Completes requests, oldest first, until there are none: also those submitted meanwhile.
     pub fn complete_all(&self) {
-        while self.pending() > 0 {
-            self.complete(0);
-        }
+        while self.answer_one(0, None) {}
     }
 
     /// Sets whether the export is read-only.
@@ -208,13 +206,21 @@ impl MemorySource {
     }
 
     fn answer(&self, index: usize, kind: Option<SourceErrorKind>) {
+        assert!(self.answer_one(index, kind), "a pending request");
+    }
+
+    /// `false` if there is no such request.
+    fn answer_one(&self, index: usize, kind: Option<SourceErrorKind>) -> bool {
         let mut state = self.state();
-        let pending = state.pending.remove(index).expect("a pending request");
+        let Some(pending) = state.pending.remove(index) else {
+            return false;
+        };
         let PendingRequest { offset, len, .. } = pending.request;
         if let Some(kind) = pending.doomed.or(kind) {
             state.counters.failed += 1;
             drop(state);
-            return pending.done.fail(error_of(kind));
+            pending.done.fail(error_of(kind));
+            return true;
         }
         let start = usize::try_from(offset).expect("checked at submission");
         let count = usize::try_from(len).expect("checked at submission");
@@ -239,6 +245,7 @@ impl MemorySource {
                 }));
             }
         }
+        true
     }
 }
 

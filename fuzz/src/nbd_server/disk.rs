@@ -125,6 +125,7 @@ fn config(name: &str, handoff: Option<HandoffPolicy>) -> ExportConfig {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Nbd,
+        compress: hikkoshi_daemon::config::Packing::Auto,
         source: handoff.map(|handoff| SourceConfig {
             handoff,
             ..SourceConfig::new("memory")

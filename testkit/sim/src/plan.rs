@@ -120,6 +120,7 @@ impl Plan {
             read_only: false,
             engine: Engine::Auto,
             transport: Transport::Auto,
+            compress: hikkoshi_daemon::config::Packing::Auto,
             source: Some(SourceConfig {
                 handoff,
                 background: rng.permille(700),

@@ -124,6 +124,15 @@ impl ControlClient {
     /// # Errors
     /// As [`Self::status`], and when there is no such export.
     pub fn export(&self, name: &str) -> Result<ExportStatus, ClientError> {
+        self.export_as(name)
+    }
+
+    /// One export, in a form of the caller's own, which need not know every field and every state:
+    /// the daemon at another site may be of another version.
+    ///
+    /// # Errors
+    /// As [`Self::export`].
+    pub fn export_as<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, ClientError> {
         let target = format!("/v1/export?name={}", encode(name));
         let body = self.request("GET", &target, ASK_TIMEOUT)?;
         self.parse(&body)
@@ -167,6 +176,15 @@ impl ControlClient {
         let target = format!("/v1/{route}?name={}{more}", encode(name));
         let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
         self.parse(&body)
+    }
+
+    /// Gives the move of an export here up, before its handoff.
+    ///
+    /// # Errors
+    /// As [`Self::command`].
+    pub fn abort(&self, name: &str) -> Result<(), ClientError> {
+        let target = format!("/v1/abort?name={}", encode(name));
+        self.request("POST", &target, COMMAND_TIMEOUT).map(drop)
     }
 
     /// Has an export compared with its source, or, to `accept`, lets the source go whatever was

@@ -20,6 +20,7 @@ pub mod fuzzing;
 mod gate;
 pub mod guest;
 pub mod open;
+mod open_tied;
 pub mod proof;
 #[cfg(test)]
 mod proof_tests;
@@ -30,6 +31,9 @@ mod space;
 #[cfg(test)]
 mod tests;
 pub mod verify;
+pub mod wayback;
+#[cfg(test)]
+mod wayback_tests;
 
 use std::io;
 use std::path::PathBuf;
@@ -41,7 +45,7 @@ use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::heat::Heat;
 use hikkoshi_store::Store;
 
-use crate::config::{HandoffPolicy, SourceLoss};
+use crate::config::{HandoffPolicy, Packing, SourceLoss};
 use crate::events::{EventKind, EventLog};
 use crate::heat;
 use crate::status::LifeState;
@@ -53,6 +57,7 @@ use report::RateMeter;
 use seeding::Seeding;
 use space::DiskTrouble;
 use verify::Verification;
+use wayback::WayBack;
 
 /// Tells how long the volume has been open. A seam, so that tests own the time.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -99,6 +104,8 @@ pub struct Volume {
     read_only: bool,
     /// Frames may be spoken with destinations that know them.
     frames: bool,
+    /// What destinations are sent may be compressed.
+    packs: bool,
     handoff_policy: HandoffPolicy,
     on_loss: SourceLoss,
     store: Arc<dyn Store>,
@@ -119,8 +126,7 @@ pub struct Volume {
     /// It came from elsewhere, now or once.
     had_source: bool,
     rate: RateMeter,
-    /// What is left to do once the volume is complete: the image loses its mark, the memory that
-    /// outlives a kill is given back.
+    /// What is left to do once the volume is complete: the image loses its mark.
     at_completion: Mutex<Option<AtCompletion>>,
     /// Comparing with the source.
     verification: Verification,
@@ -138,6 +144,10 @@ pub struct Volume {
     departures: Departures,
     /// Where the disk moves from, if that keeps a fence.
     arrival: Option<Arrival>,
+    /// Whether front ends may write past the relocation: there is none.
+    plain: AtomicBool,
+    /// In what older copies of this disk differ.
+    way_back: WayBack,
 }
 
 const LIFE_LOCAL: u8 = 0;
@@ -168,6 +178,11 @@ impl Volume {
         self.frames
     }
 
+    /// How a destination that asks for `packing` is served.
+    pub fn packing_towards(&self, packing: Packing) -> Packing {
+        if self.packs { packing } else { Packing::None }
+    }
+
     /// Where it stands in its life.
     pub fn life(&self) -> LifeState {
         match self.life.load(Ordering::Acquire) {
@@ -194,8 +209,30 @@ impl Volume {
         self.life.store(value, Ordering::Release);
     }
 
-    /// The relocation, while there is one. Front ends keep it and let go of it when
-    /// [`Volume::is_local`] says so.
+    /// Whether it is nothing but an image: nothing is recorded of what is written.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        self.plain.load(Ordering::Acquire)
+    }
+
+    /// The relocation, while something is still to come.
+    fn unfinished(&self) -> Option<Arc<Relocation>> {
+        self.relocation().filter(|_| !self.is_local())
+    }
+
+    /// There is no map any more.
+    fn let_go_of_map(&self) -> Option<Arc<Relocation>> {
+        let old = self
+            .relocation
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take();
+        self.plain.store(true, Ordering::Release);
+        old
+    }
+
+    /// The relocation, while there is one: also after completion, where what is written is recorded
+    /// for the way back. Front ends keep it and let go of it when [`Volume::is_plain`] says so.
     pub fn relocation(&self) -> Option<Arc<Relocation>> {
         self.relocation
             .read()

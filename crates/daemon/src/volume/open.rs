@@ -27,11 +27,13 @@ use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, T
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
+use super::open_tied::{
+    open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
+};
 use super::seeding::SeedImage;
 use super::{Volume, system_clock};
 use crate::config::{
-    Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, Prepare, SourceConfig, SourceLoss,
-    Transport,
+    Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, SourceConfig, SourceLoss, Transport,
 };
 use crate::events::EventKind;
 use crate::heat::{self, HeatFileError};
@@ -85,7 +87,10 @@ const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A source that says nothing for less than this may only be busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
 
-fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
+/// How often the time is told to a volume that only records for the way back.
+const QUIET_BEAT: Duration = Duration::from_millis(100);
+
+pub(super) fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
     Err(OpenError::Refused(why.into()))
 }
 
@@ -141,9 +146,11 @@ impl Running {
             Box::new(move || committing.run_committer()),
         )?);
         if let Some(relocation) = volume.relocation() {
-            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
-            threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
-            relocation.start();
+            let (timed, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("tick", Box::new(move || keep_time(&timed, &stop)))?);
+            if !volume.is_local() {
+                relocation.start();
+            }
         }
         if volume.has_seeds() {
             let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
@@ -189,7 +196,13 @@ impl Running {
 fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
     let mut committed = Duration::ZERO;
     while !stop.load(Ordering::Acquire) && volume.keep_time(&mut committed) {
-        std::thread::sleep(Mover::<()>::TICK);
+        // Where all is here, there is only a commit to ask for now and then.
+        let beat = if volume.is_local() {
+            QUIET_BEAT
+        } else {
+            Mover::<()>::TICK
+        };
+        std::thread::sleep(beat);
     }
 }
 
@@ -223,7 +236,7 @@ fn engine(config: &ExportConfig) -> EngineChoice {
 // The three ways to open
 
 /// An image that needs nobody: it never had a source, or has everything from it.
-fn open_plain(
+pub(super) fn open_plain(
     config: &ExportConfig,
     mut state: Option<StateDir>,
     had_source: bool,
@@ -314,11 +327,10 @@ fn open_new(
     }
     let volume_id = live::random()?;
     let ticket = Ticket::new(volume_id, None, Stance::Standby, false);
-    let source =
-        connect(wanted, config.transport, &ticket).map_err(|source| OpenError::Source {
-            uri: wanted.uri.clone(),
-            source,
-        })?;
+    let source = connect(wanted, config, &ticket).map_err(|source| OpenError::Source {
+        uri: wanted.uri.clone(),
+        source,
+    })?;
     let fenced_source = ticket.attached().is_some();
     if fenced_source {
         ticket.require();
@@ -350,6 +362,7 @@ fn open_new(
         image_inode: inode_of(&store)?,
         ties: Ties {
             fenced_source,
+            way_back: wanted.way_back,
             ..Ties::default()
         },
     };
@@ -378,8 +391,22 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let mut state = StateDir::open(state_path)?;
     let identity = state.identity().clone();
     if identity.life == Life::Local {
-        check_complete(config, &identity, state_path)?;
         let had_source = !identity.source_uri.is_empty();
+        let returns = config.source.as_ref().filter(|source| source.comes_back);
+        if let (Some(_), Some(wanted)) = (identity.ties.departed, returns) {
+            return open_return(config, wanted, state, state_path);
+        }
+        check_complete(config, &identity, state_path)?;
+        if identity.ties.departed.is_some_and(|d| !d.intact) {
+            return refuse(format!(
+                "{} is partly overwritten by a return that was given up, and so no copy of anything; \
+                 the disk can still come back into it: give --from and --return",
+                config.image.display()
+            ));
+        }
+        if identity.ties.way_back && !config.read_only {
+            return open_recorded(config, state, state_path);
+        }
         return open_plain(config, Some(state), had_source);
     }
     if identity.life == Life::GivenUp {
@@ -399,28 +426,26 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     }
     let store = fitting(config, open_existing(config)?, identity.geometry)?;
     check_belongs(config, &store, &identity, state_path)?;
+    let base = settle_base(&mut state, &store)?;
     let ticket = identity.ties.fenced_source.then(|| {
         let stance = if identity.life == Life::Standby {
             Stance::Standby
         } else {
             Stance::Arriving
         };
-        Ticket::new(identity.volume_id, identity.ties.base, stance, true)
+        Ticket::new(identity.volume_id, base, stance, true)
     });
-    let (source, refused) = reconnect(
-        &wanted,
-        config.transport,
-        identity.geometry,
-        ticket.as_ref(),
-    )?;
+    let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let mut sync = || store.sync();
-    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
     let kept = (map, witnesses, seeds);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
+    tell_doubt(&running, doubt);
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
     }
@@ -450,14 +475,14 @@ fn open_given_up(
 }
 
 /// What draws the witnesses.
-fn seed() -> Result<u64, OpenError> {
+pub(super) fn seed() -> Result<u64, OpenError> {
     let random: [u8; 16] = live::random()?;
     Ok(u64::from_le_bytes(
         random[..8].try_into().expect("eight of sixteen"),
     ))
 }
 
-fn move_in(
+pub(super) fn move_in(
     config: &ExportConfig,
     wanted: &SourceConfig,
     store: FileStore,
@@ -483,8 +508,12 @@ fn move_in(
         heat_place: heat_place(config)?,
         make_state: None,
     };
+    let overwritten = parts.state.as_ref().map(overwritten_of).unwrap_or_default();
     let arrival = match ticket.filter(|_| parts.fenced_source()) {
-        Some(ticket) => Some(arrival(config, wanted, ticket, parts.geometry)?),
+        Some(ticket) => {
+            let arrival = arrival(config, wanted, ticket, parts.geometry)?;
+            Some(arrival.with_overwritten(overwritten))
+        }
         None => None,
     };
     let memory = Arc::clone(&live);
@@ -494,9 +523,11 @@ fn move_in(
         residency,
         witnesses,
         arrival,
-        at_completion: Box::new(move || {
+        at_release: Box::new(move || {
             memory.remove();
             crash_point!("completion.memory-removed");
+        }),
+        at_completion: Box::new(move || {
             if let Err(e) = set_tag(&store, &[]) {
                 tracing::warn!("the mark of a move could not be taken off the image: {e}");
             }
@@ -523,18 +554,12 @@ fn arrival(
         uri: wanted.uri.clone(),
         source,
     };
-    let line = source_config(wanted, config.transport, Some(&ticket)).map_err(failed)?;
+    let line = source_config(wanted, config, Some(&ticket)).map_err(failed)?;
     let link = Arc::new(MoveLine::new(line));
-    let prepare = match wanted.prepare {
-        // What is not in a seed is fetched after the handoff; what is copied ahead would cross the
-        // link whether it is in one or not.
-        Prepare::Ahead if !wanted.seed_images.is_empty() => Prepare::None,
-        prepare => prepare,
-    };
-    Ok(Arrival::new(ticket, link, prepare, geometry))
+    Ok(Arrival::new(ticket, link, wanted, geometry))
 }
 
-fn open_seeds(wanted: &SourceConfig, image: &Path) -> Result<Vec<SeedImage>, OpenError> {
+pub(super) fn open_seeds(wanted: &SourceConfig, image: &Path) -> Result<Vec<SeedImage>, OpenError> {
     if wanted.seed_images.len() > MAX_SEED_IMAGES {
         return refuse(format!(
             "{} seed images are too many: at most {MAX_SEED_IMAGES} can be looked through",
@@ -555,7 +580,7 @@ fn open_seeds(wanted: &SourceConfig, image: &Path) -> Result<Vec<SeedImage>, Ope
 
 // The image
 
-fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
+pub(super) fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
     let options = OpenOptions {
         read_only: false,
         create_with_size: None,
@@ -574,7 +599,7 @@ fn create_image(config: &ExportConfig, geometry: Geometry) -> Result<FileStore, 
 }
 
 /// The image, if it can hold the disk.
-fn fitting(
+pub(super) fn fitting(
     config: &ExportConfig,
     store: FileStore,
     geometry: Geometry,
@@ -658,7 +683,7 @@ fn check_belongs(
     }
 }
 
-fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
+pub(super) fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
     if store.is_block_device() {
         return Ok(None);
     }
@@ -681,7 +706,7 @@ fn tag_of(store: &FileStore) -> Result<Option<Vec<u8>>, OpenError> {
     }
 }
 
-fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
+pub(super) fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
     match store.set_volume_tag(tag) {
         Err(e) if e.kind() != io::ErrorKind::Unsupported => Err(OpenError::Image {
             what: "marking",
@@ -739,7 +764,7 @@ fn source_of(config: &ExportConfig, identity: &Identity) -> Result<SourceConfig,
 
 fn source_config(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     ticket: Option<&Arc<Ticket>>,
 ) -> Result<NbdSourceConfig, SourceError> {
     let bad = |why: String| SourceError::new(SourceErrorKind::Untrusted, why);
@@ -756,7 +781,8 @@ fn source_config(
     let mut config = NbdSourceConfig::new(parsed.address, parsed.export);
     config.uri.clone_from(&wanted.uri);
     config.connections = wanted.connections.max(1);
-    config.frames = transport == Transport::Auto;
+    config.frames = export.transport == Transport::Auto;
+    config.packing = export.compress;
     config.ticket = ticket.cloned();
     // After the handoff nobody writes at the source, so connections cannot disagree; before it,
     // nothing that is read is kept.
@@ -770,19 +796,19 @@ fn source_config(
     Ok(config)
 }
 
-fn connect(
+pub(super) fn connect(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     ticket: &Arc<Ticket>,
 ) -> Result<Arc<dyn Source>, SourceError> {
-    let config = source_config(wanted, transport, Some(ticket))?;
+    let config = source_config(wanted, export, Some(ticket))?;
     Ok(NbdSource::connect(config)?)
 }
 
 /// A source that may be away right now, or not be believed, and then why not.
 fn reconnect(
     wanted: &SourceConfig,
-    transport: Transport,
+    export: &ExportConfig,
     geometry: Geometry,
     ticket: Option<&Arc<Ticket>>,
 ) -> Result<(Arc<dyn Source>, Option<SourceError>), OpenError> {
@@ -790,7 +816,7 @@ fn reconnect(
         uri: wanted.uri.clone(),
         source,
     };
-    let config = source_config(wanted, transport, ticket).map_err(failed)?;
+    let config = source_config(wanted, export, ticket).map_err(failed)?;
     // What is here is to be served soon, wherever the source is.
     let soon = NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,

@@ -65,6 +65,8 @@ pub struct Traffic {
     pub zero_bytes_skipped: AtomicU64,
     /// Bytes that were in a seed image and so were not sent.
     pub seeded_bytes: AtomicU64,
+    /// Bytes that did not cross the link because what did was compressed.
+    pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
     pub checksum_failures: AtomicU64,
     /// The longest that a read has waited, in microseconds.
@@ -79,6 +81,7 @@ impl Traffic {
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
             (&self.seeded_bytes, &other.seeded_bytes),
+            (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
             (&self.longest_wait_us, &other.longest_wait_us),
         ] {
@@ -161,9 +164,10 @@ impl Relocation {
 
     /// Lets go of the source. Whatever still waits fails.
     pub(super) fn retire(self: &Arc<Self>) {
-        self.retired.store(true, Ordering::Release);
-        self.drive(|m, _, out| m.abandon(out));
-        self.source.close();
+        if !self.retired.swap(true, Ordering::AcqRel) {
+            self.drive(|m, _, out| m.abandon(out));
+            self.source.close();
+        }
     }
 
     /// The disk's source.
@@ -231,6 +235,11 @@ impl Relocation {
         self.drive(|m, now, out| m.set_order(now, order, &self.residency, out));
     }
 
+    /// Its bytes come over a link that other disks use, too.
+    pub fn share(&self, link: &Arc<mover::Path>) {
+        lock(&self.mover).share(link);
+    }
+
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
@@ -290,9 +299,11 @@ impl Relocation {
         let bytes = self.geometry.bytes(range);
         let lane = match lane {
             mover::Lane::Demand => Lane::Demand,
-            // A source knows two lanes. Read-ahead goes before the background copy by being asked
-            // for first, and must not stand in demand's way.
-            mover::Lane::Ahead | mover::Lane::Bulk => Lane::Bulk,
+            mover::Lane::Rest => Lane::Rest,
+            mover::Lane::Ahead => Lane::Ahead,
+            mover::Lane::Hot => Lane::Hot,
+            mover::Lane::Bulk => Lane::Bulk,
+            mover::Lane::Late => Lane::Late,
         };
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
         let this = Arc::clone(self);
@@ -330,6 +341,11 @@ impl Relocation {
         self.traffic
             .wire_bytes
             .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+        let holes: u64 = fetched.holes.iter().map(|(_, len)| len).sum();
+        let data = (fetched.data.len() as u64).saturating_sub(holes);
+        self.traffic
+            .packed_bytes_saved
+            .fetch_add(data.saturating_sub(fetched.wire_bytes), Ordering::Relaxed);
     }
 
     fn note_failure(&self, error: &SourceError) -> FetchFailure {
@@ -712,7 +728,7 @@ impl Relocation {
             }
         };
         self.source
-            .extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
+            .extents(Lane::Hot, bytes.start, bytes.len(), Box::new(done));
     }
 
     fn learn_extents(self: &Arc<Self>, asked: BlockRange, answer: &ExtentsAnswer) {

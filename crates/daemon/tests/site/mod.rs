@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use hikkoshi_daemon::Daemon;
 use hikkoshi_daemon::config::{
-    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, HandoffPolicy, Listen, SourceConfig,
-    Transport,
+    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, HandoffPolicy, Listen, Packing,
+    SourceConfig, Transport,
 };
 use hikkoshi_daemon::registry::Controlled;
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
@@ -30,6 +30,7 @@ pub struct Site {
 pub struct Wanted {
     pub on: On,
     pub transport: Transport,
+    pub compress: Packing,
     pub source: Option<SourceConfig>,
 }
 
@@ -38,6 +39,7 @@ impl Wanted {
         Self {
             on,
             transport: Transport::Auto,
+            compress: Packing::Auto,
             source: None,
         }
     }
@@ -62,6 +64,11 @@ impl Wanted {
 impl Site {
     /// Serves `name` in `dir`, which must exist unless the disk comes from elsewhere.
     pub fn start(dir: &Path, name: &str, wanted: Wanted) -> Self {
+        Self::try_start(dir, name, wanted).unwrap()
+    }
+
+    /// The same, or what is said against it.
+    pub fn try_start(dir: &Path, name: &str, wanted: Wanted) -> Result<Self, String> {
         let image = dir.join(name);
         let listen = match wanted.on {
             On::Unix => Listen::Unix(dir.join(format!("{name}.sock"))),
@@ -79,14 +86,18 @@ impl Site {
                 read_only: false,
                 engine: Engine::Threads,
                 transport: wanted.transport,
+                compress: wanted.compress,
                 source: wanted.source,
             }],
             max_clients: DEFAULT_MAX_CLIENTS,
         };
-        Self {
-            daemon: Daemon::start(config).unwrap(),
-            image,
-        }
+        let daemon = Daemon::start(config).map_err(|error| error.to_string())?;
+        Ok(Self { daemon, image })
+    }
+
+    /// Ends it in good order.
+    pub fn stop(self) {
+        self.daemon.shutdown().unwrap();
     }
 
     /// A plain disk of `data`.
@@ -113,9 +124,13 @@ impl Site {
         }
     }
 
-    /// Settings of a client of it.
+    /// Settings of a client of it, towards which nothing is compressed: so many bytes cross the link
+    /// as there are.
     pub fn client(&self) -> NbdSourceConfig {
-        NbdSourceConfig::new(self.address(), "")
+        NbdSourceConfig {
+            packing: Packing::None,
+            ..NbdSourceConfig::new(self.address(), "")
+        }
     }
 
     pub fn export(&self) -> Arc<dyn Controlled> {

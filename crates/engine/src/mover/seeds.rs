@@ -73,25 +73,26 @@ impl<W> Mover<W> {
         if !self.may_seed(now) {
             return SeedStep::Wait;
         }
-        let (blocks, scanned_to) = (self.geometry.blocks(), self.scanned_to);
         let Some(cursor) = self.seeds.as_ref().map(|s| s.cursor) else {
             return SeedStep::End;
         };
         // What is known to be zero soon is not looked for.
-        let next = self.next_free(cursor, scanned_to, residency);
+        let known_to = self.scan.known_to(cursor);
+        let next = self.next_free(cursor, known_to, residency);
+        let blocks = self.geometry.blocks();
         let Some(seeds) = self.seeds.as_mut() else {
             return SeedStep::End;
         };
         let Some(run) = next else {
-            seeds.cursor = seeds.cursor.max(scanned_to);
-            return if scanned_to >= blocks {
+            seeds.cursor = known_to;
+            return if known_to >= blocks {
                 SeedStep::End
             } else {
                 SeedStep::Wait
             };
         };
         // Not only the run: a hash of what is here already costs less than one more question.
-        let range = BlockRange::new(run.start, scanned_to.min(run.start + most.max(1)));
+        let range = BlockRange::new(run.start, known_to.min(run.start + most.max(1)));
         seeds.cursor = range.end;
         seeds.moved_at = now;
         seeds.windows.push(range);
@@ -142,14 +143,13 @@ impl<W> Mover<W> {
         }
     }
 
-    /// Up to where the background copy may take what is missing.
-    pub(super) fn seeded_to(&self, now: Duration) -> u64 {
-        match &self.seeds {
-            Some(s) if !s.resting && now.saturating_sub(s.moved_at) < HOLD => {
-                let first = s.windows.iter().map(|w| w.start).min();
-                first.unwrap_or(s.cursor)
-            }
-            _ => self.geometry.blocks(),
+    /// Up to where the background copy may take what is missing, where that is not everywhere.
+    pub(super) fn seeded_to(&self, now: Duration) -> Option<u64> {
+        let seeds = self.seeds.as_ref()?;
+        if seeds.resting || now.saturating_sub(seeds.moved_at) >= HOLD {
+            return None;
         }
+        let first = seeds.windows.iter().map(|w| w.start).min();
+        Some(first.unwrap_or(seeds.cursor))
     }
 }

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hikkoshi_daemon::config::{
-    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, Listen, SourceConfig, Transport,
+    DEFAULT_MAX_CLIENTS, DaemonConfig, Engine, ExportConfig, Listen, Packing, SourceConfig,
+    Transport,
 };
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
 use hikkoshi_daemon::{Daemon, DaemonError};
@@ -275,6 +276,7 @@ fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> 
             read_only: false,
             engine: Engine::Auto,
             transport: Transport::Auto,
+            compress: Packing::Auto,
             source,
         }],
         max_clients: DEFAULT_MAX_CLIENTS,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::attach::Ticket;
+use crate::transport::pack::Packing;
 
 pub use hikkoshi_nbd::uri::Address;
 
@@ -41,6 +42,8 @@ pub struct NbdSourceConfig {
     pub in_flight: usize,
     /// Bulk requests in flight on a connection, at least 1. qemu-nbd works on 16 at a time.
     pub bulk_in_flight: usize,
+    /// How what crosses the link is compressed, by a server that speaks frames.
+    pub packing: Packing,
     /// For which move connections are; said to a server that speaks frames.
     pub ticket: Option<Arc<Ticket>>,
 }
@@ -70,6 +73,7 @@ impl NbdSourceConfig {
             dead_peer_timeout: Duration::from_secs(30),
             in_flight: 64,
             bulk_in_flight: 16,
+            packing: Packing::Auto,
             ticket: None,
         }
     }

@@ -15,6 +15,7 @@ use super::receive::{ReadError, Receiver, size, wire};
 use super::replies::{Begun, Ended, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
+use crate::transport::pack::{Codec, unpack};
 use crate::transport::{HEADER_BYTES, Header, Kind};
 
 /// Bytes received at a time while looking for headers: a small answer at once, and a sixteenth of
@@ -124,8 +125,16 @@ fn take(
                 active.holes.push(Hole { at, len });
                 return Ok(());
             }
-            receiver.data(&mut active.data, at, span)?;
-            Ok(header.check_payload(&active.data[at..])?)
+            let codec = Codec::from_flags(header.packing);
+            let Some(codec) = codec.map_err(|_| ReadError::Answer("an unknown codec"))? else {
+                receiver.data(&mut active.data, at, span)?;
+                return Ok(header.check_payload(&active.data[at..])?);
+            };
+            receiver.body(payload_len, |payload| {
+                header.check_payload(payload)?;
+                unpack(codec, payload, span, &mut active.data)
+                    .ok_or(ReadError::Answer("compressed data that does not add up"))
+            })?
         }
         (Kind::ExtentList, Answer::Extents) => {
             let fits = header.offset == active.job.offset && header.span <= active.job.len;

@@ -18,6 +18,7 @@ use super::wire::Wire;
 use crate::source::Lane;
 use crate::transport::Priority;
 use crate::transport::message::Request;
+use crate::transport::pack::Packing;
 
 /// How many requests wait on one connection at most, those in flight not counted. Callers bound
 /// what they ask for far below; this is only against their mistakes.
@@ -29,6 +30,7 @@ pub(super) struct Line {
     pub(super) negotiated: Negotiated,
     in_flight_max: usize,
     bulk_max: usize,
+    packing: Packing,
     dead: AtomicBool,
     /// Bytes asked for and not answered, queued ones included.
     load: AtomicU64,
@@ -62,6 +64,7 @@ impl Line {
             negotiated,
             in_flight_max: config.in_flight,
             bulk_max: config.bulk_in_flight,
+            packing: config.packing,
             dead: AtomicBool::new(false),
             load: AtomicU64::new(0),
             queued_bulk: AtomicU64::new(0),
@@ -86,9 +89,10 @@ impl Line {
     /// How many bytes a new request of `lane` would wait behind.
     pub(super) fn load(&self, lane: Lane) -> u64 {
         let load = self.load.load(Ordering::Relaxed);
-        match lane {
-            Lane::Demand => load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed)),
-            Lane::Bulk => load,
+        if lane.is_urgent() {
+            load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed))
+        } else {
+            load
         }
     }
 
@@ -102,13 +106,12 @@ impl Line {
             return Err(job);
         }
         self.load.fetch_add(u64::from(job.len), Ordering::Relaxed);
-        match job.lane {
-            Lane::Demand => state.demand.push_back(job),
-            Lane::Bulk => {
-                self.queued_bulk
-                    .fetch_add(u64::from(job.len), Ordering::Relaxed);
-                state.bulk.push_back(job);
-            }
+        if job.lane.is_urgent() {
+            enqueue(&mut state.demand, job);
+        } else {
+            self.queued_bulk
+                .fetch_add(u64::from(job.len), Ordering::Relaxed);
+            enqueue(&mut state.bulk, job);
         }
         self.pump(&mut state);
         Ok(())
@@ -129,7 +132,7 @@ impl Line {
                 job.lane = Lane::Demand;
                 self.queued_bulk
                     .fetch_sub(u64::from(job.len), Ordering::Relaxed);
-                state.demand.push_back(job);
+                enqueue(&mut state.demand, job);
             } else {
                 stay.push_back(job);
             }
@@ -156,7 +159,7 @@ impl Line {
             let cookie = state.next_cookie;
             state.next_cookie = cookie.wrapping_add(1);
             if self.speaks_frames() {
-                output.extend(job.frame(cookie));
+                output.extend(job.frame(cookie, self.packing));
             } else {
                 output.reserve(REQUEST_BYTES);
                 output.extend_from_slice(&encode_request(
@@ -168,7 +171,7 @@ impl Line {
                 ));
             }
             state.in_flight += 1;
-            if job.lane == Lane::Bulk {
+            if !job.lane.is_urgent() {
                 state.bulk_in_flight += 1;
             }
             state.waiting_since.get_or_insert_with(Instant::now);
@@ -208,7 +211,7 @@ impl Line {
         self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
         let mut state = self.state();
         state.in_flight -= 1;
-        if job.lane == Lane::Bulk {
+        if !job.lane.is_urgent() {
             state.bulk_in_flight -= 1;
         }
         if state.in_flight == 0 {
@@ -252,4 +255,10 @@ impl Line {
         }
         self.wire.hang_up();
     }
+}
+
+/// Puts a job behind those that are as urgent.
+fn enqueue(queue: &mut VecDeque<Job>, job: Job) {
+    let ahead = queue.iter().rposition(|other| other.lane <= job.lane);
+    queue.insert(ahead.map_or(0, |index| index + 1), job);
 }

@@ -5,12 +5,13 @@
 //! except for their checksum. The table is in `docs/wire.md`.
 
 use super::limits;
+use super::pack::{self, Codec, Packing};
 
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 40;
 
-/// `HKF1`: the last byte is the version.
-pub const MAGIC: u32 = 0x484b_4631;
+/// `HKF2`: the last byte is the version.
+pub const MAGIC: u32 = 0x484b_4632;
 
 /// In the last frame of a reply.
 pub const FLAG_LAST: u16 = 1 << 0;
@@ -152,6 +153,8 @@ pub struct Header {
     pub priority: Priority,
     /// The last frame of a reply.
     pub last: bool,
+    /// What it says of compression, as it is on the wire: see [`super::pack`].
+    pub packing: u16,
     /// The number of the request that it is, belongs to or is about.
     pub id: u64,
     /// Where on the disk, in bytes.
@@ -171,6 +174,7 @@ impl Header {
             kind,
             priority,
             last: false,
+            packing: 0,
             id,
             offset,
             span,
@@ -199,7 +203,7 @@ impl Header {
         bytes[..4].copy_from_slice(&MAGIC.to_be_bytes());
         bytes[4] = self.kind as u8;
         bytes[5] = self.priority.0;
-        let flags = if self.last { FLAG_LAST } else { 0 };
+        let flags = self.packing | if self.last { FLAG_LAST } else { 0 };
         bytes[6..8].copy_from_slice(&flags.to_be_bytes());
         bytes[8..16].copy_from_slice(&self.id.to_be_bytes());
         bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
@@ -229,13 +233,14 @@ impl Header {
         else {
             return Err(FrameError::Unknown);
         };
-        if flags & !FLAG_LAST != 0 {
+        if flags & !(FLAG_LAST | pack::FLAGS) != 0 {
             return Err(FrameError::Unknown);
         }
         let header = Self {
             kind,
             priority,
             last: flags & FLAG_LAST != 0,
+            packing: flags & pack::FLAGS,
             id: u64_at(bytes, 8),
             offset: u64_at(bytes, 16),
             span: u32_at(bytes, 24),
@@ -259,6 +264,14 @@ impl Header {
         {
             return false;
         }
+        let packing_fits = match self.kind {
+            Kind::Read => Packing::from_flags(self.packing).is_some(),
+            Kind::Data => Codec::from_flags(self.packing).is_ok(),
+            _ => self.packing == 0,
+        };
+        if !packing_fits {
+            return false;
+        }
         let bare = payload_len == 0 && !self.last;
         let nothing = span == 0 && self.offset == 0;
         let listed = |unit: u32, most: u32| {
@@ -272,7 +285,13 @@ impl Header {
                 of_grain && (1..=limits::HASH_BYTES).contains(&span)
             }
             Kind::Cancel | Kind::Promote | Kind::Ping => bare && nothing,
-            Kind::Data => (1..=limits::QUANTUM_BYTES).contains(&span) && payload_len == span,
+            Kind::Data => {
+                (1..=limits::QUANTUM_BYTES).contains(&span)
+                    && match self.packing {
+                        0 => payload_len == span,
+                        _ => (1..span).contains(&payload_len),
+                    }
+            }
             Kind::Zero => (1..=limits::READ_BYTES).contains(&span) && payload_len == 0,
             Kind::ExtentList => {
                 (1..=limits::EXTENTS_BYTES).contains(&span)

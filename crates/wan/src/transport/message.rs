@@ -8,12 +8,16 @@ use hikkoshi_nbd::wire::Errno;
 
 use super::frame::{Frame, FrameError, Header, Kind, Priority};
 use super::limits;
+use super::pack::Packing;
 
 /// What a client wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wish {
     /// The bytes of a range.
-    Read,
+    Read {
+        /// How they may be compressed.
+        packing: Packing,
+    },
     /// Which parts of a range read as zeroes.
     Extents,
     /// The hash of each grain of a range; a power of two.
@@ -62,7 +66,10 @@ impl Request {
             ..
         } = frame.header;
         let wish = match kind {
-            Kind::Read => Wish::Read,
+            Kind::Read => Wish::Read {
+                packing: Packing::from_flags(frame.header.packing)
+                    .ok_or(FrameError::Numbers(kind))?,
+            },
             Kind::Extents => Wish::Extents,
             Kind::Hash => {
                 let grain = <[u8; 4]>::try_from(&frame.payload[..])
@@ -97,11 +104,14 @@ impl Request {
                 len,
             } => {
                 let (kind, grain) = match wish {
-                    Wish::Read => (Kind::Read, None),
+                    Wish::Read { .. } => (Kind::Read, None),
                     Wish::Extents => (Kind::Extents, None),
                     Wish::Hash { grain } => (Kind::Hash, Some(grain.to_be_bytes())),
                 };
-                let header = Header::request(kind, priority, id, offset, len);
+                let mut header = Header::request(kind, priority, id, offset, len);
+                if let Wish::Read { packing } = wish {
+                    header.packing = packing.flags();
+                }
                 let payload = grain.as_ref().map_or(&[][..], |g| &g[..]);
                 [&header.with_payload(payload).encode()[..], payload].concat()
             }

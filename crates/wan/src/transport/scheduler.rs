@@ -199,7 +199,7 @@ impl Scheduler {
         let job = self.jobs.get(&id)?;
         let left = u32::try_from(job.end - job.at).unwrap_or(u32::MAX);
         let len = match job.work {
-            Work::Wish(Wish::Read | Wish::Hash { .. }) => left.min(limits::QUANTUM_BYTES),
+            Work::Wish(Wish::Read { .. } | Wish::Hash { .. }) => left.min(limits::QUANTUM_BYTES),
             Work::Wish(Wish::Extents) | Work::End => left,
         };
         Some(Step {

@@ -67,6 +67,18 @@ pub enum Tell {
         /// The move.
         id: MoveId,
     },
+    /// The VM may change so much in a second from now on; 0 lifts the bound.
+    Slow {
+        /// The move.
+        id: MoveId,
+        /// Bytes per second.
+        bytes_per_s: u64,
+    },
+    /// How much is read and written where?
+    Heat {
+        /// The move.
+        id: MoveId,
+    },
 }
 
 /// What a source answers.
@@ -89,6 +101,8 @@ pub enum Told {
     },
     /// To BASES: of each older copy what differs from it now.
     Bases(Vec<(MoveId, Vec<ByteRange>)>),
+    /// To HEAT: a heat map, as it is on disk.
+    Heat(Vec<u8>),
     /// Done.
     Fine,
     /// It cannot be, with a reason for people.
@@ -114,6 +128,8 @@ const HANDOFF: u8 = 3;
 const ABORT: u8 = 4;
 const BASES: u8 = 5;
 const DONE: u8 = 6;
+const HEAT: u8 = 7;
+const SLOW: u8 = 8;
 const REFUSED: u8 = 0xff;
 
 const NO_BASE: MoveId = [0; 16];
@@ -155,6 +171,12 @@ impl Tell {
             Self::Abort { id } => begun(ABORT, id),
             Self::Bases { id } => begun(BASES, id),
             Self::Done { id } => begun(DONE, id),
+            Self::Heat { id } => begun(HEAT, id),
+            Self::Slow { id, bytes_per_s } => {
+                let mut out = begun(SLOW, id);
+                out.extend_from_slice(&bytes_per_s.to_be_bytes());
+                out
+            }
         }
     }
 
@@ -186,6 +208,11 @@ impl Tell {
             ABORT => Self::Abort { id },
             BASES => Self::Bases { id },
             DONE => Self::Done { id },
+            HEAT => Self::Heat { id },
+            SLOW => Self::Slow {
+                id,
+                bytes_per_s: input.u64()?,
+            },
             _ => return None,
         };
         input.is_empty().then_some(tell)
@@ -225,6 +252,7 @@ impl Told {
                 }
                 out
             }
+            Self::Heat(map) => [&[HEAT][..], map].concat(),
             Self::Fine => vec![DONE],
             Self::Refused(text) => {
                 let mut end = text.len().min(TEXT_BYTES);
@@ -269,6 +297,7 @@ impl Told {
                 Self::Bases(bases)
             }
             DONE => Self::Fine,
+            HEAT => return Some(Self::Heat(input.0.to_vec())),
             REFUSED => {
                 let text = input.0.get(..input.0.len().min(TEXT_BYTES))?;
                 let text = String::from_utf8_lossy(text);
@@ -375,6 +404,8 @@ mod tests {
             id().prop_map(|id| Tell::Abort { id }),
             id().prop_map(|id| Tell::Bases { id }),
             id().prop_map(|id| Tell::Done { id }),
+            id().prop_map(|id| Tell::Heat { id }),
+            (id(), any::<u64>()).prop_map(|(id, bytes_per_s)| Tell::Slow { id, bytes_per_s }),
         ]
     }
 
@@ -414,6 +445,7 @@ mod tests {
             prop::collection::vec((any::<MoveId>(), some_ranges()), 0..limits::TOLD_BASES)
                 .prop_map(Told::Bases),
             Just(Told::Fine),
+            prop::collection::vec(any::<u8>(), 0..200).prop_map(Told::Heat),
             "[a-z é]{0,300}".prop_map(Told::Refused),
         ]
     }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use hikkoshi_wan::transport::frame::{Header, Kind};
+use hikkoshi_wan::transport::pack::{Codec, Packer, Packing};
 use hikkoshi_wan::transport::{HEADER_BYTES, Priority, limits};
 use socket2::Socket;
 
@@ -28,6 +29,16 @@ pub(super) enum Bytes {
     Read(Range<usize>),
     /// In a buffer that came from elsewhere.
     Fetched(Arc<Vec<u8>>, Range<usize>),
+}
+
+/// To which request bytes belong, and where on the disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub id: u64,
+    pub priority: Priority,
+    pub offset: u64,
+    /// With them the request is answered.
+    pub last: bool,
 }
 
 enum Part {
@@ -85,9 +96,16 @@ impl Batch {
         }
     }
 
-    /// Adds the frames that carry `bytes`, which belong at `offset`. Runs of zeroes are told, not
-    /// sent. The checksums are made of what was read.
-    pub fn data(&mut self, id: u64, priority: Priority, offset: u64, bytes: &Bytes, last: bool) {
+    /// Adds the frames that carry `bytes`, which belong at a place. Runs of zeroes are told, not
+    /// sent; others are compressed where that saves something. The checksums are made of what was
+    /// read.
+    pub fn data(&mut self, to: Place, bytes: &Bytes, packer: &mut Packer, packing: Packing) {
+        let Place {
+            id,
+            priority,
+            offset,
+            last,
+        } = to;
         let data = look(&self.buffer, bytes);
         let start = match bytes {
             Bytes::Read(range) | Bytes::Fetched(_, range) => range.start,
@@ -101,6 +119,11 @@ impl Batch {
             header.last = last && end == data.len();
             if zero {
                 self.parts.push_back(Part::Header(header.encode()));
+            } else if let Some((codec, packed)) = packer.pack(packing, run) {
+                header.packing = Codec::flags(Some(codec));
+                let header = header.with_payload(&packed);
+                self.parts.push_back(Part::Header(header.encode()));
+                self.parts.push_back(Part::Payload(packed));
             } else {
                 let header = header.with_payload(run);
                 self.parts.push_back(Part::Header(header.encode()));
@@ -114,11 +137,12 @@ impl Batch {
         }
     }
 
-    /// Hands over what the socket takes without waiting.
+    /// Hands over what the socket takes without waiting. Tells whether it took anything.
     ///
     /// # Errors
     /// The client is gone.
-    pub fn send(&mut self, socket: &Socket) -> io::Result<()> {
+    pub fn send(&mut self, socket: &Socket) -> io::Result<bool> {
+        let mut taken = self.parts.is_empty();
         while !self.parts.is_empty() {
             let parts = self.parts.iter().take(MAX_SLICES).enumerate();
             let slices: Vec<IoSlice<'_>> = parts
@@ -129,14 +153,17 @@ impl Batch {
                 })
                 .collect();
             match socket.send_vectored_with_flags(&slices, NO_SIGNAL | DONT_WAIT) {
-                Ok(sent) => self.consume(sent),
+                Ok(sent) => {
+                    taken = true;
+                    self.consume(sent);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(taken),
                 Err(e) => return Err(e),
             }
         }
         self.used = 0;
-        Ok(())
+        Ok(taken)
     }
 
     fn consume(&mut self, mut sent: usize) {

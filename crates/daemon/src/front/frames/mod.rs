@@ -5,6 +5,7 @@
 //! anything unsent left, so that the order is decided as late as it can be. What is not in memory
 //! is read elsewhere meanwhile, or fetched from the volume's own source, and the others go on.
 
+mod backlog;
 mod batch;
 mod post;
 
@@ -14,15 +15,17 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use hikkoshi_engine::geometry::ByteRange;
 use hikkoshi_nbd::server::StatusExtents;
 use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
+use hikkoshi_wan::transport::pack::Packer;
 use hikkoshi_wan::transport::session::Tell;
 use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::Socket;
 
 use super::outbox::errno_of;
@@ -30,7 +33,8 @@ use crate::volume::Volume;
 use crate::volume::departure::Bound;
 use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
-use batch::{Batch, Bytes};
+use backlog::Backlog;
+use batch::{Batch, Bytes, Place};
 use post::{Letter, Outcome, Post};
 
 /// What the kernel may hold of this connection that it has not sent: enough to be sending on
@@ -70,6 +74,9 @@ pub(super) struct FrameSession {
     /// Let go of as soon as the volume is local.
     relocation: Option<Arc<Relocation>>,
     socket: Socket,
+    over_tcp: bool,
+    /// The socket said that there is room, and took nothing.
+    refused: bool,
     decoder: Decoder,
     scheduler: Scheduler,
     batch: Batch,
@@ -83,11 +90,13 @@ pub(super) struct FrameSession {
     remote: HashSet<u64>,
     /// For which move it reads, once it has said so.
     bound: Bound,
+    packer: Packer,
 }
 
 impl FrameSession {
     pub fn new(volume: Arc<Volume>, socket: Socket, early: &[u8]) -> io::Result<Self> {
-        if !socket.local_addr()?.is_unix() {
+        let over_tcp = !socket.local_addr()?.is_unix();
+        if over_tcp {
             socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
         }
         let mut decoder = Decoder::new(Side::Client);
@@ -97,6 +106,8 @@ impl FrameSession {
             scheduler: Scheduler::new(volume.geometry().size_bytes()),
             volume,
             socket,
+            over_tcp,
+            refused: false,
             decoder,
             batch: Batch::new(),
             post: Arc::new(Post::new()?),
@@ -105,6 +116,7 @@ impl FrameSession {
             hashes: HashMap::new(),
             remote: HashSet::new(),
             bound: Bound::default(),
+            packer: Packer::default(),
         })
     }
 
@@ -126,7 +138,9 @@ impl FrameSession {
             // Only the kernel knows whether there is room for more, and it is asked at the same
             // time as for what is new, so that this is seen before the next quantum is chosen.
             let sending = !self.batch.is_empty() || self.scheduler.peek().is_some();
+            let asked_at = Instant::now();
             let seen = self.wait(sending)?;
+            let woken_at = Instant::now();
             if seen.letters {
                 self.take_letters();
             }
@@ -134,7 +148,7 @@ impl FrameSession {
                 return Ok(());
             }
             self.take_requests()?;
-            if self.relocation.is_some() && self.volume.is_local() {
+            if self.relocation.is_some() && self.volume.is_plain() {
                 self.relocation = None;
             }
             if seen.room || !sending {
@@ -145,7 +159,10 @@ impl FrameSession {
                         return Ok(());
                     }
                 }
-                self.batch.send(&self.socket)?;
+                self.refused = !self.batch.send(&self.socket)?;
+                if sending {
+                    self.packer.note(woken_at - asked_at, woken_at.elapsed());
+                }
             }
         }
     }
@@ -158,13 +175,22 @@ impl FrameSession {
         if sending {
             wanted |= PollFlags::OUT;
         }
+        let backlog = if sending && self.over_tcp {
+            Backlog::of(&self.socket, self.refused)
+        } else {
+            Backlog::Short
+        };
+        let patience = backlog.patience().map(|wait| Timespec {
+            tv_sec: 0,
+            tv_nsec: wait.subsec_nanos().into(),
+        });
         let bell = self.post.bell();
         let mut fds = [
             PollFd::from_borrowed_fd(self.socket.as_fd(), wanted),
             PollFd::from_borrowed_fd(bell, PollFlags::IN),
         ];
         loop {
-            match poll(&mut fds, None) {
+            match poll(&mut fds, patience.as_ref()) {
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -175,9 +201,18 @@ impl FrameSession {
         Ok(Seen {
             // The end of the stream is found by receiving.
             input: socket.contains(PollFlags::IN) || over,
-            room: socket.contains(PollFlags::OUT),
+            room: socket.contains(PollFlags::OUT) || self.has_room(backlog),
             letters: !fds[1].revents().is_empty(),
         })
+    }
+
+    /// Whether there is room that `poll` does not tell of.
+    fn has_room(&self, before: Backlog) -> bool {
+        match before {
+            Backlog::Short => false,
+            Backlog::Room => true,
+            Backlog::Full => Backlog::of(&self.socket, false) == Backlog::Room,
+        }
     }
 
     // Requests
@@ -254,7 +289,7 @@ impl FrameSession {
                 self.finish(step);
             }
             Work::Wish(Wish::Extents) => self.produce_extents(step),
-            Work::Wish(Wish::Read) => match self.bytes(step) {
+            Work::Wish(Wish::Read { packing }) => match self.bytes(step) {
                 Got::Bytes(bytes) => {
                     let Step {
                         id,
@@ -263,7 +298,14 @@ impl FrameSession {
                         last,
                         ..
                     } = *step;
-                    self.batch.data(id, priority, offset, &bytes, last);
+                    let place = Place {
+                        id,
+                        priority,
+                        offset,
+                        last,
+                    };
+                    let packing = self.volume.packing_towards(packing);
+                    self.batch.data(place, &bytes, &mut self.packer, packing);
                     if last && !self.remote.contains(&id) {
                         self.volume.count_read(false);
                     }

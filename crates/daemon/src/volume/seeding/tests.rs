@@ -123,6 +123,7 @@ fn world(store: Arc<dyn Store>, image: &Path, seeds: &[PathBuf]) -> World {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Auto,
+        compress: crate::config::Packing::Auto,
         source: Some(SourceConfig {
             handoff: HandoffPolicy::Now,
             seed_always: true,
@@ -146,6 +147,7 @@ fn world(store: Arc<dyn Store>, image: &Path, seeds: &[PathBuf]) -> World {
         residency,
         witnesses: Witnesses::new(1),
         at_completion: Box::new(|| ()),
+        at_release: Box::new(|| ()),
     });
     let open = |path: &PathBuf| SeedImage::open(path, image).unwrap();
     volume.seed_from(seeds.iter().map(open).collect());

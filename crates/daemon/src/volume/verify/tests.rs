@@ -58,6 +58,7 @@ fn world(required: bool) -> World {
         read_only: false,
         engine: Engine::Auto,
         transport: Transport::Auto,
+        compress: crate::config::Packing::Auto,
         source: Some(SourceConfig {
             handoff: HandoffPolicy::Now,
             verify: required,
@@ -82,6 +83,7 @@ fn world(required: bool) -> World {
         residency,
         witnesses: Witnesses::new(1),
         at_completion: Box::new(|| ()),
+        at_release: Box::new(|| ()),
     });
     let relocation = volume.relocation().unwrap();
     relocation.start();

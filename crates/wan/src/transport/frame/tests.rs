@@ -10,6 +10,7 @@ use super::super::message::{
     parse_extents, parse_hashes,
 };
 use super::*;
+use crate::transport::pack::Packing;
 
 fn priority() -> impl Strategy<Value = Priority> {
     (0..u8::try_from(Priority::LEVELS).unwrap()).prop_map(|n| Priority::from_wire(n).unwrap())
@@ -18,7 +19,12 @@ fn priority() -> impl Strategy<Value = Priority> {
 fn request() -> impl Strategy<Value = Request> {
     let range = (any::<u64>(), 0..1u64 << 62, 1..=limits::READ_BYTES);
     let wish = prop_oneof![
-        Just(Wish::Read),
+        Just(Wish::Read {
+            packing: Packing::Zstd(7)
+        }),
+        Just(Wish::Read {
+            packing: Packing::None
+        }),
         Just(Wish::Extents),
         (9..=16u32).prop_map(|log| Wish::Hash { grain: 1 << log }),
     ];
@@ -189,6 +195,7 @@ fn a_header_is_these_bytes() {
     let header = Header {
         kind: Kind::Data,
         priority: Priority::COLD,
+        packing: 0,
         last: true,
         id: 0x0102_0304_0506_0708,
         offset: 0x1000,
@@ -198,7 +205,7 @@ fn a_header_is_these_bytes() {
     }
     .with_payload(b"abcd");
     let expected = [
-        0x48, 0x4b, 0x46, 0x31, 0x81, 4, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,
+        0x48, 0x4b, 0x46, 0x32, 0x81, 4, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,
         0, 0, 0, 4, 0, 0, 0, 4, 0x92, 0xc8, 0x0a, 0x31,
     ];
     let bytes = header.encode();

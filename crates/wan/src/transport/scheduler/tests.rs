@@ -5,6 +5,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use crate::transport::pack::Packing;
 
 const DISK: u64 = 1 << 30;
 const QUANTUM: u64 = limits::QUANTUM_BYTES as u64;
@@ -13,7 +14,9 @@ fn read(id: u64, priority: Priority, offset: u64, len: u64) -> Request {
     Request::Wish {
         id,
         priority,
-        wish: Wish::Read,
+        wish: Wish::Read {
+            packing: Packing::None,
+        },
         offset,
         len: u32::try_from(len).unwrap(),
     }
