@@ -68,7 +68,8 @@ fn assert_cheap(new: &Site) {
         "{} bytes crossed",
         status.wire_bytes
     );
-    assert!(status.seeded_bytes >= size / 100 * 98, "{status:?}");
+    // What a guest has written first is neither seeded nor fetched.
+    assert!(status.seeded_bytes >= size / 100 * 97, "{status:?}");
 }
 
 #[test]
