@@ -251,6 +251,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     poisoned: false,
     disk_full: false,
     prepared: None,
+    way_back: Default::default(),
     ahead_bytes: 0,
     seeded_bytes: 0,
     repeated_bytes: 0,

@@ -43,6 +43,8 @@ pub enum EventKind {
     DiskError,
     /// A sync failed: nothing more is written until a restart.
     Poisoned,
+    /// A sync had failed before this start, so all of the image was written once more.
+    Rewritten,
     /// Something of the state could not be kept; nothing is lost by it.
     StateTrouble,
     /// A new site prepares to take the disk over.
@@ -79,6 +81,7 @@ impl EventKind {
             Self::DiskSpace => "disk-space",
             Self::DiskError => "disk-error",
             Self::Poisoned => "poisoned",
+            Self::Rewritten => "rewritten",
             Self::StateTrouble => "state-trouble",
             Self::Departing => "departing",
             Self::Departed => "departed",
@@ -133,6 +136,7 @@ impl EventLog {
             | EventKind::SourceError
             | EventKind::ReadsFailed
             | EventKind::DiskError
+            | EventKind::Rewritten
             | EventKind::StateTrouble
             | EventKind::Slowed
             | EventKind::FenceLifted

@@ -19,6 +19,7 @@ use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
+use hikkoshi_store::suspect::{self, RewriteError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::transport::session::Stance;
@@ -66,6 +67,9 @@ pub enum OpenError {
         /// What happened.
         source: io::Error,
     },
+    /// A sync failed before this start, and what it left cannot be mended.
+    #[error(transparent)]
+    Rewrite(#[from] RewriteError),
     /// The heat map that was named.
     #[error(transparent)]
     Heat(#[from] HeatFileError),
@@ -254,6 +258,11 @@ pub(super) fn open_plain(
             config.image.display()
         ));
     }
+    let rewritten = if config.read_only {
+        None
+    } else {
+        settle_image(config, &store)?
+    };
     if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
         live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
@@ -280,7 +289,9 @@ pub(super) fn open_plain(
         heat_place: heat_place(config)?,
         make_state,
     };
-    Running::start(parts.plain(), None)
+    let running = Running::start(parts.plain(), None)?;
+    tell_rewritten(&running, rewritten);
+    Ok(running)
 }
 
 /// What makes the state of a plain image, once a move away from it begins.
@@ -346,6 +357,7 @@ fn open_new(
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
     }
+    let rewritten = settle_image(config, &store)?;
     let now = wanted.handoff == HandoffPolicy::Now;
     let identity = Identity {
         volume_id,
@@ -372,6 +384,7 @@ fn open_new(
     crash_point!("new.tagged");
     let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
+    tell_rewritten(&running, rewritten);
     if now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
@@ -438,6 +451,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
+    let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     let doubt = settle_way_back(&mut map, &store, &wanted)?;
@@ -446,6 +460,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let kept = (map, witnesses, seeds);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
     tell_doubt(&running, doubt);
+    tell_rewritten(&running, rewritten);
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
     }
@@ -614,6 +629,40 @@ pub(super) fn fitting(
         ));
     }
     Ok(store)
+}
+
+/// Writes everything once more that syncs of an earlier process may have left in the page cache
+/// alone. Tells how many bytes, if any had failed.
+pub(super) fn settle_image(
+    config: &ExportConfig,
+    store: &FileStore,
+) -> Result<Option<u64>, RewriteError> {
+    let image = config.image.display();
+    let mut told = None;
+    let mut progress = |at: u64| {
+        let gib = at >> 30;
+        if told != Some(gib) {
+            told = Some(gib);
+            tracing::warn!(
+                "a sync of {image} failed before this start: all of it is written once more, {gib} \
+                 GiB of {} done",
+                store.size_bytes() >> 30
+            );
+        }
+    };
+    suspect::settle(store, store.mark(), &mut progress)
+}
+
+pub(super) fn tell_rewritten(running: &Running, bytes: Option<u64>) {
+    if let Some(bytes) = bytes {
+        running.volume.event(
+            EventKind::Rewritten,
+            format!(
+                "a sync failed before this start: {bytes} bytes of the image were written once \
+                 more and are durable"
+            ),
+        );
+    }
 }
 
 fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
