@@ -78,7 +78,11 @@ fn with_the_previous_copy_little_crosses_the_wire() {
     let (old, data) = source(dir.path(), Transport::Auto);
     let previous = dir.path().join("previous");
     std::fs::write(&previous, older(&data)).unwrap();
-    let new = Site::start(dir.path(), "new", wanted(&old.uri(), &[previous.clone()]));
+    let new = Site::start(
+        dir.path(),
+        "new",
+        wanted(&old.uri(), std::slice::from_ref(&previous)),
+    );
     wait_until("it is local", || new.is_local());
     assert_cheap(&new);
     assert!(new.contents() == data);

@@ -303,7 +303,7 @@ fn a_seed_that_changes_while_it_is_read_does_no_harm() {
                 let at_byte = u64::try_from(at).unwrap();
                 file.write_all_at(&bad, at_byte).unwrap();
                 file.write_all_at(&good[at..end], at_byte).unwrap();
-                if n % 64 == 0 {
+                if n.is_multiple_of(64) {
                     // Cut short, and back.
                     file.set_len(at_byte).unwrap();
                     file.write_all_at(&good[at..], at_byte).unwrap();
@@ -312,7 +312,11 @@ fn a_seed_that_changes_while_it_is_read_does_no_harm() {
         })
     };
     for _ in 0..5 {
-        let mut w = world(in_memory(), Path::new(ELSEWHERE), &[path.clone()]);
+        let mut w = world(
+            in_memory(),
+            Path::new(ELSEWHERE),
+            std::slice::from_ref(&path),
+        );
         w.begin();
         w.finish();
         assert!(w.image() == data());
@@ -428,7 +432,11 @@ fn it_can_be_stopped_and_begins_anew_with_what_is_absent() {
     let dir = TempDir::new().unwrap();
     let old = seed(&dir, "old", &data());
     let first = {
-        let mut w = world(in_memory(), Path::new(ELSEWHERE), &[old.clone()]);
+        let mut w = world(
+            in_memory(),
+            Path::new(ELSEWHERE),
+            std::slice::from_ref(&old),
+        );
         w.begin();
         w.asked();
         w.memory.complete(0);
