@@ -252,6 +252,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     disk_full: false,
     prepared: None,
     ahead_bytes: 0,
+    seeded_bytes: 0,
     repeated_bytes: 0,
     way_back: Default::default(),
     background: BackgroundState::Running,

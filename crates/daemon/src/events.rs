@@ -59,6 +59,8 @@ pub enum EventKind {
     Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// Looking for blocks in seed images has begun, rests, goes on or has ended.
+    Seeding,
     /// What differs from older copies is not recorded any more.
     WayBack,
 }
@@ -87,6 +89,7 @@ impl EventKind {
             Self::FenceLifted => "fence-lifted",
             Self::Slowed => "slowed",
             Self::Prepared => "prepared",
+            Self::Seeding => "seeding",
             Self::WayBack => "way-back",
         }
     }
@@ -146,7 +149,8 @@ impl EventLog {
             | EventKind::Departing
             | EventKind::Departed
             | EventKind::MoveGivenUp
-            | EventKind::Prepared => tracing::info!(export, event = name, "{text}"),
+            | EventKind::Prepared
+            | EventKind::Seeding => tracing::info!(export, event = name, "{text}"),
         }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let ms = since_1970.map_or(0, |time| time.as_millis());

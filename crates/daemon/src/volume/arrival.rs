@@ -116,7 +116,14 @@ impl Arrival {
         wanted: &SourceConfig,
         geometry: Geometry,
     ) -> Self {
-        let prepare = wanted.prepare;
+        let prepare = match wanted.prepare {
+            // What is in no seed is fetched after the handoff. What is copied ahead crosses the
+            // link whether a seed has it or not.
+            Prepare::Ahead if !wanted.seed_images.is_empty() && ticket.base().is_none() => {
+                Prepare::None
+            }
+            prepare => prepare,
+        };
         Self {
             has_base: ticket.base().is_some(),
             knows_heat: wanted.heat.is_some(),

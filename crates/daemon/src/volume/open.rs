@@ -31,8 +31,11 @@ use super::departure::MakeState;
 use super::open_tied::{
     open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
 };
+use super::seeding::SeedImage;
 use super::{Volume, system_clock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
+use crate::config::{
+    Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, SourceConfig, SourceLoss, Transport,
+};
 use crate::events::EventKind;
 use crate::heat::{self, HeatFileError};
 
@@ -155,6 +158,10 @@ impl Running {
             if !volume.is_local() {
                 relocation.start();
             }
+        }
+        if volume.has_seeds() {
+            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("seed", Box::new(move || volume.run_seeding(&stop)))?);
         }
         if volume.has_arrival() {
             let moving = Arc::clone(&volume);
@@ -324,6 +331,7 @@ fn open_new(
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
     // What is wrong here is said before anybody else is asked.
+    let seeds = open_seeds(wanted, &config.image)?;
     let existing = match config.image.exists() {
         true => Some(open_existing(config)?),
         false => None,
@@ -377,7 +385,7 @@ fn open_new(
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
     crash_point!("new.tagged");
-    let kept = (map, Witnesses::new(seed()?));
+    let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
     tell_rewritten(&running, rewritten);
     if now {
@@ -421,6 +429,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         return open_given_up(config, state, state_path);
     }
     let wanted = source_of(config, &identity)?;
+    let seeds = open_seeds(&wanted, &config.image)?;
     if wanted.uri != identity.source_uri {
         state.change(|identity| identity.source_uri = wanted.uri.clone())?;
     }
@@ -451,7 +460,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
-    let kept = (map, witnesses);
+    let kept = (map, witnesses, seeds);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
     tell_doubt(&running, doubt);
     tell_rewritten(&running, rewritten);
@@ -525,7 +534,7 @@ pub(super) fn move_in(
     wanted: &SourceConfig,
     store: FileStore,
     source: Arc<dyn Source>,
-    (map, witnesses): (OpenedMap, Witnesses),
+    (map, witnesses, seeds): (OpenedMap, Witnesses, Vec<SeedImage>),
     ticket: Option<Arc<Ticket>>,
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
@@ -572,6 +581,7 @@ pub(super) fn move_in(
             crash_point!("completion.tag-removed");
         }),
     });
+    volume.seed_from(seeds);
     if let Some(recorded) = &wanted.heat {
         heat::replay(volume.heat(), recorded)?;
     }
@@ -594,6 +604,25 @@ fn arrival(
     let line = source_config(wanted, config, Some(&ticket)).map_err(failed)?;
     let link = Arc::new(MoveLine::new(line));
     Ok(Arrival::new(ticket, link, wanted, geometry))
+}
+
+pub(super) fn open_seeds(wanted: &SourceConfig, image: &Path) -> Result<Vec<SeedImage>, OpenError> {
+    if wanted.seed_images.len() > MAX_SEED_IMAGES {
+        return refuse(format!(
+            "{} seed images are too many: at most {MAX_SEED_IMAGES} can be looked through",
+            wanted.seed_images.len()
+        ));
+    }
+    let open = |path: &PathBuf| {
+        SeedImage::open(path, image).or_else(|error| {
+            refuse(format!(
+                "the seed image {} cannot be read: {error}; name an image file or a block device \
+                 that can, or leave it away",
+                path.display()
+            ))
+        })
+    };
+    wanted.seed_images.iter().map(open).collect()
 }
 
 // The image

@@ -17,8 +17,8 @@ use hikkoshi_wan::transport::session::Stance;
 use hikkoshi_wan::{Source, Ticket};
 
 use super::open::{
-    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, refuse,
-    seed, set_tag, settle_image, tell_rewritten,
+    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, open_seeds,
+    refuse, seed, set_tag, settle_image, tell_rewritten,
 };
 use super::wayback::{self, NoSource};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
@@ -40,7 +40,7 @@ pub(super) fn open_recorded(
             let (uri, size_bytes) = (identity.source_uri.clone(), identity.geometry.size_bytes());
             let wanted = config.source.clone().unwrap_or(SourceConfig::new(uri));
             let source = Arc::new(NoSource { size_bytes });
-            let kept = (map, Witnesses::new(seed()?));
+            let kept = (map, Witnesses::new(seed()?), Vec::new());
             let running = move_in(config, &wanted, store, source, kept, None)?;
             tell_rewritten(&running, rewritten);
             Ok(running)
@@ -170,6 +170,7 @@ pub(super) fn open_return(
         Err(_) if wanted.overwrite => None,
         Err(why) => return refuse_difference(config, why),
     };
+    let seeds = open_seeds(wanted, &config.image)?;
     let volume_id = live::random()?;
     let dial = |base: Option<VolumeId>| {
         let ticket = Ticket::new(volume_id, base, Stance::Standby, false);
@@ -225,7 +226,7 @@ pub(super) fn open_return(
     let map = live::return_map(state, state_path, &live::default_dir(), returning)?;
     set_tag(&store, &volume_id)?;
     crash_point!("new.tagged");
-    let kept = (map, Witnesses::new(seed()?));
+    let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
     tell_rewritten(&running, rewritten);
     if now {
