@@ -20,6 +20,7 @@ pub mod nbd_client;
 pub mod nbd_server;
 pub mod seeds;
 pub mod state;
+pub mod transport;
 
 // What the command line reads is in the binary, which is no library: these are its own files.
 #[allow(dead_code)]
@@ -44,10 +45,11 @@ mod quantity;
 pub type Run = fn(&[u8]);
 
 /// All targets, in alphabetical order.
-pub const TARGETS: [(&str, Run); 5] = [
+pub const TARGETS: [(&str, Run); 6] = [
     ("config", config::run),
     ("control", control::run),
     ("nbd_client", nbd_client::run),
     ("nbd_server", nbd_server::run),
     ("state", state::run),
+    ("transport", transport::run),
 ];

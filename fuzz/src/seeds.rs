@@ -22,6 +22,7 @@ pub fn all() -> Vec<Seed> {
     add("nbd_server", nbd_server());
     add("nbd_client", nbd_client());
     add("state", state());
+    add("transport", transport());
     add("control", control());
     add("config", config());
     seeds
@@ -501,5 +502,99 @@ fn config() -> Vec<(&'static str, Vec<u8>)> {
         ("rate", text(3, "200Mbit/s")),
         ("duration", text(3, "500ms")),
         ("loss", text(3, "error:2m")),
+    ]
+}
+
+/// One of each message and frame, with their way in.
+fn transport() -> Vec<(&'static str, Vec<u8>)> {
+    use hikkoshi_engine::geometry::ByteRange;
+    use hikkoshi_engine::heat::Heat;
+    use hikkoshi_wan::transport::pack::{Packer, Packing};
+    use hikkoshi_wan::transport::session::{Attached, Stance, Tell, Told};
+
+    let id = [5; 16];
+    let way = |way: u8, rest: &[u8]| [&[way][..], rest].concat();
+    // Kind, priority, flags, id, offset and its shift, span and its shift, length, payload.
+    let frame = |kind: u8, flags: u8, id: u8, span: u16, payload: &[u8]| {
+        let len = u16::try_from(payload.len()).expect("short").to_be_bytes();
+        let mut out = vec![kind, 0, 0, flags, id, 0, 1, 12];
+        out.extend_from_slice(&span.to_be_bytes());
+        out.push(0);
+        out.extend_from_slice(&len);
+        out.extend_from_slice(payload);
+        out
+    };
+    let grain = 4096_u32.to_be_bytes();
+    let attach = Tell::Attach {
+        id,
+        stance: Stance::Standby,
+        epoch: 9,
+        base: Some([6; 16]),
+    };
+    let asked = [
+        frame(0x01, 6, 1, 4096, &[]),
+        frame(0x02, 0, 2, 9000, &[]),
+        frame(0x03, 0, 3, 8192, &grain),
+        frame(0x05, 0, 1, 0, &[]),
+        frame(0x04, 0, 2, 0, &[]),
+        frame(0x06, 0, 4, 0, &[]),
+    ];
+    let text = b"blocks that are alike, blocks that are alike, blocks that are alike".repeat(20);
+    let (_, lz4) = Packer::default()
+        .pack(Packing::Lz4, &text)
+        .expect("it is smaller");
+    let (_, zstd) = Packer::default()
+        .pack(Packing::Zstd(3), &text)
+        .expect("it is smaller");
+    let len = u16::try_from(text.len()).expect("short");
+    let extents = [&2048_u32.to_be_bytes()[..], &1_u32.to_be_bytes()].concat();
+    let told = [
+        frame(0x81, 2, 1, len, &lz4),
+        frame(0x81, 4, 1, len, &zstd),
+        frame(0x82, 0, 1, 512, &[]),
+        frame(0x83, 1, 2, 2048, &extents),
+        frame(0x84, 1, 3, 4096, &[7; 32]),
+        frame(0x85, 1, 4, 0, b"\0\0\0\x05no"),
+        frame(0x86, 1, 5, 0, &[]),
+        frame(0x90, 1, 6, 0, b"\x06"),
+    ];
+    let heat = Heat::new(64 << 20);
+    heat.read(3 << 20, 4096);
+    let ranges = vec![ByteRange::at(4096, 8192), ByteRange::at(1 << 20, 512)];
+    let fenced = Told::Fenced {
+        generation: 3,
+        ranges: Some(ranges.clone()),
+    };
+    let attached = Told::Attached(Attached {
+        epoch: 9,
+        ..Attached::default()
+    });
+    vec![
+        ("requests", way(0, &[&[13][..], &asked.concat()].concat())),
+        (
+            "message-frame",
+            way(
+                0,
+                &[&[13][..], &frame(0x10, 0, 0, 0, &attach.encode())].concat(),
+            ),
+        ),
+        ("replies", way(1, &[&[13][..], &told.concat()].concat())),
+        ("attach", way(2, &attach.encode())),
+        ("attached", way(2, &attached.encode())),
+        ("fenced", way(2, &fenced.encode())),
+        ("bases", way(2, &Told::Bases(vec![(id, ranges)]).encode())),
+        (
+            "lz4",
+            way(3, &[&[0, 1][..], &len.to_be_bytes(), &lz4].concat()),
+        ),
+        (
+            "zstd",
+            way(3, &[&[1, 2][..], &len.to_be_bytes(), &zstd].concat()),
+        ),
+        ("text", way(3, &[&[1, 0, 0, 0][..], &text].concat())),
+        (
+            "heat",
+            way(4, &[&[0, 0][..], &heat.map().encode()].concat()),
+        ),
     ]
 }

@@ -63,6 +63,11 @@ fn nbd_client() {
 }
 
 #[test]
+fn transport() {
+    replay("transport");
+}
+
+#[test]
 fn nbd_server() {
     replay("nbd_server");
 }

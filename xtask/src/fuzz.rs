@@ -11,12 +11,13 @@ use anyhow::{Context, Result, bail};
 use crate::runner::Session;
 
 /// The targets, and the longest input that is made for each. Heads of HTTP may have 16 KiB.
-const TARGETS: [(&str, u32); 5] = [
+const TARGETS: [(&str, u32); 6] = [
     ("config", 4096),
     ("control", 24 << 10),
     ("nbd_client", 4096),
     ("nbd_server", 4096),
     ("state", 8192),
+    ("transport", 8192),
 ];
 
 /// How long each target runs when nothing else is said, and in CI.

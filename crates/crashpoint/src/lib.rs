@@ -93,6 +93,8 @@ pub const MOVE_NAMES: &[&str] = &[
     "takeover.fenced",
     "handoff.taken",
     "give-up.recorded",
+    "way-back.ended",
+    "return.begun",
 ];
 
 /// Whether there is a point of this name.

@@ -98,6 +98,10 @@ pub struct SourceConfig {
     pub verify: bool,
     /// What is copied before the handoff.
     pub prepare: Prepare,
+    /// What is written here is recorded after completion as well.
+    pub way_back: bool,
+    /// The image is the old copy of this disk, which comes back.
+    pub comes_back: bool,
 }
 
 impl SourceConfig {
@@ -115,6 +119,8 @@ impl SourceConfig {
             heat: None,
             verify: false,
             prepare: Prepare::Ahead,
+            way_back: false,
+            comes_back: false,
         }
     }
 }

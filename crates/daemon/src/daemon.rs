@@ -8,6 +8,7 @@ use crate::config::{DaemonConfig, Listen};
 use crate::control;
 use crate::front::{Front, Table};
 use crate::heat::Keeper;
+use crate::links::Links;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::volume::Volume;
 use crate::volume::open::{OpenError, Running};
@@ -80,14 +81,16 @@ impl Daemon {
     /// Anything of that fails; nothing is served then.
     pub fn start(config: DaemonConfig) -> Result<Self, DaemonError> {
         check(&config)?;
-        let mut running = Vec::new();
+        let (mut running, mut links) = (Vec::new(), Links::default());
         for export in &config.exports {
-            running.push(Running::open(export).map_err(|e| DaemonError::Export {
+            let opened = Running::open(export).map_err(|e| DaemonError::Export {
                 image: export.image.display().to_string(),
                 source: Box::new(e),
-            })?);
+            })?;
+            links.join(opened.volume());
+            running.push(opened);
         }
-        let volumes = running.iter().map(|r| Arc::clone(r.volume())).collect();
+        let volumes: Vec<_> = running.iter().map(|r| Arc::clone(r.volume())).collect();
         let table = Arc::new(Table { volumes });
         let mut front = Front::start(Arc::clone(&table), &config.listen, config.max_clients)
             .map_err(|(address, source)| DaemonError::Listen {

@@ -53,8 +53,12 @@ pub enum EventKind {
     MoveGivenUp,
     /// The fence of an old copy was lifted by hand.
     FenceLifted,
+    /// The VM's writes are slowed down, so that all can be copied before the handoff.
+    Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// What differs from older copies is not recorded any more.
+    WayBack,
 }
 
 impl EventKind {
@@ -78,7 +82,9 @@ impl EventKind {
             Self::Departed => "departed",
             Self::MoveGivenUp => "move-given-up",
             Self::FenceLifted => "fence-lifted",
+            Self::Slowed => "slowed",
             Self::Prepared => "prepared",
+            Self::WayBack => "way-back",
         }
     }
 }
@@ -125,7 +131,9 @@ impl EventLog {
             | EventKind::ReadsFailed
             | EventKind::DiskError
             | EventKind::StateTrouble
-            | EventKind::FenceLifted => tracing::warn!(export, event = name, "{text}"),
+            | EventKind::Slowed
+            | EventKind::FenceLifted
+            | EventKind::WayBack => tracing::warn!(export, event = name, "{text}"),
             EventKind::Opened => tracing::debug!(export, event = name, "{text}"),
             EventKind::SourceBack
             | EventKind::Handoff
@@ -188,6 +196,7 @@ mod tests {
             EventKind::Departing,
             EventKind::MoveGivenUp,
             EventKind::FenceLifted,
+            EventKind::WayBack,
         ] {
             let json = serde_json::to_string(&kind).unwrap();
             assert_eq!(json, format!("{:?}", kind.name()));

@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod events;
 pub mod front;
 mod heat;
+mod links;
 pub mod registry;
 pub mod status;
 pub mod verification;

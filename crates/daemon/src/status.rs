@@ -21,6 +21,15 @@ pub enum LifeState {
     GivenUp,
 }
 
+/// What is recorded of changes, so that a move back copies only these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayBackStatus {
+    /// Whether it is.
+    pub kept: bool,
+    /// Bytes that have changed since the disk came here.
+    pub changed_bytes: u64,
+}
+
 /// What the background copy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -76,6 +85,9 @@ pub struct ExportStatus {
     /// While the disk stands by: bytes that were copied again because the VM had changed them.
     #[serde(default)]
     pub repeated_bytes: u64,
+    /// What is recorded for a way back.
+    #[serde(default)]
+    pub way_back: WayBackStatus,
     /// The background copy.
     pub background: BackgroundState,
     /// How fast blocks become resident, bytes per second, over the last seconds.

@@ -9,6 +9,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
@@ -474,6 +475,87 @@ fn the_server_is_told_what_a_guest_waits_for() {
     assert_eq!(order, [1, 0]);
     source.close();
     site.daemon.shutdown().unwrap();
+}
+
+/// What a guest will read next is sent before the background copy, and that before what it is likely to
+/// overwrite, however long the others have waited.
+#[test]
+fn the_server_sends_what_is_more_urgent_first() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &vec![0x5a; 128 << 20], On::Tcp);
+    let mut config = site.client();
+    config.connections = 1;
+    let source = NbdSource::connect(config).unwrap();
+    let (go, wait) = channel::<()>();
+    let (told, first) = channel();
+    source.read(
+        Lane::Demand,
+        0,
+        512,
+        Box::new(move |_| {
+            told.send(()).unwrap();
+            let _ = wait.recv();
+        }),
+    );
+    first.recv().unwrap();
+    let (done, order) = channel();
+    // The first is longer than what is sent before anybody reads.
+    let asked = [
+        (Lane::Late, 32 << 20),
+        (Lane::Bulk, 32 << 20),
+        (Lane::Hot, 1 << 20),
+        (Lane::Ahead, 1 << 20),
+        (Lane::Rest, 1 << 20),
+    ];
+    for (index, (lane, len)) in asked.into_iter().enumerate() {
+        let done = done.clone();
+        let told = move |outcome: Result<_, _>| {
+            assert!(outcome.is_ok());
+            done.send(lane).unwrap();
+        };
+        let offset = u64::try_from(index).unwrap() << 24;
+        source.read(lane, offset, len, Box::new(told));
+    }
+    go.send(()).unwrap();
+    let order: Vec<Lane> = asked.iter().map(|_| order.recv().unwrap()).collect();
+    let urgent_first: Vec<Lane> = asked.iter().rev().map(|(lane, _)| *lane).collect();
+    assert_eq!(order, urgent_first);
+    source.close();
+    site.daemon.shutdown().unwrap();
+}
+
+/// Far more disk than one question for extents covers, with data at its ends and in the middle: all of
+/// it comes, and of the rest hardly a byte.
+#[test]
+fn a_large_sparse_disk_is_scanned_and_only_data_comes() {
+    let dir = TempDir::new().unwrap();
+    let size: u64 = 40 << 30;
+    let places = [0, 17 << 30, (33 << 30) + 4096, size - 8192];
+    let image = std::fs::File::create(dir.path().join("old")).unwrap();
+    image.set_len(size).unwrap();
+    for at in places {
+        image.write_all_at(&pattern(8192), at).unwrap();
+    }
+    for transport in [Transport::Auto, Transport::Nbd] {
+        let wanted = Wanted {
+            transport,
+            ..Wanted::plain(On::Tcp)
+        };
+        let old = Site::start(dir.path(), "old", wanted);
+        let name = format!("{transport:?}");
+        let new = Site::start(dir.path(), &name, Wanted::from(On::Unix, &old.uri()));
+        wait_until("it is local", || new.is_local());
+        let arrived = std::fs::File::open(&new.image).unwrap();
+        for at in places {
+            let mut found = vec![0; 8192];
+            arrived.read_exact_at(&mut found, at).unwrap();
+            assert!(found == pattern(8192), "the data at {at}");
+        }
+        let wire = new.status().wire_bytes;
+        assert!(wire < 1 << 20, "{wire} bytes crossed the link");
+        new.daemon.shutdown().unwrap();
+        old.daemon.shutdown().unwrap();
+    }
 }
 
 /// What is read most at the source is what comes first, without anybody saying so.

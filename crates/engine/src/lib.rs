@@ -3,6 +3,7 @@
 //! Nothing in this crate does I/O, reads a clock or draws a random number. Callers hand in events
 //! and the time, and carry out the actions that come back.
 
+pub mod blocks;
 pub mod changes;
 pub mod geometry;
 pub mod handover;

@@ -62,8 +62,9 @@ pub struct Precopy {
     scanned_to: u64,
     scanning: bool,
     cursor: u64,
-    /// How often each region was copied in vain.
+    /// How often each region was copied in vain, and how often it may be.
     repeats: HashMap<u64, u32>,
+    most_repeats: u32,
     /// Blocks that were copied and have changed since, in all.
     repeated: u64,
     pacer: Pacer,
@@ -83,12 +84,20 @@ impl Precopy {
             scanning: false,
             cursor: 0,
             repeats: HashMap::new(),
+            most_repeats: MAX_REPEATS,
             repeated: 0,
             pacer: Pacer::new(),
             bucket: TokenBucket::new(None),
         };
         this.start_over(all_copied);
         this
+    }
+
+    /// Everything is to be copied before the handoff, however often it changes.
+    #[must_use]
+    pub fn until_all_is_here(mut self) -> Self {
+        self.most_repeats = u32::MAX;
+        self
     }
 
     /// The tracking of changes begins anew.
@@ -135,6 +144,12 @@ impl Precopy {
     /// Blocks that were copied and have changed since, in all.
     pub fn repeated(&self) -> u64 {
         self.repeated
+    }
+
+    /// Whether all that has never changed since it was first copied is here: what is missing changes
+    /// again and again.
+    pub fn is_chasing(&self) -> bool {
+        self.scanned_to == self.geometry.blocks() && self.find(0, 1).is_none()
     }
 
     /// Copies under way.
@@ -197,7 +212,11 @@ impl Precopy {
             return Some(Wanted::Extents(self.take_off(range, true), range));
         }
         // What never changed first, what changed least after it.
-        let range = (0..=MAX_REPEATS).find_map(|repeats| self.find(repeats, chunk))?;
+        let mut levels: Vec<u32> = self.repeats.values().copied().chain([0]).collect();
+        levels.sort_unstable();
+        levels.dedup();
+        let worth_it = levels.into_iter().take_while(|l| *l <= self.most_repeats);
+        let range = worth_it.into_iter().find_map(|l| self.find(l, chunk))?;
         self.cursor = range.end;
         Some(Wanted::Data(self.take_off(range, false), range))
     }
@@ -216,9 +235,6 @@ impl Precopy {
     }
 
     fn find(&self, repeats: u32, chunk: u64) -> Option<BlockRange> {
-        if repeats > 0 && !self.repeats.values().any(|r| *r == repeats) {
-            return None;
-        }
         self.find_from(self.cursor, self.scanned_to, repeats, chunk)
             .or_else(|| self.find_from(0, self.cursor.min(self.scanned_to), repeats, chunk))
     }
@@ -311,12 +327,7 @@ impl Precopy {
 
     /// The VM has changed these blocks at the source.
     pub fn changed(&mut self, range: BlockRange) {
-        for flight in self.flights.values_mut() {
-            let touched = flight.range.intersection(range);
-            if !touched.is_empty() {
-                flight.changed.push(touched);
-            }
-        }
+        self.touch(range);
         let region = (REGION_BYTES / self.geometry.block_bytes()).max(1);
         let mut at = range.start;
         while at < range.end {
@@ -327,6 +338,23 @@ impl Precopy {
                 *self.repeats.entry(at / region).or_default() += 1;
             }
             at = end;
+        }
+    }
+
+    /// These blocks are not here as they were when the tracking began: there is nothing that would
+    /// be copied again.
+    pub fn differs(&mut self, range: BlockRange) {
+        self.touch(range);
+        self.clear(range);
+    }
+
+    /// What is under way of these blocks will not count.
+    fn touch(&mut self, range: BlockRange) {
+        for flight in self.flights.values_mut() {
+            let touched = flight.range.intersection(range);
+            if !touched.is_empty() {
+                flight.changed.push(touched);
+            }
         }
     }
 
@@ -488,6 +516,26 @@ mod tests {
         assert!(asked > 10);
         assert_eq!(world.precopy.missing(), 0);
         assert_eq!(world.check(), BLOCKS);
+    }
+
+    #[test]
+    fn with_all_wanted_a_region_is_copied_as_often_as_it_changes() {
+        let mut world = World::new(&[1]);
+        let geometry = world.precopy.geometry;
+        world.precopy = Precopy::new(geometry, false).until_all_is_here();
+        for turn in 0..10_u32 {
+            while let Some(wanted) = world.precopy.next(512) {
+                world.asked.push(wanted);
+                world.step(3, 0, 0, 0);
+                world.step(5, 0, 0, 1);
+                world.step(6, 0, 0, 1);
+            }
+            assert_eq!(world.precopy.missing(), 0);
+            world.step(0, 0, 3, turn);
+            world.step(7, 0, 0, 0);
+            world.step(7, 0, 0, 1);
+        }
+        world.check();
     }
 
     #[test]

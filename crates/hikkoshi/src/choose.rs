@@ -139,6 +139,7 @@ pub(crate) mod tests {
             poisoned: false,
             disk_full: false,
             prepared: None,
+            way_back: Default::default(),
             ahead_bytes: 0,
             repeated_bytes: 0,
             background: BackgroundState::Running,

@@ -244,7 +244,7 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
-        "engine", "size", "heat", "verify", "transport", "prepare",
+        "engine", "size", "heat", "verify", "transport", "prepare", "way_back", "comes_back",
         "compress",
     ])]
     pub config: Option<PathBuf>,
@@ -296,6 +296,13 @@ pub struct Serve {
     /// When everything is here, compare it with the source before that is let go
     #[arg(long, requires = "from")]
     pub verify: bool,
+    /// Record what changes here, also when all has arrived, so that the disk can move back by
+    /// copying only that
+    #[arg(long, requires = "from")]
+    pub way_back: bool,
+    /// The image is the old copy of this disk, which comes back: copy only what has changed since
+    #[arg(long = "return", requires = "from")]
+    pub comes_back: bool,
     /// What is spoken with another hikkoshi, as source or destination of this disk
     #[arg(long, value_enum, default_value_t)]
     pub transport: TransportName,
@@ -532,7 +539,7 @@ mod tests {
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
              --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
-             --transport nbd -v",
+             --transport nbd --way-back --return -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -548,6 +555,7 @@ mod tests {
         assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);
         assert!(serve.verify && serve.transport == TransportName::Nbd);
+        assert!(serve.way_back && serve.comes_back);
     }
 
     #[test]
@@ -560,6 +568,8 @@ mod tests {
             "disk.img --max-rate 1MB/s",
             "disk.img --heat f",
             "disk.img --verify",
+            "disk.img --way-back",
+            "disk.img --return",
             "disk.img --transport frames",
             "disk.img --size 1G --from nbd://old/",
             "disk.img --block-size 3k",

@@ -59,6 +59,9 @@ struct Export {
     heat: Option<PathBuf>,
     verify: Option<bool>,
     prepare: Option<String>,
+    way_back: Option<bool>,
+    #[serde(rename = "return")]
+    comes_back: Option<bool>,
 }
 
 /// Reads a configuration file.
@@ -166,6 +169,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("heat", export.heat.is_some()),
             ("verify", export.verify.is_some()),
             ("prepare", export.prepare.is_some()),
+            ("way-back", export.way_back.is_some()),
+            ("return", export.comes_back.is_some()),
         ];
         return match given.iter().find(|(_, given)| *given) {
             Some((key, _)) => Err(format!("{key} makes no sense without from")),
@@ -197,6 +202,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         heat: export.heat.clone(),
         verify: export.verify.unwrap_or(false),
         prepare: prepare.unwrap_or_default().into(),
+        way_back: export.way_back.unwrap_or(false),
+        comes_back: export.comes_back.unwrap_or(false),
     }))
 }
 

@@ -181,6 +181,27 @@ pub fn create_map_in<P: LivePlace>(
     })
 }
 
+/// The state and the memory of the volume `identity` that takes the disk back into its old copy,
+/// whose state this was.
+///
+/// # Errors
+/// As [`create_map`]; until the state is the new one, it is what it was.
+pub fn return_map(
+    state: StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+    identity: Identity,
+) -> Result<OpenedMap, StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    let old = state.identity().clone();
+    let state = state.begin_return(identity)?;
+    place.discard(&old);
+    create_map_in(state, &place)
+}
+
 /// The state and the memory of a volume that was opened before and is not complete. Everything it
 /// knows is durable when it returns; `sync_data` syncs the image for that.
 ///

@@ -32,13 +32,29 @@ impl SourceInfo {
     }
 }
 
-/// In which queue a request travels. Demand never waits behind bulk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// How urgent a request is, the most urgent first. Demand never waits behind what nobody waits for.
+/// Frames tell the source; with a plain NBD server only the order in which it is asked is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Lane {
     /// A guest waits for it.
     Demand,
-    /// Nobody waits for it yet.
+    /// The rest of a block that a guest has written in part.
+    Rest,
+    /// A guest will probably read it next.
+    Ahead,
+    /// It is read often; questions by which the copy gets on.
+    Hot,
+    /// The background copy.
     Bulk,
+    /// It is likely to be overwritten before anyone reads it.
+    Late,
+}
+
+impl Lane {
+    /// Whether it may use what is kept free for demand. There is little of it at a time.
+    pub fn is_urgent(self) -> bool {
+        matches!(self, Self::Demand | Self::Rest)
+    }
 }
 
 /// What a read brought.

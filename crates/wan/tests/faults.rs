@@ -262,6 +262,23 @@ fn demand_overtakes_bulk_in_the_queue() {
     assert_eq!(order_of(&lanes, None), [0, 3, 4, 5, 1, 2]);
 }
 
+/// Plain NBD cannot tell a server what is urgent: it is asked for first.
+#[test]
+fn what_is_more_urgent_is_asked_for_first() {
+    let lanes = [
+        Lane::Bulk,
+        Lane::Late,
+        Lane::Bulk,
+        Lane::Hot,
+        Lane::Ahead,
+        Lane::Rest,
+        Lane::Rest,
+        Lane::Demand,
+    ];
+    // The first of either queue is on its way before anything else is known.
+    assert_eq!(order_of(&lanes, None), [0, 5, 7, 6, 4, 3, 2, 1]);
+}
+
 /// In which order sectors are asked for that are submitted in these lanes, one of bulk and two
 /// altogether being on their way at a time.
 fn order_of(lanes: &[Lane], promoted: Option<(u64, u64)>) -> Vec<u64> {

@@ -146,7 +146,8 @@ impl Opening {
             source,
             residency,
             witnesses,
-            at_completion: Box::new(move || live.remove()),
+            at_completion: Box::new(|| ()),
+            at_release: Box::new(move || live.remove()),
         })))
     }
 

@@ -311,9 +311,10 @@ impl SimSource {
             .flatten()
             .map(|c| &c.bare)
             .filter(|bare| bare.is_alive());
-        match lane {
-            Lane::Demand => alive.next().cloned(),
-            Lane::Bulk => alive.next_back().cloned(),
+        if lane.is_urgent() {
+            alive.next().cloned()
+        } else {
+            alive.next_back().cloned()
         }
     }
 

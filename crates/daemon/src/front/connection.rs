@@ -128,7 +128,7 @@ impl Connection {
                 // The daemon hangs up like this as well: what is in flight is still answered.
                 return Err(End::Disconnect);
             }
-            if self.relocation.is_some() && self.volume.is_local() {
+            if self.relocation.is_some() && self.volume.is_plain() {
                 self.relocation = None;
             }
         }
@@ -229,6 +229,7 @@ impl Connection {
     #[inline]
     fn watch(&mut self, offset: u64, len: u32, missing: bool) {
         if let Some(relocation) = &self.relocation
+            && !self.volume.is_local()
             && let Some(told) = self.detector.note(offset, len, missing)
         {
             relocation.read_ahead(told);

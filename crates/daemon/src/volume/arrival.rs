@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use hikkoshi_crashpoint::crash_point;
+use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
@@ -44,6 +45,9 @@ const STORE_PAUSE: Duration = Duration::from_secs(5);
 /// Copies under way at most.
 const MAX_COPIES: usize = 64;
 
+/// A copy that gains nothing on the VM for so many seconds will not catch up by itself.
+const LAG_S: u32 = 3;
+
 /// The handoff may wait no longer for `--prepare full` when so little is left to copy.
 const NEARLY_ALL_BYTES: u64 = 8 << 20;
 
@@ -56,6 +60,9 @@ pub struct Arrival {
     has_base: bool,
     /// What is read most was told by a file.
     knows_heat: bool,
+    /// What may have been overwritten of that: more than the source knows of, if it lost what it had
+    /// not made durable.
+    overwritten: Mutex<BlockSet>,
     state: Mutex<State>,
     changed: Condvar,
     /// Entered by what is copied ahead, closed at the handoff.
@@ -71,6 +78,13 @@ pub struct Arrival {
 
 struct State {
     precopy: Precopy,
+    /// When the last second began, what was copied until then, and what was missing.
+    second: (Duration, u64, u64),
+    /// The most that was copied in a second, and for how many seconds nothing was gained.
+    best_per_s: u64,
+    lagging_s: u32,
+    /// The VM's writes are slowed down to this, in bytes per second.
+    slowed_to: u64,
     /// The tracking that it relies on.
     epoch: u64,
     /// Questions about changes that were answered.
@@ -107,8 +121,16 @@ impl Arrival {
             ticket,
             link,
             prepare,
+            overwritten: Mutex::default(),
             state: Mutex::new(State {
-                precopy: Precopy::new(geometry, false),
+                precopy: match prepare {
+                    Prepare::Full => Precopy::new(geometry, false).until_all_is_here(),
+                    Prepare::None | Prepare::Ahead => Precopy::new(geometry, false),
+                },
+                second: (Duration::ZERO, 0, u64::MAX),
+                best_per_s: 0,
+                lagging_s: 0,
+                slowed_to: 0,
                 epoch: 0,
                 number: 0,
                 prepared: false,
@@ -123,6 +145,13 @@ impl Arrival {
             stopping: AtomicBool::new(false),
             copied_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// With what an earlier run may have overwritten of the old copy.
+    #[must_use]
+    pub fn with_overwritten(mut self, set: BlockSet) -> Self {
+        self.overwritten = Mutex::new(set);
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -238,6 +267,8 @@ impl Volume {
         }
         if self.life() != LifeState::Local {
             self.ask_for_heat(arrival);
+        }
+        if self.wants_bases() {
             self.ask_for_bases(arrival);
         }
         while !arrival.is_stopping() && self.life() != LifeState::Local {
@@ -287,9 +318,14 @@ impl Volume {
         }
     }
 
+    /// Also when all is here already: where the way back is kept, the older copies are still known.
+    fn wants_bases(&self) -> bool {
+        self.life() != LifeState::Local || self.way_back.is_kept()
+    }
+
     fn ask_for_bases(&self, arrival: &Arrival) {
         let id = arrival.ticket.id();
-        while !arrival.is_stopping() && self.life() != LifeState::Local {
+        while !arrival.is_stopping() && self.wants_bases() {
             match arrival.link.tell(&Tell::Bases { id }, PATIENCE) {
                 Ok(Told::Bases(bases)) => {
                     let blocks_of = |ranges: Vec<ByteRange>| {
@@ -330,7 +366,23 @@ impl Volume {
         let tell = {
             let mut state = arrival.state();
             if state.epoch != attached.epoch {
+                if arrival.has_base && !all_copied {
+                    drop(state);
+                    // The old copy is worth nothing: it is copied over.
+                    if self
+                        .will_overwrite(arrival, &[self.geometry.all()])
+                        .is_err()
+                    {
+                        return arrival.pause(STORE_PAUSE);
+                    }
+                    state = arrival.state();
+                }
                 state.follow(attached.epoch, all_copied);
+                if all_copied {
+                    for run in lock(&arrival.overwritten).runs(self.geometry.blocks()) {
+                        state.precopy.differs(run);
+                    }
+                }
                 state.precopy.connected(self.now());
             }
             Tell::Changes {
@@ -344,6 +396,14 @@ impl Volume {
         }
         match arrival.link.tell(&tell, PATIENCE) {
             Ok(Told::Changes { ranges }) => {
+                let ranges: Vec<_> = ranges
+                    .into_iter()
+                    .map(|range| self.geometry.covering(range))
+                    .collect();
+                if arrival.has_base && self.will_overwrite(arrival, &ranges).is_err() {
+                    // Asked again, the source says the same again.
+                    return arrival.pause(STORE_PAUSE);
+                }
                 let mut state = arrival.state();
                 let Tell::Changes { epoch, number, .. } = tell else {
                     return;
@@ -353,11 +413,17 @@ impl Volume {
                 }
                 state.number = number;
                 for range in ranges {
-                    state.precopy.changed(self.geometry.covering(range));
+                    // What the source tells first is in what the old copy differs.
+                    if all_copied && number == 1 {
+                        state.precopy.differs(range);
+                    } else {
+                        state.precopy.changed(range);
+                    }
                 }
             }
             _ => return arrival.pause(RETRY_AFTER),
         }
+        self.keep_up(arrival);
         let until = self.now() + ASK_AFTER;
         let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
         let mut state = arrival.state();
@@ -391,6 +457,79 @@ impl Volume {
             }
             state = arrival.wait(state, until.saturating_sub(self.now()).min(ASK_AFTER / 10));
         }
+    }
+
+    /// With `--prepare full`: where for some seconds nothing is gained on a VM that writes, although
+    /// only what it changes is missing, it is slowed down to half of what the link carries, and
+    /// further while that is not enough.
+    fn keep_up(&self, arrival: &Arrival) {
+        if arrival.prepare != Prepare::Full {
+            return;
+        }
+        let now = self.now();
+        let bytes_per_s = {
+            let mut state = arrival.state();
+            let (since, copied_before, missing_before) = state.second;
+            if now.saturating_sub(since) < Duration::from_secs(1) {
+                return;
+            }
+            let copied = arrival.copied_bytes.load(Ordering::Relaxed);
+            let missing = state.precopy.missing() * self.geometry.block_bytes();
+            state.second = (now, copied, missing);
+            state.best_per_s = state.best_per_s.max(copied - copied_before);
+            let lags = missing > NEARLY_ALL_BYTES / 2
+                && missing >= missing_before
+                && state.precopy.is_chasing();
+            state.lagging_s = if lags { state.lagging_s + 1 } else { 0 };
+            if state.lagging_s >= LAG_S {
+                state.lagging_s = 0;
+                state.slowed_to = match state.slowed_to {
+                    0 => (state.best_per_s / 2).max(1),
+                    slowed => (slowed / 2).max(1),
+                };
+            }
+            state.slowed_to
+        };
+        if bytes_per_s > 0 {
+            // Said again and again: a source that does not hear of it lifts the bound by itself.
+            let id = arrival.ticket.id();
+            let _ = arrival.link.tell(&Tell::Slow { id, bytes_per_s }, PATIENCE);
+        }
+    }
+
+    /// Records, durably, what may be overwritten of the old copy from now on. The source would tell it
+    /// again, but for what it loses in a power cut.
+    fn will_overwrite(&self, arrival: &Arrival, ranges: &[BlockRange]) -> io::Result<()> {
+        let Some(base) = arrival.ticket.base() else {
+            return Ok(());
+        };
+        let mut overwritten = lock(&arrival.overwritten);
+        if ranges.iter().all(|range| overwritten.holds(*range)) {
+            return Ok(());
+        }
+        let mut set = overwritten.clone();
+        set.extend(ranges.iter().copied());
+        let journal = lock(&self.journal);
+        if let Some(state) = journal.state.as_ref() {
+            let outcome = state.keep_overwritten(base, &set).map_err(|e| e.into_io());
+            self.note_write(outcome)?;
+        }
+        *overwritten = set;
+        Ok(())
+    }
+
+    /// What is left of the old copy when a return is given up: when it was written last, and whether
+    /// it is what it was.
+    fn leave_old_copy(&self, arrival: &Arrival) -> io::Result<(Option<i64>, bool)> {
+        if !arrival.has_base {
+            return Ok((None, false));
+        }
+        arrival.installing.close();
+        let left = self.store.sync().and_then(|()| self.store.modified());
+        if left.is_err() {
+            arrival.installing.open();
+        }
+        Ok((left?, lock(&arrival.overwritten).is_empty()))
     }
 
     fn copy_ahead(&self, relocation: &Arc<Relocation>, epoch: u64, wanted: Wanted) {
@@ -627,11 +766,21 @@ impl Volume {
                 "it is too late: the VM runs here already, and what it wrote is here",
             ));
         }
+        let (image_mtime, intact) = match self.leave_old_copy(arrival) {
+            Ok(left) => left,
+            Err(error) => {
+                arrival.wants_to_give_up.store(false, Ordering::Release);
+                return Err(error);
+            }
+        };
         let mut journal = lock(&self.journal);
         if let Some(state) = journal.state.as_mut() {
-            let outcome = state.give_up();
+            let outcome = state.give_up(image_mtime, intact);
             let outcome = self.note_state("recording that the move is given up", outcome);
             if outcome.is_err() {
+                if arrival.has_base {
+                    arrival.installing.open();
+                }
                 arrival.wants_to_give_up.store(false, Ordering::Release);
             }
             outcome?;

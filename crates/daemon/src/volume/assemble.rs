@@ -5,7 +5,7 @@
 //! [`Volume::keep_time`]) in its own way.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU8};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
 use hikkoshi_engine::geometry::Geometry;
@@ -24,9 +24,10 @@ use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::space::DiskTrouble;
 use super::verify::Verification;
+use super::wayback::WayBack;
 use super::{AtCompletion, Clock, Tally, Volume};
 use crate::config::{ExportConfig, HandoffPolicy, Packing, SourceConfig, SourceLoss, Transport};
-use crate::events::EventLog;
+use crate::events::{EventKind, EventLog};
 use crate::heat;
 use crate::status::LifeState;
 
@@ -62,6 +63,8 @@ pub struct Moving<'a> {
     pub witnesses: Witnesses,
     /// Called once all is here and that is durable.
     pub at_completion: AtCompletion,
+    /// Called before that, or, where the way back is kept, when that ends: gives the memory back.
+    pub at_release: AtCompletion,
     /// The source's side of the move, where it is one of ours.
     pub arrival: Option<Arrival>,
 }
@@ -75,7 +78,7 @@ impl Parts<'_> {
 
     /// An image that needs nobody.
     pub fn plain(self) -> Arc<Volume> {
-        Arc::new(self.volume(LifeState::Local))
+        Arc::new(self.volume(LifeState::Local, None))
     }
 
     /// A volume with a relocation, which stands where the durable state says. Nothing comes before
@@ -83,9 +86,9 @@ impl Parts<'_> {
     pub fn moving(self, moving: Moving<'_>) -> Arc<Volume> {
         let (life, phase) = match self.state.as_ref().map(|state| state.identity().life) {
             Some(Life::Standby) => (LifeState::Standby, Phase::Standby),
-            Some(Life::Arriving | Life::Local | Life::GivenUp) | None => {
-                (LifeState::Arriving, Phase::Arriving)
-            }
+            // The way back is kept.
+            Some(Life::Local) => (LifeState::Local, Phase::Complete),
+            Some(Life::Arriving | Life::GivenUp) | None => (LifeState::Arriving, Phase::Arriving),
         };
         let Moving {
             wanted,
@@ -93,6 +96,7 @@ impl Parts<'_> {
             residency,
             witnesses,
             at_completion,
+            at_release,
             arrival,
         } = moving;
         let policy = Policy {
@@ -110,19 +114,24 @@ impl Parts<'_> {
             let (store, clock) = (Arc::clone(&self.store), Arc::clone(&self.clock));
             let relocation = Relocation::new(weak.clone(), store, residency, source, mover, clock)
                 .with_witnesses(witnesses);
+            if life == LifeState::Local {
+                relocation.retired.store(true, Ordering::Release);
+            }
             Volume {
+                plain: AtomicBool::new(false),
                 relocation: RwLock::new(Some(Arc::new(relocation))),
                 at_completion: Mutex::new(Some(at_completion)),
                 arrival,
-                ..self.volume(life)
+                ..self.volume(life, Some(at_release))
             }
         })
     }
 
-    fn volume(self, life: LifeState) -> Volume {
+    fn volume(self, life: LifeState, at_release: Option<AtCompletion>) -> Volume {
         let identity = self.state.as_ref().map(StateDir::identity);
         let departed = identity.and_then(|identity| identity.ties.departed);
         let source = self.config.source.as_ref();
+        let (way_back, trouble) = WayBack::new(self.state.as_ref(), at_release);
         let volume = Volume {
             name: self.config.name.clone(),
             image: self.config.image.clone(),
@@ -153,7 +162,18 @@ impl Parts<'_> {
             heat_place: self.heat_place,
             departures: Departures::new(departed, self.make_state),
             arrival: None,
+            plain: AtomicBool::new(true),
+            way_back,
         };
+        if let Some(trouble) = trouble {
+            volume.event(
+                EventKind::StateTrouble,
+                format!(
+                    "what older copies of this disk lack is not known any more, so a way back to them \
+                     copies everything: {trouble}"
+                ),
+            );
+        }
         if let Some(place) = &volume.heat_place {
             heat::restore(&volume.heat, place);
         }

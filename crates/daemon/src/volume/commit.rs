@@ -278,11 +278,11 @@ impl Volume {
     /// The error of the medium; the relocation goes on existing. Unless there was no space, which
     /// is tried again, the volume is poisoned.
     pub fn complete(&self) -> io::Result<()> {
-        if self.relocation().is_some() && !self.may_let_go() {
+        if self.unfinished().is_some() && !self.may_let_go() {
             return Ok(());
         }
         let mut journal = lock(&self.journal);
-        let Some(relocation) = self.relocation() else {
+        let Some(relocation) = self.unfinished() else {
             return Ok(());
         };
         crash_point!("completion.begun");
@@ -293,11 +293,9 @@ impl Volume {
             self.note_state("recording that the move is complete", outcome)?;
         }
         self.set_life(crate::status::LifeState::Local);
-        let old = self
-            .relocation
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .take();
+        // For the way back residency, journal and marks go on, without a source.
+        let kept = self.way_back.is_kept();
+        let old = if kept { None } else { self.let_go_of_map() };
         drop(journal);
         let changed = relocation.source().checksum_failures();
         let traffic = &relocation.traffic;
@@ -305,6 +303,9 @@ impl Volume {
         self.last_traffic.take_over(traffic);
         relocation.retire();
         drop(old);
+        if !kept {
+            self.way_back.release();
+        }
         if let Some(finish) = lock(&self.at_completion).take() {
             finish();
         }
@@ -391,8 +392,10 @@ impl Volume {
         let Some(relocation) = self.relocation() else {
             return false;
         };
-        relocation.tick();
         let now = self.now();
+        if !self.is_local() {
+            relocation.tick();
+        }
         let resident = self.geometry.size_bytes() - relocation.residency.missing_bytes();
         self.rate.sample(now, resident);
         if now.saturating_sub(*committed) >= LAZY_COMMIT_AFTER {
@@ -401,7 +404,7 @@ impl Volume {
                 self.commit_soon();
             }
             // Its last step failed for want of space, say.
-            if relocation.with_mover(|m| m.phase() == Phase::Complete) {
+            if !self.is_local() && relocation.with_mover(|m| m.phase() == Phase::Complete) {
                 self.complete_soon();
             }
         }
@@ -439,6 +442,7 @@ impl Volume {
             state
                 .checkpoint(&relocation.residency, &mut sync)
                 .map_err(io::Error::other)?;
+            self.note_close(state)?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
 
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::changes::{ChangeMap, coarsened};
@@ -29,6 +30,16 @@ const MAX_SESSIONS: usize = 4;
 /// Moves that were given up, remembered so that a request of theirs that comes late is refused.
 const MAX_GIVEN_UP: usize = 64;
 
+/// Writes are slowed down to no less than this, in bytes per second, and for no longer at a time.
+const MIN_SLOW_RATE: u64 = 256 << 10;
+const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
+
+/// So far ahead of its rate a guest may be.
+const SLOW_GRACE: Duration = Duration::from_millis(100);
+
+/// A bound that nobody has asked for again for so long ends: whoever wanted it is gone.
+const SLOW_FOR: Duration = Duration::from_secs(10);
+
 /// Makes the durable state of a plain image, which has none until it is needed.
 pub type MakeState = Box<dyn Fn() -> Result<StateDir, StateError> + Send + Sync>;
 
@@ -38,6 +49,8 @@ struct Session {
     /// Which tracking of changes this is: what was copied before it began may have changed unseen.
     epoch: u64,
     map: ChangeMap,
+    /// The old copy that it has, if it is known in what that differs: that was marked.
+    base: Option<MoveId>,
     /// The answer to its last question, until it asks the next.
     told: Mutex<(u64, Vec<BlockRange>)>,
     /// When it was heard of last, in turns of [`Departures::turn`].
@@ -62,6 +75,12 @@ pub struct Departures {
     /// Held over a handoff, an abort, a release: one at a time.
     deciding: Mutex<()>,
     make_state: Option<MakeState>,
+    /// Guests may change so many bytes in a second, for the sake of this move; 0: as many as they
+    /// like.
+    slowed: AtomicU64,
+    slowed_for: Mutex<Option<(MoveId, Duration)>>,
+    /// Until when what was changed has used the rate up.
+    owed_until: Mutex<Duration>,
 }
 
 /// A client of ours, as far as it has said who it is.
@@ -147,6 +166,7 @@ impl Session {
             // 0 means none.
             epoch: epoch | 1,
             map: ChangeMap::new(geometry),
+            base: None,
             told: Mutex::new((0, Vec::new())),
             heard: AtomicU64::new(0),
         })
@@ -196,11 +216,67 @@ impl Volume {
     /// A guest's change has been made, whatever came of it, and is not answered yet.
     #[inline]
     pub(super) fn changed(&self, bytes: ByteRange) {
+        self.pay_for(bytes.len());
         if self.departures.tracking.load(Ordering::SeqCst) && !bytes.is_empty() {
             let blocks = self.geometry.covering(bytes);
             for session in self.departures.read_sessions().iter() {
                 session.map.mark(blocks);
             }
+        }
+    }
+
+    /// Where guests write faster than the link carries it, and all of it is to be copied before the
+    /// handoff, their writes are answered later.
+    fn pay_for(&self, bytes: u64) {
+        let rate = self.departures.slowed.load(Ordering::Relaxed);
+        if rate == 0 {
+            return;
+        }
+        let now = self.now();
+        let asked_at = lock(&self.departures.slowed_for).map(|(_, at)| at);
+        if asked_at.is_none_or(|at| now.saturating_sub(at) > SLOW_FOR) {
+            self.departures.slowed.store(0, Ordering::Relaxed);
+            return;
+        }
+        let price = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
+        let wait = {
+            let mut until = lock(&self.departures.owed_until);
+            *until = (*until).max(now) + price;
+            until.saturating_sub(now)
+        };
+        if wait > SLOW_GRACE {
+            std::thread::sleep((wait - SLOW_GRACE).min(MAX_SLOW_PAUSE));
+        }
+    }
+
+    fn slow_down(&self, id: MoveId, bytes_per_s: u64) {
+        if self.departures.find(id).is_none() {
+            return;
+        }
+        let mut who = lock(&self.departures.slowed_for);
+        if bytes_per_s == 0 && who.is_none_or(|(known, _)| known != id) {
+            return;
+        }
+        *who = (bytes_per_s > 0).then_some((id, self.now()));
+        let rate = match bytes_per_s {
+            0 => 0,
+            rate => rate.max(MIN_SLOW_RATE),
+        };
+        if self.departures.slowed.swap(rate, Ordering::Relaxed) == 0 && rate > 0 {
+            self.event(
+                EventKind::Slowed,
+                "the VM writes faster than the link carries it, and the new site wants all of it \
+                 before the handoff: its writes are slowed down until then",
+            );
+        }
+    }
+
+    /// Writes are as fast as ever again, if they were slowed down for this move.
+    fn speed_up(&self, id: MoveId) {
+        let mut who = lock(&self.departures.slowed_for);
+        if who.is_some_and(|(known, _)| known == id) {
+            *who = None;
+            self.departures.slowed.store(0, Ordering::Relaxed);
         }
     }
 
@@ -236,6 +312,14 @@ impl Volume {
                     .to_owned()
             });
         }
+        let slowed = self.departures.slowed.load(Ordering::Relaxed);
+        if slowed > 0 {
+            return Some(format!(
+                "a new site wants all of the disk before the handoff (--prepare full): the VM's \
+                 writes are slowed down to {} MB/s so that it can keep up",
+                slowed.div_ceil(1_000_000)
+            ));
+        }
         let copying = self.departures.read_sessions().len();
         (copying > 0).then(|| {
             format!(
@@ -263,6 +347,10 @@ impl Volume {
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
             Tell::Bases { id } => self.tell_bases(id),
+            Tell::Slow { id, bytes_per_s } => {
+                self.slow_down(id, bytes_per_s);
+                Ok(Told::Fine)
+            }
             Tell::Heat { .. } => Ok(Told::Heat(self.heat().map().encode())),
             Tell::Done { id } => {
                 if self.departures.departed().is_some_and(|d| d.to == id)
@@ -326,7 +414,10 @@ impl Volume {
         if stance == Stance::Standby && self.life() != LifeState::Standby {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
             let session = match known {
-                Some(session) => session,
+                Some(session) => {
+                    attached.knows_base = base.is_some() && session.base == base;
+                    session
+                }
                 None if departed => return Ok(Told::Attached(attached)),
                 None => self.begin_session(id, base, &mut attached)?,
             };
@@ -341,17 +432,35 @@ impl Volume {
         base: Option<MoveId>,
         attached: &mut Attached,
     ) -> Result<Arc<Session>, String> {
+        if base.is_some() && !self.is_local() {
+            return Err(
+                "not all of the disk has arrived here: until then the old copy is needed as it is, and \
+                 cannot take the disk back"
+                    .to_owned(),
+            );
+        }
         self.need_state().map_err(|e| {
             format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
         })?;
-        let session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        let mut session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        // Whether it is known does not change to the better; in what it differs is asked below.
+        session.base = base.filter(|base| self.knows_base(*base));
         let known = self.departures.find(id).is_some();
         // In this order: a change that is too early to be marked is in the difference.
         let session = self.departures.open(session);
-        let since = base.and_then(|base| self.since(base));
-        attached.knows_base = since.is_some();
-        for run in since.into_iter().flatten() {
-            session.map.mark(run);
+        match session.base.map(|base| self.since(base)) {
+            None => {}
+            Some(Some(runs)) => {
+                attached.knows_base = true;
+                for run in runs {
+                    session.map.mark(run);
+                }
+            }
+            // It has just ended.
+            Some(None) => {
+                self.departures.close(id);
+                return Err("the way back has just been closed here; begin it anew".to_owned());
+            }
         }
         if !known {
             self.event(
@@ -459,6 +568,7 @@ impl Volume {
         }
         let known = self.departures.find(id).is_some();
         self.departures.close(id);
+        self.speed_up(id);
         let departed = self.departures.departed().map(|d| d.to);
         if handover::abort(departed, id) {
             self.lift_fence().map_err(|e| e.to_string())?;
@@ -522,11 +632,11 @@ impl Volume {
         }
         let bases = self.bases().into_iter().take(limits::TOLD_BASES);
         let geometry = self.geometry;
-        Ok(Told::Bases(
-            bases
-                .map(|(id, runs)| (id, runs.iter().map(|run| geometry.bytes(*run)).collect()))
-                .collect(),
-        ))
+        let told = bases.map(|(id, runs)| {
+            let runs = coarsened(runs, limits::TOLD_RANGES);
+            (id, runs.iter().map(|run| geometry.bytes(*run)).collect())
+        });
+        Ok(Told::Bases(told.collect()))
     }
 
     fn generation(&self) -> u64 {
@@ -535,19 +645,5 @@ impl Volume {
             .state
             .as_ref()
             .map_or(0, |state| state.identity().generation)
-    }
-
-    /// What differs from an older copy.
-    pub(super) fn since(&self, _base: MoveId) -> Option<Vec<BlockRange>> {
-        None
-    }
-
-    fn bases(&self) -> Vec<(MoveId, Vec<BlockRange>)> {
-        Vec::new()
-    }
-
-    /// Takes over what is known of older copies.
-    pub(super) fn inherit(&self, _bases: Vec<(MoveId, Vec<BlockRange>)>) -> io::Result<()> {
-        Ok(())
     }
 }

@@ -68,6 +68,7 @@ pub fn moving(
         residency: Arc::new(residency),
         witnesses,
         at_completion: Box::new(|| ()),
+        at_release: Box::new(|| ()),
     });
     if let Some(relocation) = volume.relocation() {
         relocation.start();

@@ -107,7 +107,9 @@ impl Volume {
         let _inside = self.begin_change()?;
         let bytes = ByteRange::at(offset, data.len() as u64);
         let outcome = match relocation {
-            None => self.store.write(offset, data),
+            None if self.is_plain() => self.store.write(offset, data),
+            // Whoever writes, it is recorded.
+            None => self.write_recorded(bytes, &Change::Data { offset, data }),
             Some(relocation) => self.mutate(relocation, bytes, &Change::Data { offset, data }),
         };
         self.changed(bytes);
@@ -129,7 +131,8 @@ impl Volume {
         let _inside = self.begin_change()?;
         let bytes = ByteRange::at(offset, len);
         let outcome = match relocation {
-            None => self.store.write_zeroes(offset, len, mode),
+            None if self.is_plain() => self.store.write_zeroes(offset, len, mode),
+            None => self.write_recorded(bytes, &Change::Zeroes(mode)),
             Some(relocation) => self.mutate(relocation, bytes, &Change::Zeroes(mode)),
         };
         self.changed(bytes);
@@ -148,7 +151,7 @@ impl Volume {
         len: u64,
     ) -> io::Result<()> {
         let mut bytes = ByteRange::at(offset, len);
-        if let Some(relocation) = relocation {
+        if let Some(relocation) = relocation.filter(|_| !self.is_local()) {
             bytes = relocation.geometry.bytes(relocation.geometry.within(bytes));
             if bytes.is_empty() {
                 return self.check_poison();
@@ -213,6 +216,14 @@ impl Volume {
             "handoff: the disk lives here from now on",
         );
         Ok(())
+    }
+
+    fn write_recorded(&self, bytes: ByteRange, change: &Change<'_>) -> io::Result<()> {
+        match self.relocation() {
+            Some(relocation) => self.mutate(&relocation, bytes, change),
+            // It has just been let go.
+            None => change.apply(&*self.store, bytes),
+        }
     }
 
     fn mutate(

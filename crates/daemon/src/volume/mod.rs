@@ -20,6 +20,7 @@ pub mod fuzzing;
 mod gate;
 pub mod guest;
 pub mod open;
+mod open_tied;
 pub mod proof;
 #[cfg(test)]
 mod proof_tests;
@@ -29,6 +30,9 @@ mod space;
 #[cfg(test)]
 mod tests;
 pub mod verify;
+pub mod wayback;
+#[cfg(test)]
+mod wayback_tests;
 
 use std::io;
 use std::path::PathBuf;
@@ -51,6 +55,7 @@ use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use space::DiskTrouble;
 use verify::Verification;
+use wayback::WayBack;
 
 /// Tells how long the volume has been open. A seam, so that tests own the time.
 pub type Clock = Arc<dyn Fn() -> Duration + Send + Sync>;
@@ -119,8 +124,7 @@ pub struct Volume {
     /// It came from elsewhere, now or once.
     had_source: bool,
     rate: RateMeter,
-    /// What is left to do once the volume is complete: the image loses its mark, the memory that
-    /// outlives a kill is given back.
+    /// What is left to do once the volume is complete: the image loses its mark.
     at_completion: Mutex<Option<AtCompletion>>,
     /// Comparing with the source.
     verification: Verification,
@@ -136,6 +140,10 @@ pub struct Volume {
     departures: Departures,
     /// Where the disk moves from, if that keeps a fence.
     arrival: Option<Arrival>,
+    /// Whether front ends may write past the relocation: there is none.
+    plain: AtomicBool,
+    /// In what older copies of this disk differ.
+    way_back: WayBack,
 }
 
 const LIFE_LOCAL: u8 = 0;
@@ -197,8 +205,30 @@ impl Volume {
         self.life.store(value, Ordering::Release);
     }
 
-    /// The relocation, while there is one. Front ends keep it and let go of it when
-    /// [`Volume::is_local`] says so.
+    /// Whether it is nothing but an image: nothing is recorded of what is written.
+    #[inline]
+    pub fn is_plain(&self) -> bool {
+        self.plain.load(Ordering::Acquire)
+    }
+
+    /// The relocation, while something is still to come.
+    fn unfinished(&self) -> Option<Arc<Relocation>> {
+        self.relocation().filter(|_| !self.is_local())
+    }
+
+    /// There is no map any more.
+    fn let_go_of_map(&self) -> Option<Arc<Relocation>> {
+        let old = self
+            .relocation
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take();
+        self.plain.store(true, Ordering::Release);
+        old
+    }
+
+    /// The relocation, while there is one: also after completion, where what is written is recorded
+    /// for the way back. Front ends keep it and let go of it when [`Volume::is_plain`] says so.
     pub fn relocation(&self) -> Option<Arc<Relocation>> {
         self.relocation
             .read()

@@ -27,6 +27,9 @@ use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, T
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
+use super::open_tied::{
+    open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
+};
 use super::{Volume, system_clock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
 use crate::events::EventKind;
@@ -81,7 +84,10 @@ const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A source that says nothing for less than this may only be busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
 
-fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
+/// How often the time is told to a volume that only records for the way back.
+const QUIET_BEAT: Duration = Duration::from_millis(100);
+
+pub(super) fn refuse<T>(why: impl Into<String>) -> Result<T, OpenError> {
     Err(OpenError::Refused(why.into()))
 }
 
@@ -137,9 +143,11 @@ impl Running {
             Box::new(move || committing.run_committer()),
         )?);
         if let Some(relocation) = volume.relocation() {
-            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
-            threads.push(spawn("tick", Box::new(move || keep_time(&volume, &stop)))?);
-            relocation.start();
+            let (timed, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("tick", Box::new(move || keep_time(&timed, &stop)))?);
+            if !volume.is_local() {
+                relocation.start();
+            }
         }
         if volume.has_arrival() {
             let moving = Arc::clone(&volume);
@@ -181,7 +189,13 @@ impl Running {
 fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
     let mut committed = Duration::ZERO;
     while !stop.load(Ordering::Acquire) && volume.keep_time(&mut committed) {
-        std::thread::sleep(Mover::<()>::TICK);
+        // Where all is here, there is only a commit to ask for now and then.
+        let beat = if volume.is_local() {
+            QUIET_BEAT
+        } else {
+            Mover::<()>::TICK
+        };
+        std::thread::sleep(beat);
     }
 }
 
@@ -215,7 +229,7 @@ fn engine(config: &ExportConfig) -> EngineChoice {
 // The three ways to open
 
 /// An image that needs nobody: it never had a source, or has everything from it.
-fn open_plain(
+pub(super) fn open_plain(
     config: &ExportConfig,
     mut state: Option<StateDir>,
     had_source: bool,
@@ -340,6 +354,7 @@ fn open_new(
         image_inode: inode_of(&store)?,
         ties: Ties {
             fenced_source,
+            way_back: wanted.way_back,
             ..Ties::default()
         },
     };
@@ -368,8 +383,22 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let mut state = StateDir::open(state_path)?;
     let identity = state.identity().clone();
     if identity.life == Life::Local {
-        check_complete(config, &identity, state_path)?;
         let had_source = !identity.source_uri.is_empty();
+        let returns = config.source.as_ref().filter(|source| source.comes_back);
+        if let (Some(_), Some(wanted)) = (identity.ties.departed, returns) {
+            return open_return(config, wanted, state, state_path);
+        }
+        check_complete(config, &identity, state_path)?;
+        if identity.ties.departed.is_some_and(|d| !d.intact) {
+            return refuse(format!(
+                "{} is partly overwritten by a return that was given up, and so no copy of anything; \
+                 the disk can still come back into it: give --from and --return",
+                config.image.display()
+            ));
+        }
+        if identity.ties.way_back && !config.read_only {
+            return open_recorded(config, state, state_path);
+        }
         return open_plain(config, Some(state), had_source);
     }
     if identity.life == Life::GivenUp {
@@ -388,23 +417,26 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     }
     let store = fitting(config, open_existing(config)?, identity.geometry)?;
     check_belongs(config, &store, &identity, state_path)?;
+    let base = settle_base(&mut state, &store)?;
     let ticket = identity.ties.fenced_source.then(|| {
         let stance = if identity.life == Life::Standby {
             Stance::Standby
         } else {
             Stance::Arriving
         };
-        Ticket::new(identity.volume_id, identity.ties.base, stance, true)
+        Ticket::new(identity.volume_id, base, stance, true)
     });
     let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let mut sync = || store.sync();
-    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
     let kept = (map, witnesses);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
+    tell_doubt(&running, doubt);
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
     }
@@ -434,14 +466,14 @@ fn open_given_up(
 }
 
 /// What draws the witnesses.
-fn seed() -> Result<u64, OpenError> {
+pub(super) fn seed() -> Result<u64, OpenError> {
     let random: [u8; 16] = live::random()?;
     Ok(u64::from_le_bytes(
         random[..8].try_into().expect("eight of sixteen"),
     ))
 }
 
-fn move_in(
+pub(super) fn move_in(
     config: &ExportConfig,
     wanted: &SourceConfig,
     store: FileStore,
@@ -467,8 +499,12 @@ fn move_in(
         heat_place: heat_place(config)?,
         make_state: None,
     };
+    let overwritten = parts.state.as_ref().map(overwritten_of).unwrap_or_default();
     let arrival = match ticket.filter(|_| parts.fenced_source()) {
-        Some(ticket) => Some(arrival(config, wanted, ticket, parts.geometry)?),
+        Some(ticket) => {
+            let arrival = arrival(config, wanted, ticket, parts.geometry)?;
+            Some(arrival.with_overwritten(overwritten))
+        }
         None => None,
     };
     let memory = Arc::clone(&live);
@@ -478,9 +514,11 @@ fn move_in(
         residency,
         witnesses,
         arrival,
-        at_completion: Box::new(move || {
+        at_release: Box::new(move || {
             memory.remove();
             crash_point!("completion.memory-removed");
+        }),
+        at_completion: Box::new(move || {
             if let Err(e) = set_tag(&store, &[]) {
                 tracing::warn!("the mark of a move could not be taken off the image: {e}");
             }
@@ -513,7 +551,7 @@ fn arrival(
 
 // The image
 
-fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
+pub(super) fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenError> {
     let options = OpenOptions {
         read_only: false,
         create_with_size: None,
@@ -532,7 +570,7 @@ fn create_image(config: &ExportConfig, geometry: Geometry) -> Result<FileStore, 
 }
 
 /// The image, if it can hold the disk.
-fn fitting(
+pub(super) fn fitting(
     config: &ExportConfig,
     store: FileStore,
     geometry: Geometry,
@@ -616,7 +654,7 @@ fn check_belongs(
     }
 }
 
-fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
+pub(super) fn inode_of(store: &FileStore) -> Result<Option<u64>, OpenError> {
     if store.is_block_device() {
         return Ok(None);
     }
@@ -639,7 +677,7 @@ fn tag_of(store: &FileStore) -> Result<Option<Vec<u8>>, OpenError> {
     }
 }
 
-fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
+pub(super) fn set_tag(store: &FileStore, tag: &[u8]) -> Result<(), OpenError> {
     match store.set_volume_tag(tag) {
         Err(e) if e.kind() != io::ErrorKind::Unsupported => Err(OpenError::Image {
             what: "marking",
@@ -729,7 +767,7 @@ fn source_config(
     Ok(config)
 }
 
-fn connect(
+pub(super) fn connect(
     wanted: &SourceConfig,
     export: &ExportConfig,
     ticket: &Arc<Ticket>,

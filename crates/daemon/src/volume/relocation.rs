@@ -161,9 +161,10 @@ impl Relocation {
 
     /// Lets go of the source. Whatever still waits fails.
     pub(super) fn retire(self: &Arc<Self>) {
-        self.retired.store(true, Ordering::Release);
-        self.drive(|m, _, out| m.abandon(out));
-        self.source.close();
+        if !self.retired.swap(true, Ordering::AcqRel) {
+            self.drive(|m, _, out| m.abandon(out));
+            self.source.close();
+        }
     }
 
     /// The disk's source.
@@ -231,6 +232,11 @@ impl Relocation {
         self.drive(|m, now, out| m.set_order(now, order, &self.residency, out));
     }
 
+    /// Its bytes come over a link that other disks use, too.
+    pub fn share(&self, link: &Arc<mover::Path>) {
+        lock(&self.mover).share(link);
+    }
+
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
@@ -290,9 +296,11 @@ impl Relocation {
         let bytes = self.geometry.bytes(range);
         let lane = match lane {
             mover::Lane::Demand => Lane::Demand,
-            // A source knows two lanes. Read-ahead goes before the background copy by being asked
-            // for first, and must not stand in demand's way.
-            mover::Lane::Ahead | mover::Lane::Bulk => Lane::Bulk,
+            mover::Lane::Rest => Lane::Rest,
+            mover::Lane::Ahead => Lane::Ahead,
+            mover::Lane::Hot => Lane::Hot,
+            mover::Lane::Bulk => Lane::Bulk,
+            mover::Lane::Late => Lane::Late,
         };
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
         let this = Arc::clone(self);
@@ -676,7 +684,7 @@ impl Relocation {
             }
         };
         self.source
-            .extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
+            .extents(Lane::Hot, bytes.start, bytes.len(), Box::new(done));
     }
 
     fn learn_extents(self: &Arc<Self>, asked: BlockRange, answer: &ExtentsAnswer) {

@@ -131,7 +131,7 @@ impl Volume {
     }
 
     fn need_relocation(&self, what: &str) -> Result<Arc<Relocation>, CommandError> {
-        self.relocation().ok_or_else(|| {
+        self.unfinished().ok_or_else(|| {
             CommandError::Conflict(format!(
                 "cannot {what} export {:?}: it has no source, everything is here already",
                 self.name
@@ -171,7 +171,7 @@ impl Volume {
 
 impl Controlled for Volume {
     fn status(&self) -> ExportStatus {
-        let relocation = self.relocation();
+        let relocation = self.unfinished();
         let r = relocation.as_ref();
         let size_bytes = self.geometry.size_bytes();
         let absent_bytes = r.map_or(0, |r| r.residency.missing_bytes());
@@ -200,6 +200,7 @@ impl Controlled for Volume {
             image: self.image.display().to_string(),
             source: r.map(|r| r.source.info().uri),
             notes: self.notes(r),
+            way_back: self.way_back_status(),
             clients: self.tally.clients.load(Ordering::Relaxed),
             counters: self.counters(r),
         }
@@ -232,9 +233,14 @@ impl Controlled for Volume {
     }
 
     fn release(&self, force: bool) -> Result<(), CommandError> {
+        if !self.has_departed() && self.way_back.is_kept() {
+            return self
+                .end_way_back("it was released by hand")
+                .map_err(|e| CommandError::Failed(format!("the way back is still kept: {e}")));
+        }
         if !self.has_departed() {
             return Err(CommandError::Conflict(format!(
-                "export {:?} has no fence that could be lifted: the disk has not moved on",
+                "export {:?} has neither a fence that could be lifted nor a way back that is kept",
                 self.name
             )));
         }
@@ -267,7 +273,7 @@ impl Controlled for Volume {
         if self.life() == LifeState::Standby {
             self.hand_off()
                 .map_err(|e| CommandError::Failed(format!("the handoff failed: {e}")))?;
-        } else if self.relocation().is_none() && !self.had_source {
+        } else if self.unfinished().is_none() && !self.had_source {
             self.need_relocation("hand over")?;
         }
         Ok(())

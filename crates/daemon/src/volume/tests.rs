@@ -18,7 +18,7 @@ use hikkoshi_engine::residency::{PlaneMemory, Residency};
 use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_store::medium::MemoryDirectory;
 use hikkoshi_store::state::{Identity, Life, StateDir, Ties};
-use hikkoshi_store::{MemoryStore, Store};
+use hikkoshi_store::{MemoryStore, Store, ZeroMode};
 use hikkoshi_wan::{MemorySource, Source};
 
 use super::assemble::{Moving, Parts};
@@ -156,6 +156,10 @@ fn original() -> Vec<u8> {
 
 impl World {
     pub(super) fn new(granularity: Option<u32>, handoff: HandoffPolicy) -> Self {
+        Self::with_ties(granularity, handoff, Ties::default())
+    }
+
+    pub(super) fn with_ties(granularity: Option<u32>, handoff: HandoffPolicy, ties: Ties) -> Self {
         let geometry = Geometry::new(DISK, 4096).unwrap();
         let dir = MemoryDirectory::default();
         let life = if handoff == HandoffPolicy::Now {
@@ -171,7 +175,7 @@ impl World {
             source_uri: "memory".into(),
             incarnation: [2; 16],
             image_inode: None,
-            ties: Ties::default(),
+            ties,
         };
         let state = StateDir::create_in(Box::new(dir.clone()), identity, None).unwrap();
         let store = Arc::new(MemoryStore::new(DISK));
@@ -237,6 +241,19 @@ impl World {
         self.mutate(ByteRange::at(offset, data.len() as u64), data, |v, r| {
             v.write(r, offset, data)
         });
+    }
+
+    pub(super) fn zero(&mut self, bytes: ByteRange) {
+        let zeroes = vec![0; bytes.len() as usize];
+        self.mutate(bytes, &zeroes, |v, r| {
+            v.zero(r, bytes.start, bytes.len(), ZeroMode::MayPunch)
+        });
+    }
+
+    /// A write by somebody who knows of no relocation.
+    pub(super) fn write_past(&mut self, offset: u64, data: &[u8]) {
+        self.volume.write(None, offset, data).unwrap();
+        self.oracle.write(offset as usize, data);
     }
 
     /// A write that has to wait for the source needs somebody who lets the source answer.
@@ -348,6 +365,7 @@ impl World {
         self.store = Arc::new(store);
         self.dir = dir;
         let mut state = StateDir::open_in(Box::new(self.dir.clone()), None).unwrap();
+        let has_map = state.identity().keeps_map();
         if state.identity().life == Life::Local {
             self.source = MemorySource::new(vec![0xee; DISK as usize], None);
         } else {
@@ -359,14 +377,17 @@ impl World {
         } else {
             self.words = words(self.geometry);
             let residency = Residency::new(self.geometry, Box::new(self.words.clone()));
-            if state.identity().life != Life::Local {
+            if has_map {
                 state.load(&residency).unwrap();
             }
             residency
         };
-        if state.identity().life != Life::Local {
+        if has_map {
             let store = Arc::clone(&self.store);
             state.checkpoint(&residency, &mut || store.sync()).unwrap();
+        }
+        if super::wayback::doubt(&state, self.store.modified().unwrap(), kill).is_some() {
+            state.end_way_back().unwrap();
         }
         self.volume = assemble(
             &self.config,
@@ -401,9 +422,9 @@ impl World {
     }
 
     /// What a guest sees: the image where blocks are here, the source where they are not.
-    fn read_all(&self) -> Vec<u8> {
+    pub(super) fn read_all(&self) -> Vec<u8> {
         let image = self.store.content();
-        let Some(relocation) = self.relocation() else {
+        let Some(relocation) = self.relocation().filter(|_| !self.volume.is_local()) else {
             return image;
         };
         let mut seen = image;
@@ -462,7 +483,7 @@ fn assemble(
     residency: Residency,
     clock_ms: &Arc<StdAtomicU64>,
 ) -> Arc<Volume> {
-    let is_local = state.identity().life == Life::Local;
+    let has_map = state.identity().keeps_map();
     let ms = Arc::clone(clock_ms);
     let clock: Clock = Arc::new(move || Duration::from_millis(ms.load(Ordering::Relaxed)));
     let witnesses = state.witnesses(1).unwrap();
@@ -476,7 +497,7 @@ fn assemble(
         heat_place: None,
         make_state: None,
     };
-    if is_local {
+    if !has_map {
         return parts.plain();
     }
     let volume = parts.moving(Moving {
@@ -486,8 +507,11 @@ fn assemble(
         residency: Arc::new(residency),
         witnesses,
         at_completion: Box::new(|| ()),
+        at_release: Box::new(|| ()),
     });
-    volume.relocation().unwrap().start();
+    if !volume.is_local() {
+        volume.relocation().unwrap().start();
+    }
     volume
 }
 

@@ -64,6 +64,11 @@ impl Wanted {
 impl Site {
     /// Serves `name` in `dir`, which must exist unless the disk comes from elsewhere.
     pub fn start(dir: &Path, name: &str, wanted: Wanted) -> Self {
+        Self::try_start(dir, name, wanted).unwrap()
+    }
+
+    /// The same, or what is said against it.
+    pub fn try_start(dir: &Path, name: &str, wanted: Wanted) -> Result<Self, String> {
         let image = dir.join(name);
         let listen = match wanted.on {
             On::Unix => Listen::Unix(dir.join(format!("{name}.sock"))),
@@ -86,10 +91,13 @@ impl Site {
             }],
             max_clients: DEFAULT_MAX_CLIENTS,
         };
-        Self {
-            daemon: Daemon::start(config).unwrap(),
-            image,
-        }
+        let daemon = Daemon::start(config).map_err(|error| error.to_string())?;
+        Ok(Self { daemon, image })
+    }
+
+    /// Ends it in good order.
+    pub fn stop(self) {
+        self.daemon.shutdown().unwrap();
     }
 
     /// A plain disk of `data`.

@@ -3,6 +3,7 @@
 //! Pure functions; files belong to the callers. The layout is that of `docs/on-disk.md`. Decoders
 //! take any bytes and answer with an error, never with a guess.
 
+mod bases;
 mod frame;
 mod pending;
 mod record;
@@ -10,6 +11,7 @@ mod snapshot;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub use bases::{Bases, MAX_BASES, decode_bases, encode_bases};
 pub use frame::{FRAME_ALIGN, LogEnd, encode_frame, read_log};
 pub use pending::{Gathered, Pending};
 pub use record::Record;

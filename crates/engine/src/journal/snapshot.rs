@@ -92,7 +92,7 @@ fn header(volume: VolumeId, epoch: u64, geometry: Geometry) -> Vec<u8> {
     out
 }
 
-fn seal(mut out: Vec<u8>) -> Vec<u8> {
+pub(super) fn seal(mut out: Vec<u8>) -> Vec<u8> {
     let crc = crc32c::crc32c(&out);
     out.extend_from_slice(&crc.to_le_bytes());
     out
@@ -130,17 +130,7 @@ fn open(
     volume: VolumeId,
     geometry: Geometry,
 ) -> Result<(u64, Reader<'_>), JournalError> {
-    if bytes.get(..8) != Some(&MAGIC[..]) {
-        return Err(JournalError::Format);
-    }
-    if bytes.len() < HEADER_BYTES + CRC_BYTES {
-        return Err(JournalError::Corrupt("it ends too early"));
-    }
-    let (body, crc) = bytes.split_at(bytes.len() - CRC_BYTES);
-    if crc32c::crc32c(body).to_le_bytes() != crc {
-        return Err(JournalError::Corrupt("its checksum is wrong"));
-    }
-    let mut reader = Reader(&body[8..]);
+    let mut reader = open_sealed(bytes, MAGIC)?;
     if reader.take(16)? != volume {
         return Err(JournalError::Foreign);
     }
@@ -149,6 +139,21 @@ fn open(
         return Err(JournalError::Foreign);
     }
     Ok((epoch, reader))
+}
+
+/// What is between the magic and the checksum.
+pub(super) fn open_sealed(bytes: &[u8], magic: [u8; 8]) -> Result<Reader<'_>, JournalError> {
+    if bytes.get(..8) != Some(&magic[..]) {
+        return Err(JournalError::Format);
+    }
+    if bytes.len() < magic.len() + CRC_BYTES {
+        return Err(JournalError::Corrupt("it ends too early"));
+    }
+    let (body, crc) = bytes.split_at(bytes.len() - CRC_BYTES);
+    if crc32c::crc32c(body).to_le_bytes() != crc {
+        return Err(JournalError::Corrupt("its checksum is wrong"));
+    }
+    Ok(Reader(&body[8..]))
 }
 
 /// Brings a snapshot into a residency that is empty and that nobody else uses yet.

@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::flights::Purpose;
-use super::pacer::Pacer;
+use super::path::Seat;
 use super::{Action, Mover, Phase};
 use crate::geometry::{BlockRange, ByteRange};
 use crate::readahead::{Advance, Shape};
@@ -72,7 +72,7 @@ impl Streams {
     }
 
     /// A stream has got on.
-    fn advance(&mut self, now: Duration, told: Advance, pacer: &Pacer) {
+    fn advance(&mut self, now: Duration, told: Advance, pacer: &Seat) {
         let window = self.window(told, pacer);
         if let Some(stream) = self.all.iter_mut().find(|s| s.told.stream == told.stream) {
             stream.ahead = stream.ahead.saturating_sub(progress(&stream.told, &told));
@@ -94,7 +94,7 @@ impl Streams {
     }
 
     /// How far beyond its front a stream should be fetched.
-    fn window(&self, told: Advance, pacer: &Pacer) -> u64 {
+    fn window(&self, told: Advance, pacer: &Seat) -> u64 {
         let earned = told.read_bytes / 4 * self.generosity;
         // Twice what fills the path: in flight, and landed but not read yet.
         let cap = (2 * pacer.window_bytes()).clamp(MIN_CAP_BYTES, MAX_WINDOW_BYTES);

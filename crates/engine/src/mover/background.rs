@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use super::flights::Purpose;
-use super::{Action, EXTENTS_BYTES, FetchFailure, MAX_REST_FLIGHTS, Mover, Phase, ZERO_STEP_BYTES};
+use super::order::Turn;
+use super::{Action, FetchFailure, MAX_REST_FLIGHTS, Mover, Phase, ZERO_STEP_BYTES};
 use crate::geometry::BlockRange;
 use crate::residency::Residency;
 
@@ -19,9 +20,7 @@ impl<W> Mover<W> {
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
-        self.scanning = false;
-        if self.phase == Phase::Arriving && range.start <= self.scanned_to {
-            self.scanned_to = self.scanned_to.max(range.end);
+        if self.scan.answer(range) && self.phase == Phase::Arriving {
             for zero in zeroes {
                 self.install_zeroes(now, *zero, residency, out);
             }
@@ -38,16 +37,13 @@ impl<W> Mover<W> {
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
-        self.scanning = false;
-        if why == FetchFailure::Disconnected {
-            // The next tick asks again: see `failed`.
-            return;
+        // A source that cannot say is asked for the data.
+        let for_good = why != FetchFailure::Disconnected;
+        self.scan.unanswered(range, for_good);
+        if for_good {
+            // (Else the next tick asks again: see `failed`.)
+            self.pump(now, residency, out);
         }
-        if range.start <= self.scanned_to {
-            // A source that cannot say is asked for the data.
-            self.scanned_to = self.scanned_to.max(range.end);
-        }
-        self.pump(now, residency, out);
     }
 
     pub(super) fn install_zeroes(
@@ -101,8 +97,8 @@ impl<W> Mover<W> {
 
     /// Fetches under way that nobody asked for.
     fn own_flights(&self) -> usize {
-        let own = [Purpose::Rest, Purpose::Ahead, Purpose::Bulk];
-        own.into_iter().map(|p| self.flights.count(p)).sum()
+        let own = Purpose::OWN.into_iter();
+        own.map(|p| self.flights.count(p)).sum()
     }
 
     fn pump_rests(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
@@ -123,15 +119,8 @@ impl<W> Mover<W> {
     }
 
     fn pump_scan(&mut self, out: &mut Vec<Action<W>>) {
-        let blocks = self.geometry.blocks();
-        if !self.policy.has_extents {
-            self.scanned_to = blocks;
-        } else if !self.scanning && self.scanned_to < blocks {
-            let end = blocks.min(self.scanned_to + self.blocks_in(EXTENTS_BYTES));
-            self.scanning = true;
-            out.push(Action::QueryExtents {
-                range: BlockRange::new(self.scanned_to, end),
-            });
+        while let Some(range) = self.scan.next_question(self.order.hot()) {
+            out.push(Action::QueryExtents { range });
         }
     }
 
@@ -141,15 +130,20 @@ impl<W> Mover<W> {
             if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
-            let Some(range) = self.next_bulk(chunk, residency) else {
+            let Some((range, turn)) = self.next_bulk(chunk, residency) else {
                 return;
             };
+            let purpose = match turn {
+                Turn::Hot => Purpose::Hot,
+                Turn::Cold => Purpose::Bulk,
+                Turn::Late => Purpose::Late,
+            };
             self.bucket.take(self.geometry.bytes(range).len());
-            self.launch(now, range, Purpose::Bulk, out);
+            self.launch(now, range, purpose, out);
         }
     }
 
-    fn next_bulk(&mut self, chunk: u64, residency: &Residency) -> Option<BlockRange> {
+    fn next_bulk(&mut self, chunk: u64, residency: &Residency) -> Option<(BlockRange, Turn)> {
         let blocks = self.geometry.blocks();
         let mut order = std::mem::take(&mut self.order);
         if order.passed(blocks) && self.flights.is_empty() && self.refused.is_empty() {
@@ -157,8 +151,7 @@ impl<W> Mover<W> {
             order.rewind();
         }
         let free = |from, to| self.next_wanted(from, to, residency);
-        let all_scanned = self.scanned_to >= blocks;
-        let next = order.next(chunk, self.scanned_to, all_scanned, free);
+        let next = order.next(chunk, &self.scan, free);
         self.order = order;
         next
     }

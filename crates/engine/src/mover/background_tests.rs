@@ -25,6 +25,7 @@ struct World {
     most_in_flight: u64,
     woken: Vec<u32>,
     complete: bool,
+    questions: Vec<BlockRange>,
 }
 
 const RTT: Duration = Duration::from_millis(20);
@@ -43,6 +44,7 @@ impl World {
             most_in_flight: 0,
             woken: Vec::new(),
             complete: false,
+            questions: Vec::new(),
             residency,
         };
         world.tell(|m, now, r, out| m.source_up(now, r, out));
@@ -76,6 +78,7 @@ impl World {
                 Action::Wake(who) => self.woken.push(who),
                 Action::Complete => self.complete = true,
                 Action::Promote { .. } => {}
+                Action::QueryExtents { range } => self.questions.push(range),
                 other => panic!("{other:?}"),
             }
         }
@@ -305,6 +308,88 @@ fn the_copy_follows_the_heat() {
     );
     assert!(place(63) < place(5));
     assert!(world.times.iter().all(|n| *n == 1));
+    // The source is told, so that it sends in this order, too.
+    let lane = |mib: u64| world.fetched[place(mib)].1;
+    let lanes = [40, 10, 0, 5].map(lane);
+    assert_eq!(lanes, [Lane::Hot, Lane::Hot, Lane::Bulk, Lane::Late]);
+}
+
+/// What a guest writes over or trims before its turn has come, hot, cold or write-hot, never crosses
+/// the link. A region that is written all the time has the most time for that: it comes last.
+#[test]
+fn what_is_owned_here_is_never_fetched() {
+    let heat = Heat::new(64 << 20);
+    heat.read(50 << 20, 4096);
+    (0..10).for_each(|_| heat.written(5 << 20, 4096));
+    let mut world = World::new(64, on_demand());
+    let order = heat.map().order(world.geometry);
+    world.mover = Mover::new(world.geometry, Phase::Arriving, policy());
+    world.tell(|m, now, r, out| m.set_order(now, order, r, out));
+    let owned = |mib: u64| BlockRange::new(mib * 256 + 16, (mib + 1) * 256);
+    // Before the source is there, and while the copy runs.
+    world.residency.mark_owned(owned(50));
+    world.tell(|m, now, r, out| m.source_up(now, r, out));
+    world.residency.mark_owned(owned(40));
+    while world.fetched_blocks(Lane::Bulk) < 50 * 256 {
+        assert!(world.land_one());
+    }
+    assert_eq!(world.fetched_blocks(Lane::Late), 0, "write-hot comes last");
+    world.residency.mark_owned(owned(5));
+    while world.land_one() {}
+    assert!(world.complete);
+    for mib in [50, 40, 5] {
+        let own = owned(mib);
+        let fetched =
+            (own.start..own.end).filter(|b| world.times[usize::try_from(*b).unwrap()] > 0);
+        assert_eq!(
+            fetched.count(),
+            0,
+            "blocks of MiB {mib} that are owned here"
+        );
+    }
+    assert_eq!(world.fetched_blocks(Lane::Late), 16);
+    world.nothing_twice();
+}
+
+/// Several questions cross the link at once, the hot parts of the disk first; what each answer tells
+/// is copied at once, wherever it is, and nothing that nobody has told of.
+#[test]
+fn what_is_scanned_is_copied_while_the_scan_goes_on() {
+    let mut world = World::new(2048, on_demand());
+    let policy = Policy {
+        has_extents: true,
+        ..policy()
+    };
+    world.mover = Mover::new(world.geometry, Phase::Arriving, policy);
+    let hot = [1900, 1500].map(|mib| BlockRange::new(mib * 256, (mib + 1) * 256));
+    let order = CopyOrder::new(hot, []);
+    world.tell(|m, now, r, out| m.set_order(now, order, r, out));
+    world.tell(|m, now, r, out| m.source_up(now, r, out));
+    let asked = world.questions.clone();
+    let starts: Vec<u64> = asked.iter().map(|q| q.start).take(3).collect();
+    assert_eq!(starts, [hot[0].start, hot[1].start, 0], "{asked:?}");
+    // Until the first answer what is read often is believed to be data: a window of it.
+    assert!(
+        world
+            .fetched
+            .iter()
+            .all(|(r, _)| r.intersection(hot[0]) == *r)
+    );
+    // The first answer to come is of the middle of the row.
+    let middle = asked[3];
+    world.tell(|m, now, r, out| m.extents(now, middle, &[], r, out));
+    assert!(world.questions.len() > asked.len(), "it asks on");
+    while world.land_one() {}
+    assert_eq!(world.fetched_blocks(Lane::Hot), 256);
+    assert_eq!(world.fetched_blocks(Lane::Bulk), 0, "the row begins before");
+    world.tell(|m, now, r, out| m.extents(now, asked[1], &[], r, out));
+    while world.land_one() {}
+    assert_eq!(world.fetched_blocks(Lane::Hot), 512);
+    world.tell(|m, now, r, out| m.extents(now, asked[2], &[], r, out));
+    while world.land_one() {}
+    let row = asked[2].len() + middle.len();
+    assert_eq!(world.fetched_blocks(Lane::Bulk), row);
+    world.nothing_twice();
 }
 
 proptest! {

@@ -19,8 +19,11 @@ pub(super) enum Purpose {
     Rest,
     /// A stream that is read sequentially will want it.
     Ahead,
-    /// The background copy.
+    /// The background copy: of what is read often, of most of the disk, and of what is likely to be
+    /// overwritten.
+    Hot,
     Bulk,
+    Late,
     /// No fetch at all: known zeroes are being installed.
     Zero,
     /// A read before the handoff: not kept.
@@ -32,6 +35,14 @@ impl Purpose {
     pub fn is_paced(self) -> bool {
         !matches!(self, Self::Zero | Self::PassThrough)
     }
+
+    /// Whether nobody has asked for it.
+    pub fn is_own(self) -> bool {
+        Self::OWN.contains(&self)
+    }
+
+    /// What nobody has asked for.
+    pub const OWN: [Self; 5] = [Self::Rest, Self::Ahead, Self::Hot, Self::Bulk, Self::Late];
 }
 
 #[derive(Debug)]
@@ -70,7 +81,7 @@ pub(super) struct Flights {
     all: HashMap<FlightId, Flight>,
     /// Kept flights by their first block; they do not overlap.
     by_start: BTreeMap<u64, FlightId>,
-    counts: [usize; 6],
+    counts: [usize; 8],
 }
 
 impl Flights {
@@ -135,11 +146,11 @@ impl Flights {
     }
 
     /// A reader waits for it from now on. True if the source is to be told: once, and only of what
-    /// travels in the bulk lane.
+    /// was asked for without one.
     pub fn promote(&mut self, id: FlightId) -> bool {
         self.all.get_mut(&id).is_some_and(|flight| {
-            let in_bulk = matches!(flight.purpose, Purpose::Bulk | Purpose::Ahead);
-            in_bulk && flight.sent && !std::mem::replace(&mut flight.promoted, true)
+            let early = flight.purpose.is_own();
+            early && flight.sent && !std::mem::replace(&mut flight.promoted, true)
         })
     }
 

@@ -19,11 +19,16 @@ mod failures;
 mod flights;
 mod order;
 pub(crate) mod pacer;
+mod path;
+#[cfg(all(test, not(loom)))]
+mod path_tests;
 mod readers;
+mod scan;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::geometry::{BlockIndex, BlockRange, Geometry};
@@ -34,8 +39,10 @@ use bucket::TokenBucket;
 pub use flights::FlightId;
 use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
-use pacer::Pacer;
+pub use path::Path;
+use path::Seat;
 use readers::Waiter;
+use scan::Scan;
 
 /// Two missing runs with at most this much resident data between them are fetched as one: the
 /// data costs less time on the wire than a further request costs at both ends.
@@ -43,9 +50,6 @@ const MERGE_GAP_BYTES: u64 = 16 << 10;
 
 /// The longest single fetch. Longer demand reads become several, which land independently.
 const MAX_FETCH_BYTES: u64 = 1 << 20;
-
-/// How much of the disk one question for extents covers.
-const EXTENTS_BYTES: u64 = 1 << 30;
 
 /// The most blocks of zeroes that are installed in one step: bounds how long the range is locked.
 const ZERO_STEP_BYTES: u64 = 64 << 20;
@@ -63,16 +67,21 @@ const STORE_PAUSE: Duration = Duration::from_secs(5);
 /// The most refused ranges remembered; beyond it the background as a whole rests.
 const MAX_REFUSED: usize = 1024;
 
-/// In which queue a fetch travels.
+/// How urgent a fetch is, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
-    /// A guest waits for it, or will.
+    /// A guest waits for it.
     Demand,
-    /// A guest will likely ask for it soon. It must not hold demand up; with a source that knows
-    /// two lanes only it therefore travels with bulk, and goes before it by being asked for first.
+    /// The rest of a partially written block.
+    Rest,
+    /// A guest will likely ask for it soon. It must not hold demand up.
     Ahead,
+    /// The background copy of what is read often.
+    Hot,
     /// The background copy.
     Bulk,
+    /// The background copy of what is likely to be overwritten before anyone reads it.
+    Late,
 }
 
 /// Why a fetch came to nothing.
@@ -119,7 +128,7 @@ pub enum Action<W> {
         /// The blocks.
         range: BlockRange,
     },
-    /// A reader waits for these blocks of a fetch in the bulk lane now: it is as urgent as demand.
+    /// A reader waits for these blocks of a fetch now: it is as urgent as demand.
     Promote {
         /// The blocks, all of the fetch.
         range: BlockRange,
@@ -174,16 +183,15 @@ pub struct Mover<W> {
     flights: Flights,
     waiters: HashMap<u64, Waiter<W>>,
     next_waiter: u64,
-    pacer: Pacer,
+    /// How much may be in flight.
+    pacer: Seat,
     bucket: TokenBucket,
     /// Where the background copy looks next.
     order: CopyOrder,
     /// What is read sequentially.
     streams: Streams,
-    /// Zeroes before this block have been installed (or are being).
-    scanned_to: u64,
-    /// A question for extents is under way.
-    scanning: bool,
+    /// Which holes and zeroes are known, and what is being asked.
+    scan: Scan,
     /// Blocks that are partly written here and whose rest nobody fetches yet.
     rests: BTreeSet<BlockIndex>,
     /// Ranges the background leaves alone, and until when.
@@ -206,16 +214,20 @@ impl<W> Mover<W> {
             flights: Flights::default(),
             waiters: HashMap::new(),
             next_waiter: 0,
-            pacer: Pacer::new(),
+            pacer: Arc::new(Path::default()).seat(0),
             bucket: TokenBucket::new(policy.max_rate),
             order: CopyOrder::default(),
             streams: Streams::new(),
-            scanned_to: 0,
-            scanning: false,
+            scan: Scan::new(geometry, policy.has_extents),
             rests: BTreeSet::new(),
             refused: Vec::new(),
             store_rests_until: None,
         }
+    }
+
+    /// Its bytes come over a link that other disks use, too.
+    pub fn share(&mut self, path: &Arc<Path>) {
+        self.pacer = path.seat(self.pacer.in_flight());
     }
 
     /// Where the relocation stands.
@@ -395,6 +407,7 @@ impl<W> Mover<W> {
         out: &mut Vec<Action<W>>,
     ) {
         self.order.replace(order);
+        self.scan.order_changed();
         self.pump(now, residency, out);
     }
 
@@ -461,29 +474,20 @@ impl<W> Mover<W> {
 }
 
 fn action_for<W>(flight: FlightId, range: BlockRange, purpose: Purpose) -> Action<W> {
-    match purpose {
-        Purpose::Zero => Action::InstallZero { flight, range },
-        Purpose::Ahead | Purpose::Bulk => Action::Fetch {
-            flight,
-            range,
-            lane: if purpose == Purpose::Bulk {
-                Lane::Bulk
-            } else {
-                Lane::Ahead
-            },
-            keep: true,
-        },
-        Purpose::Demand | Purpose::Rest => Action::Fetch {
-            flight,
-            range,
-            lane: Lane::Demand,
-            keep: true,
-        },
-        Purpose::PassThrough => Action::Fetch {
-            flight,
-            range,
-            lane: Lane::Demand,
-            keep: false,
-        },
+    let (lane, keep) = match purpose {
+        Purpose::Zero => return Action::InstallZero { flight, range },
+        Purpose::PassThrough => (Lane::Demand, false),
+        Purpose::Demand => (Lane::Demand, true),
+        Purpose::Rest => (Lane::Rest, true),
+        Purpose::Ahead => (Lane::Ahead, true),
+        Purpose::Hot => (Lane::Hot, true),
+        Purpose::Bulk => (Lane::Bulk, true),
+        Purpose::Late => (Lane::Late, true),
+    };
+    Action::Fetch {
+        flight,
+        range,
+        lane,
+        keep,
     }
 }

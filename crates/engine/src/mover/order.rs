@@ -6,6 +6,7 @@
 //! lies between two chunks: what is passed over is not looked at again, unless somebody says so
 //! ([`CopyOrder::revisit`]). Without any heat it is a cursor that moves along the disk.
 
+use super::scan::Scan;
 use crate::geometry::BlockRange;
 
 /// The most ranges of a list: with regions of 1 MiB, 64 GiB of hot data that is nowhere connected.
@@ -14,6 +15,14 @@ const MAX_RANGES: usize = 1 << 16;
 
 /// The longest range that is looked through at once, in blocks.
 const MAX_RANGE_BLOCKS: u64 = 1 << 16;
+
+/// Which of the three lists a range is from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    Hot,
+    Cold,
+    Late,
+}
 
 /// An order in which to copy a disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -88,46 +97,55 @@ impl CopyOrder {
     }
 
     /// The next range to fetch, at most `chunk` blocks long. `free(from, to)` finds the first run
-    /// in there that is missing, not in flight, and may be asked for. Nothing past `scanned_to` is
-    /// given in the linear pass, because it may be known to be zero soon; `all_scanned`: there is
-    /// nothing past it.
+    /// in there that is missing, not in flight, and may be asked for. Nothing is given where the scan
+    /// has not been, because it may be known to be zero soon.
     pub(super) fn next(
         &mut self,
         chunk: u64,
-        scanned_to: u64,
-        all_scanned: bool,
+        scan: &Scan,
         free: impl Fn(u64, u64) -> Option<BlockRange>,
-    ) -> Option<BlockRange> {
+    ) -> Option<(BlockRange, Turn)> {
         while let Some(range) = self.hot.get(self.hot_next) {
-            if let Some(run) = free(range.start, range.end) {
-                return Some(cut(run, chunk));
+            let Some(run) = free(range.start, range.end) else {
+                self.hot_next += 1;
+                continue;
+            };
+            let known_to = scan.hot_known_to(run.start).min(run.end);
+            if known_to <= run.start {
+                // The source is being asked about it, and what is colder goes on meanwhile.
+                break;
             }
-            self.hot_next += 1;
+            let run = BlockRange::new(run.start, known_to);
+            return Some((cut(run, chunk), Turn::Hot));
         }
-        while self.cursor < scanned_to {
+        loop {
+            let known_to = scan.known_to(self.cursor);
             let to = match self.late_from(self.cursor) {
                 Some(late) if late.start <= self.cursor => {
                     self.cursor = late.end;
                     continue;
                 }
-                Some(late) => late.start.min(scanned_to),
-                None => scanned_to,
+                Some(late) => late.start.min(known_to),
+                None => known_to,
             };
+            if self.cursor >= to {
+                break;
+            }
             match free(self.cursor, to) {
                 Some(run) => {
                     let range = cut(run, chunk);
                     self.cursor = range.end;
-                    return Some(range);
+                    return Some((range, Turn::Cold));
                 }
                 None => self.cursor = to,
             }
         }
-        if !all_scanned {
+        if !scan.is_done() {
             return None;
         }
         while let Some(range) = self.late.get(self.late_next) {
             if let Some(run) = free(range.start, range.end) {
-                return Some(cut(run, chunk));
+                return Some((cut(run, chunk), Turn::Late));
             }
             self.late_next += 1;
         }

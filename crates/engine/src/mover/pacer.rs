@@ -152,14 +152,28 @@ impl Pacer {
 
     /// Whether what nobody waits for may go now.
     pub fn may_send(&mut self) -> bool {
-        let window = if self.draining {
+        let room = self.in_flight_bytes < self.open_bytes();
+        self.held_back |= !room;
+        room
+    }
+
+    /// How much may be in flight now.
+    pub fn open_bytes(&self) -> u64 {
+        if self.draining {
             self.window_bytes / 2
         } else {
             self.window_bytes
-        };
-        let room = self.in_flight_bytes < window;
-        self.held_back |= !room;
-        room
+        }
+    }
+
+    /// How much is.
+    pub fn in_flight_bytes(&self) -> u64 {
+        self.in_flight_bytes
+    }
+
+    /// Something more would have been sent.
+    pub fn hold_back(&mut self) {
+        self.held_back = true;
     }
 
     pub fn sent(&mut self, bytes: u64) {
@@ -170,14 +184,16 @@ impl Pacer {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(bytes);
     }
 
-    /// A fetch came back after `rtt`.
-    pub fn landed(&mut self, now: Duration, rtt: Duration, bytes: u64) {
+    /// A fetch came back after `rtt`. Tells whether a round ended with it.
+    pub fn landed(&mut self, now: Duration, rtt: Duration, bytes: u64) -> bool {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(bytes);
         self.learn_base(now, rtt);
         self.round_bytes += bytes;
-        if now.saturating_sub(self.round_started) >= self.base().max(MIN_ROUND) {
+        let over = now.saturating_sub(self.round_started) >= self.base().max(MIN_ROUND);
+        if over {
             self.end_round(now);
         }
+        over
     }
 
     /// A chunk's own time on the wire counts as distance. To take it off one would have to know the

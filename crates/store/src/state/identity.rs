@@ -65,6 +65,9 @@ pub struct Ties {
     pub fenced_source: bool,
     /// What is written here after completion is recorded as well, so that the way back is short.
     pub way_back: bool,
+    /// When the image was written last, in nanoseconds since 1970, before the volume was closed in
+    /// good order: one that was written since has changes that nothing was recorded of.
+    pub closed_at: Option<i64>,
 }
 
 /// What a state directory belongs to.
@@ -145,6 +148,9 @@ impl Identity {
         }
         if ties.way_back {
             line("way-back", KEPT);
+        }
+        if let Some(time) = ties.closed_at {
+            line("closed", &time.to_string());
         }
         let crc = crc32c::crc32c(text.as_bytes());
         text.push_str(&format!("crc32c = {crc:08x}\n"));
@@ -232,6 +238,10 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             }
             ("source-fence", KEPT) => ties.fenced_source = true,
             ("way-back", KEPT) => ties.way_back = true,
+            ("closed", time) => {
+                let time = time.parse().map_err(|_| IdentityError::Line("closed"))?;
+                ties.closed_at = Some(time);
+            }
             _ => return Err(IdentityError::Line("ties")),
         }
     }

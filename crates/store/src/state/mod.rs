@@ -18,9 +18,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use hikkoshi_crashpoint::crash_point;
+use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::journal::{
-    self, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
+    self, Bases, FRAME_ALIGN, JournalError, Record, VolumeId, encode_frame, encode_snapshot,
 };
 use hikkoshi_engine::residency::Residency;
 use hikkoshi_engine::witness::Witnesses;
@@ -34,6 +35,8 @@ const MAP: &str = "map";
 const LOG: &str = "log";
 const LOCK: &str = "lock";
 const WITNESSES: &str = "witnesses";
+const BASES: &str = "bases";
+const OVERWRITTEN: &str = "overwritten";
 
 /// Bounds of the log, in bytes. It may grow to a quarter of the map before a snapshot is written,
 /// so that snapshots cost at most a few times what the commits do.
@@ -152,6 +155,8 @@ pub struct StateDir {
     log_bytes: u64,
     /// A log of so many bytes is due for a snapshot.
     log_limit: u64,
+    /// There is a map, to be loaded and to be added to.
+    has_map: bool,
     poisoned: bool,
     /// Held, not read: the lock ends with it.
     _lock: Option<File>,
@@ -229,11 +234,9 @@ impl StateDir {
     ) -> Result<Self, StateError> {
         let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
         // Those of a volume that was here before would be taken for damage.
-        dir.remove(WITNESSES).map_err(|source| StateError::Io {
-            what: "removing",
-            path: dir.path(WITNESSES),
-            source,
-        })?;
+        for name in [WITNESSES, BASES, OVERWRITTEN] {
+            remove(&*dir, name)?;
+        }
         let made = put(&*dir, LOG, &vec![0; PREALLOCATED_BYTES])
             .and_then(|()| put(&*dir, MAP, &map))
             // Last: with it the state counts as there.
@@ -273,6 +276,7 @@ impl StateDir {
             epoch,
             seq: 0,
             log_bytes: 0,
+            has_map: true,
             poisoned: false,
             _lock: lock,
         })
@@ -301,14 +305,27 @@ impl StateDir {
         if !identity.keeps_map() {
             return Ok(Self::complete(dir, identity, lock));
         }
-        let map = get(&*dir, MAP)?;
-        let epoch = journal::snapshot_epoch(&map, identity.volume_id, identity.geometry).map_err(
-            |source| StateError::Journal {
-                path: dir.path(MAP),
-                source,
-            },
-        )?;
-        Self::opened(dir, identity, epoch, lock)
+        let epoch = get(&*dir, MAP).and_then(|map| {
+            journal::snapshot_epoch(&map, identity.volume_id, identity.geometry).map_err(|source| {
+                StateError::Journal {
+                    path: dir.path(MAP),
+                    source,
+                }
+            })
+        });
+        // All of the disk is here: that the map is damaged must not keep anybody from it.
+        let spare = identity.life == Life::Local;
+        match epoch {
+            Err(StateError::Missing { .. } | StateError::Journal { .. }) if spare => {
+                Ok(Self::complete(dir, identity, lock))
+            }
+            epoch => Self::opened(dir, identity, epoch?, lock),
+        }
+    }
+
+    /// Whether it tells which blocks are here. One that should and does not was damaged.
+    pub fn has_map(&self) -> bool {
+        self.has_map
     }
 
     fn complete(dir: Box<dyn Directory>, identity: Identity, lock: Option<File>) -> Self {
@@ -320,6 +337,7 @@ impl StateDir {
             epoch: 0,
             seq: 0,
             log_bytes: 0,
+            has_map: false,
             poisoned: false,
             _lock: lock,
         }
@@ -368,6 +386,81 @@ impl StateDir {
     /// The medium fails.
     pub fn keep_witnesses(&self, witnesses: &Witnesses) -> Result<(), StateError> {
         put(&*self.dir, WITNESSES, &witnesses.encode(self.volume_id()))
+    }
+
+    /// Makes this, the state of an old copy, that of the volume that takes the disk back. Until the
+    /// last step it is what it was, whatever happens.
+    ///
+    /// # Errors
+    /// The medium fails.
+    pub fn begin_return(mut self, identity: Identity) -> Result<Self, StateError> {
+        // 1. what was recorded for a way back to here is nobody's now: the disk is elsewhere
+        self.end_way_back()?;
+        remove(&*self.dir, WITNESSES)?;
+        // 2. a map of which nothing is here
+        let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
+        put(&*self.dir, LOG, &vec![0; PREALLOCATED_BYTES])?;
+        put(&*self.dir, MAP, &map)?;
+        crash_point!("return.begun");
+        // 3. whose it is
+        put(&*self.dir, VOLUME, &identity.encode())?;
+        Self::opened(self.dir, identity, 0, self._lock)
+    }
+
+    /// What differs from older copies elsewhere; nothing if nothing was kept.
+    ///
+    /// # Errors
+    /// It is damaged or of another volume.
+    pub fn bases(&self) -> Result<Bases, StateError> {
+        let bases = self.read_bases(BASES, self.volume_id())?;
+        Ok(bases.unwrap_or_default())
+    }
+
+    /// Keeps what differs from older copies. Nothing else depends on it.
+    ///
+    /// # Errors
+    /// The medium fails: what was kept before is there, or this.
+    pub fn keep_bases(&self, bases: &[(VolumeId, BlockSet)]) -> Result<(), StateError> {
+        let content = journal::encode_bases(self.volume_id(), self.geometry(), bases);
+        put(&*self.dir, BASES, &content)
+    }
+
+    /// What may have been overwritten of the old copy that is here, the one since the handoff to
+    /// `base`; `None` if that was never recorded.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub fn overwritten(&self, base: VolumeId) -> Result<Option<BlockSet>, StateError> {
+        let found = match self.read_bases(OVERWRITTEN, base) {
+            // A left-over of an earlier move.
+            Err(StateError::Journal {
+                source: JournalError::Foreign,
+                ..
+            }) => None,
+            found => found?,
+        };
+        Ok(found.and_then(|found| Some(found.into_iter().next()?.1)))
+    }
+
+    /// Records what may be overwritten of the old copy that is here, before it is.
+    ///
+    /// # Errors
+    /// The medium fails: nothing more may be overwritten.
+    pub fn keep_overwritten(&self, base: VolumeId, set: &BlockSet) -> Result<(), StateError> {
+        let content = journal::encode_bases(base, self.geometry(), &[(base, set.clone())]);
+        put(&*self.dir, OVERWRITTEN, &content)
+    }
+
+    fn read_bases(&self, name: &str, owner: VolumeId) -> Result<Option<Bases>, StateError> {
+        let content = self.dir.read(name);
+        let Some(content) = content.map_err(|source| self.failed("reading", name, source))? else {
+            return Ok(None);
+        };
+        let bases = journal::decode_bases(&content, owner, self.geometry());
+        bases.map(Some).map_err(|source| StateError::Journal {
+            path: self.dir.path(name),
+            source,
+        })
     }
 
     /// Whose state it is.
@@ -470,24 +563,32 @@ impl StateDir {
         self.change(|identity| {
             identity.life = Life::Arriving;
             identity.generation = generation;
-        })
+            // From here on the image is no copy of what it was.
+            identity.ties.base = None;
+        })?;
+        let _ = self.dir.remove(OVERWRITTEN);
+        Ok(())
     }
 
     /// Records that the move is given up before the handoff. What was the old copy of the disk that
-    /// comes back is that again, though no longer one to fall back on.
+    /// comes back is that again; `intact` says whether nothing of it was overwritten, `image_mtime`
+    /// when the image was written last.
     ///
     /// # Errors
     /// The medium fails; the state is unusable then.
-    pub fn give_up(&mut self) -> Result<(), StateError> {
+    pub fn give_up(&mut self, image_mtime: Option<i64>, intact: bool) -> Result<(), StateError> {
         self.change(|identity| match identity.ties.base {
             Some(to) => {
                 identity.life = Life::Local;
-                identity.ties.base = None;
-                identity.ties.departed = Some(Departure {
-                    to,
-                    image_mtime: None,
-                    intact: false,
-                });
+                // Of a map that says that nothing is here there is nothing to be kept.
+                identity.ties = Ties {
+                    departed: Some(Departure {
+                        to,
+                        image_mtime,
+                        intact,
+                    }),
+                    ..Ties::default()
+                };
             }
             None => identity.life = Life::GivenUp,
         })
@@ -501,15 +602,38 @@ impl StateDir {
     pub fn record_local(&mut self) -> Result<(), StateError> {
         self.change(|identity| identity.life = Life::Local)?;
         crash_point!("completion.recorded");
-        if self.identity.keeps_map() {
-            return Ok(());
+        if !self.identity.keeps_map() {
+            self.drop_map();
         }
+        let _ = self.dir.remove(WITNESSES);
+        Ok(())
+    }
+
+    fn drop_map(&self) {
         // Left-overs do no harm: the identity says that they do not count.
         let _ = self.dir.remove(MAP);
         crash_point!("completion.map-removed");
         let _ = self.dir.remove(LOG);
         crash_point!("completion.log-removed");
-        let _ = self.dir.remove(WITNESSES);
+        let _ = self.dir.remove(BASES);
+    }
+
+    /// Records that nothing is known any more of what was written here: whoever has an older copy
+    /// of this disk needs all of it anew.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn end_way_back(&mut self) -> Result<(), StateError> {
+        self.change(|identity| {
+            identity.ties.way_back = false;
+            identity.ties.closed_at = None;
+        })?;
+        crash_point!("way-back.ended");
+        if self.identity.keeps_map() {
+            let _ = self.dir.remove(BASES);
+        } else {
+            self.drop_map();
+        }
         Ok(())
     }
 
@@ -609,6 +733,14 @@ fn take_lock(path: &Path) -> Result<File, StateError> {
 fn put(dir: &dyn Directory, name: &str, content: &[u8]) -> Result<(), StateError> {
     dir.replace(name, content).map_err(|source| StateError::Io {
         what: "writing",
+        path: dir.path(name),
+        source,
+    })
+}
+
+fn remove(dir: &dyn Directory, name: &str) -> Result<(), StateError> {
+    dir.remove(name).map_err(|source| StateError::Io {
+        what: "removing",
         path: dir.path(name),
         source,
     })

@@ -170,11 +170,11 @@ impl Job {
         }
     }
 
-    /// Whether it is bulk that brings bytes of this range.
+    /// Whether it brings bytes of this range, and not as demand.
     pub(super) fn is_bulk_of(&self, offset: u64, len: u64) -> bool {
         let end = self.offset + u64::from(self.len);
         let overlaps = self.offset < offset.saturating_add(len) && offset < end;
-        self.lane == Lane::Bulk && self.is_read() && overlaps
+        self.lane != Lane::Demand && self.is_read() && overlaps
     }
 
     /// Whether plain NBD cannot ask it.
@@ -184,14 +184,19 @@ impl Job {
 
     /// The request in frames.
     pub(super) fn frame(&self, id: u64, packing: Packing) -> Vec<u8> {
-        let (wish, bulk) = match self.op {
-            Op::Read { .. } => (Wish::Read { packing }, Priority::COLD),
-            Op::Status { .. } => (Wish::Extents, Priority::COLD),
-            Op::Hash { grain, .. } => (Wish::Hash { grain }, Priority::CHECK),
+        let wish = match self.op {
+            Op::Read { .. } => Wish::Read { packing },
+            Op::Status { .. } => Wish::Extents,
+            Op::Hash { grain, .. } => Wish::Hash { grain },
         };
-        let priority = match self.lane {
-            Lane::Demand => Priority::DEMAND,
-            Lane::Bulk => bulk,
+        let priority = match (self.lane, wish) {
+            (Lane::Demand, _) => Priority::DEMAND,
+            (_, Wish::Hash { .. }) => Priority::CHECK,
+            (Lane::Rest, _) => Priority::REST,
+            (Lane::Ahead, _) => Priority::READ_AHEAD,
+            (Lane::Hot, _) => Priority::READ_HOT,
+            (Lane::Bulk, _) => Priority::COLD,
+            (Lane::Late, _) => Priority::WRITE_HOT,
         };
         Request::Wish {
             id,

@@ -89,9 +89,10 @@ impl Line {
     /// How many bytes a new request of `lane` would wait behind.
     pub(super) fn load(&self, lane: Lane) -> u64 {
         let load = self.load.load(Ordering::Relaxed);
-        match lane {
-            Lane::Demand => load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed)),
-            Lane::Bulk => load,
+        if lane.is_urgent() {
+            load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed))
+        } else {
+            load
         }
     }
 
@@ -105,13 +106,12 @@ impl Line {
             return Err(job);
         }
         self.load.fetch_add(u64::from(job.len), Ordering::Relaxed);
-        match job.lane {
-            Lane::Demand => state.demand.push_back(job),
-            Lane::Bulk => {
-                self.queued_bulk
-                    .fetch_add(u64::from(job.len), Ordering::Relaxed);
-                state.bulk.push_back(job);
-            }
+        if job.lane.is_urgent() {
+            enqueue(&mut state.demand, job);
+        } else {
+            self.queued_bulk
+                .fetch_add(u64::from(job.len), Ordering::Relaxed);
+            enqueue(&mut state.bulk, job);
         }
         self.pump(&mut state);
         Ok(())
@@ -132,7 +132,7 @@ impl Line {
                 job.lane = Lane::Demand;
                 self.queued_bulk
                     .fetch_sub(u64::from(job.len), Ordering::Relaxed);
-                state.demand.push_back(job);
+                enqueue(&mut state.demand, job);
             } else {
                 stay.push_back(job);
             }
@@ -171,7 +171,7 @@ impl Line {
                 ));
             }
             state.in_flight += 1;
-            if job.lane == Lane::Bulk {
+            if !job.lane.is_urgent() {
                 state.bulk_in_flight += 1;
             }
             state.waiting_since.get_or_insert_with(Instant::now);
@@ -211,7 +211,7 @@ impl Line {
         self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
         let mut state = self.state();
         state.in_flight -= 1;
-        if job.lane == Lane::Bulk {
+        if !job.lane.is_urgent() {
             state.bulk_in_flight -= 1;
         }
         if state.in_flight == 0 {
@@ -255,4 +255,10 @@ impl Line {
         }
         self.wire.hang_up();
     }
+}
+
+/// Puts a job behind those that are as urgent.
+fn enqueue(queue: &mut VecDeque<Job>, job: Job) {
+    let ahead = queue.iter().rposition(|other| other.lane <= job.lane);
+    queue.insert(ahead.map_or(0, |index| index + 1), job);
 }

@@ -18,7 +18,7 @@ use super::address::NbdSourceConfig;
 use super::herald::{News, WatcherSlot};
 use super::job::Job;
 use super::line::Line;
-use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
+use crate::source::{SourceError, SourceErrorKind, SourceInfo};
 
 /// Shared by the source, its keepers and their connections.
 pub(super) struct Shared {
@@ -200,7 +200,7 @@ impl Shared {
             let lines = state.lines.iter().flatten();
             lines.filter(|line| line.is_alive() && (line.speaks_frames() || !job.needs_frames()))
         };
-        let spared = usize::from(lane == Lane::Bulk && alive().nth(1).is_some());
+        let spared = usize::from(!lane.is_urgent() && alive().nth(1).is_some());
         alive()
             .skip(spared)
             .min_by_key(|line| line.load(lane))

@@ -67,6 +67,13 @@ pub enum Tell {
         /// The move.
         id: MoveId,
     },
+    /// The VM may change so much in a second from now on; 0 lifts the bound.
+    Slow {
+        /// The move.
+        id: MoveId,
+        /// Bytes per second.
+        bytes_per_s: u64,
+    },
     /// How much is read and written where?
     Heat {
         /// The move.
@@ -122,6 +129,7 @@ const ABORT: u8 = 4;
 const BASES: u8 = 5;
 const DONE: u8 = 6;
 const HEAT: u8 = 7;
+const SLOW: u8 = 8;
 const REFUSED: u8 = 0xff;
 
 const NO_BASE: MoveId = [0; 16];
@@ -164,6 +172,11 @@ impl Tell {
             Self::Bases { id } => begun(BASES, id),
             Self::Done { id } => begun(DONE, id),
             Self::Heat { id } => begun(HEAT, id),
+            Self::Slow { id, bytes_per_s } => {
+                let mut out = begun(SLOW, id);
+                out.extend_from_slice(&bytes_per_s.to_be_bytes());
+                out
+            }
         }
     }
 
@@ -196,6 +209,10 @@ impl Tell {
             BASES => Self::Bases { id },
             DONE => Self::Done { id },
             HEAT => Self::Heat { id },
+            SLOW => Self::Slow {
+                id,
+                bytes_per_s: input.u64()?,
+            },
             _ => return None,
         };
         input.is_empty().then_some(tell)
@@ -388,6 +405,7 @@ mod tests {
             id().prop_map(|id| Tell::Bases { id }),
             id().prop_map(|id| Tell::Done { id }),
             id().prop_map(|id| Tell::Heat { id }),
+            (id(), any::<u64>()).prop_map(|(id, bytes_per_s)| Tell::Slow { id, bytes_per_s }),
         ]
     }
 

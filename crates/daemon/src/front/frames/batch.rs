@@ -137,11 +137,12 @@ impl Batch {
         }
     }
 
-    /// Hands over what the socket takes without waiting.
+    /// Hands over what the socket takes without waiting. Tells whether it took anything.
     ///
     /// # Errors
     /// The client is gone.
-    pub fn send(&mut self, socket: &Socket) -> io::Result<()> {
+    pub fn send(&mut self, socket: &Socket) -> io::Result<bool> {
+        let mut taken = self.parts.is_empty();
         while !self.parts.is_empty() {
             let parts = self.parts.iter().take(MAX_SLICES).enumerate();
             let slices: Vec<IoSlice<'_>> = parts
@@ -152,14 +153,17 @@ impl Batch {
                 })
                 .collect();
             match socket.send_vectored_with_flags(&slices, NO_SIGNAL | DONT_WAIT) {
-                Ok(sent) => self.consume(sent),
+                Ok(sent) => {
+                    taken = true;
+                    self.consume(sent);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(taken),
                 Err(e) => return Err(e),
             }
         }
         self.used = 0;
-        Ok(())
+        Ok(taken)
     }
 
     fn consume(&mut self, mut sent: usize) {

@@ -5,6 +5,7 @@
 //! anything unsent left, so that the order is decided as late as it can be. What is not in memory
 //! is read elsewhere meanwhile, or fetched from the volume's own source, and the others go on.
 
+mod backlog;
 mod batch;
 mod post;
 
@@ -24,7 +25,7 @@ use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
 use hikkoshi_wan::transport::pack::Packer;
 use hikkoshi_wan::transport::session::Tell;
 use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::Socket;
 
 use super::outbox::errno_of;
@@ -32,6 +33,7 @@ use crate::volume::Volume;
 use crate::volume::departure::Bound;
 use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
+use backlog::Backlog;
 use batch::{Batch, Bytes, Place};
 use post::{Letter, Outcome, Post};
 
@@ -72,6 +74,9 @@ pub(super) struct FrameSession {
     /// Let go of as soon as the volume is local.
     relocation: Option<Arc<Relocation>>,
     socket: Socket,
+    over_tcp: bool,
+    /// The socket said that there is room, and took nothing.
+    refused: bool,
     decoder: Decoder,
     scheduler: Scheduler,
     batch: Batch,
@@ -93,7 +98,8 @@ pub(super) struct FrameSession {
 
 impl FrameSession {
     pub fn new(volume: Arc<Volume>, socket: Socket, early: &[u8]) -> io::Result<Self> {
-        if !socket.local_addr()?.is_unix() {
+        let over_tcp = !socket.local_addr()?.is_unix();
+        if over_tcp {
             socket.set_tcp_notsent_lowat(UNSENT_BYTES)?;
         }
         let mut decoder = Decoder::new(Side::Client);
@@ -103,6 +109,8 @@ impl FrameSession {
             scheduler: Scheduler::new(volume.geometry().size_bytes()),
             volume,
             socket,
+            over_tcp,
+            refused: false,
             decoder,
             batch: Batch::new(),
             post: Arc::new(Post::new()?),
@@ -144,7 +152,7 @@ impl FrameSession {
                 return Ok(());
             }
             self.take_requests()?;
-            if self.relocation.is_some() && self.volume.is_local() {
+            if self.relocation.is_some() && self.volume.is_plain() {
                 self.relocation = None;
             }
             if seen.room || !sending {
@@ -155,7 +163,7 @@ impl FrameSession {
                         return Ok(());
                     }
                 }
-                self.batch.send(&self.socket)?;
+                self.refused = !self.batch.send(&self.socket)?;
                 self.telling &= !self.batch.is_empty();
                 if sending {
                     self.packer.note(woken_at - asked_at, woken_at.elapsed());
@@ -172,13 +180,22 @@ impl FrameSession {
         if sending {
             wanted |= PollFlags::OUT;
         }
+        let backlog = if sending && self.over_tcp {
+            Backlog::of(&self.socket, self.refused)
+        } else {
+            Backlog::Short
+        };
+        let patience = backlog.patience().map(|wait| Timespec {
+            tv_sec: 0,
+            tv_nsec: wait.subsec_nanos().into(),
+        });
         let bell = self.post.bell();
         let mut fds = [
             PollFd::from_borrowed_fd(self.socket.as_fd(), wanted),
             PollFd::from_borrowed_fd(bell, PollFlags::IN),
         ];
         loop {
-            match poll(&mut fds, None) {
+            match poll(&mut fds, patience.as_ref()) {
                 Ok(_) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -189,9 +206,18 @@ impl FrameSession {
         Ok(Seen {
             // The end of the stream is found by receiving.
             input: socket.contains(PollFlags::IN) || over,
-            room: socket.contains(PollFlags::OUT),
+            room: socket.contains(PollFlags::OUT) || self.has_room(backlog),
             letters: !fds[1].revents().is_empty(),
         })
+    }
+
+    /// Whether there is room that `poll` does not tell of.
+    fn has_room(&self, before: Backlog) -> bool {
+        match before {
+            Backlog::Short => false,
+            Backlog::Room => true,
+            Backlog::Full => Backlog::of(&self.socket, false) == Backlog::Room,
+        }
     }
 
     // Requests

@@ -133,7 +133,7 @@ impl Volume {
                 self.name
             ))
         };
-        let relocation = self.relocation().ok_or_else(no_source)?;
+        let relocation = self.unfinished().ok_or_else(no_source)?;
         let volume = relocation.volume().ok_or_else(no_source)?;
         let mut state = lock(&self.verification.state);
         if state.status.state == VerifyState::Running || self.verification.is_stopped() {
@@ -191,7 +191,7 @@ impl Volume {
     /// Everything may be here already: then this was what the completion waited for.
     fn ask_for_completion(&self) {
         let complete = |r: &Arc<Relocation>| r.with_mover(|m| m.phase()) == Phase::Complete;
-        if self.relocation().as_ref().is_some_and(complete) {
+        if self.unfinished().as_ref().is_some_and(complete) {
             self.complete_soon();
         }
     }
@@ -232,7 +232,7 @@ impl Volume {
     /// How the last comparison stands.
     pub fn verify_status(&self) -> VerifyStatus {
         let complete = |r: &Arc<Relocation>| r.with_mover(|m| m.phase()) == Phase::Complete;
-        let all_here = self.relocation().as_ref().is_some_and(complete);
+        let all_here = self.unfinished().as_ref().is_some_and(complete);
         let state = lock(&self.verification.state);
         VerifyStatus {
             export: self.name.clone(),

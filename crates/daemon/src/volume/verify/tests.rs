@@ -83,6 +83,7 @@ fn world(required: bool) -> World {
         residency,
         witnesses: Witnesses::new(1),
         at_completion: Box::new(|| ()),
+        at_release: Box::new(|| ()),
     });
     let relocation = volume.relocation().unwrap();
     relocation.start();

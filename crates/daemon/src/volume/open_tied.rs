@@ -1,0 +1,314 @@
+//! Opening what is tied to other copies of the disk: a complete image whose changes are recorded, and
+//! an old copy that takes its disk back. Called by [`super::open`], with its manners: nothing is
+//! changed before all of it is known to fit.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use hikkoshi_crashpoint::crash_point;
+use hikkoshi_engine::blocks::BlockSet;
+use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
+use hikkoshi_engine::journal::VolumeId;
+use hikkoshi_engine::witness::Witnesses;
+use hikkoshi_store::live::{self, OpenedMap, Recovered};
+use hikkoshi_store::state::{Departure, Identity, Life, StateDir, StateError, Ties};
+use hikkoshi_store::{FileStore, Store};
+use hikkoshi_wan::transport::session::Stance;
+use hikkoshi_wan::{Source, Ticket};
+
+use super::open::{
+    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, refuse,
+    seed, set_tag,
+};
+use super::wayback::{self, NoSource};
+use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
+use crate::events::EventKind;
+
+/// A complete image whose changes are recorded for the way back.
+pub(super) fn open_recorded(
+    config: &ExportConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<Running, OpenError> {
+    let (opened, why) = open_its_map(config, state, state_path)?;
+    match opened {
+        Ok((map, store)) => {
+            set_tag(&store, &[])?;
+            let identity = map.state.identity();
+            let (uri, size_bytes) = (identity.source_uri.clone(), identity.geometry.size_bytes());
+            let wanted = config.source.clone().unwrap_or(SourceConfig::new(uri));
+            let source = Arc::new(NoSource { size_bytes });
+            let kept = (map, Witnesses::new(seed()?));
+            move_in(config, &wanted, store, source, kept, None)
+        }
+        Err(mut state) => {
+            state.end_way_back()?;
+            let running = open_plain(config, Some(state), true)?;
+            tell_doubt(&running, why);
+            Ok(running)
+        }
+    }
+}
+
+/// The map and the image, or the state alone with the reason why the map is not to be used.
+type ItsMap = Result<(OpenedMap, FileStore), StateDir>;
+
+fn open_its_map(
+    config: &ExportConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<(ItsMap, Option<&'static str>), OpenError> {
+    const DAMAGED: &str = "what was recorded of changes is damaged";
+    let identity = state.identity().clone();
+    let store = open_existing(config)?;
+    let size = identity.geometry.size_bytes();
+    let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
+    if !fits || inode_of(&store)? != identity.image_inode {
+        return Ok((Err(state), Some("the image is another one")));
+    }
+    if !state.has_map() {
+        return Ok((Err(state), Some(DAMAGED)));
+    }
+    let mut sync = || store.sync();
+    let map = live::open_map(state, state_path, &live::default_dir(), &mut sync);
+    let mut map = match map {
+        Ok(map) if map.residency.missing_blocks() == 0 => map,
+        Ok(map) => {
+            map.live.remove();
+            return Ok((Err(map.state), Some(DAMAGED)));
+        }
+        Err(StateError::Journal { .. } | StateError::Missing { .. }) => {
+            return Ok((Err(StateDir::open(state_path)?), Some(DAMAGED)));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match wayback::doubt(&map.state, modified(&store)?, survived(&map)) {
+        Some(why) => {
+            map.live.remove();
+            Ok((Err(map.state), Some(why)))
+        }
+        None => {
+            // Also durable from here on, if it was recorded by a process that was killed then.
+            map.state
+                .change(|identity| identity.ties.closed_at = None)?;
+            Ok((Ok((map, store)), None))
+        }
+    }
+}
+
+fn modified(store: &FileStore) -> Result<Option<i64>, OpenError> {
+    store.modified().map_err(|source| OpenError::Image {
+        what: "looking at",
+        source,
+    })
+}
+
+fn survived(map: &OpenedMap) -> bool {
+    map.recovered == Recovered::AfterKill
+}
+
+/// For a move that goes on: whether what was recorded for the way back still holds. Gives the reason
+/// why it was ended.
+pub(super) fn settle_way_back(
+    map: &mut OpenedMap,
+    store: &FileStore,
+    wanted: &SourceConfig,
+) -> Result<Option<&'static str>, OpenError> {
+    let doubt = wayback::doubt(&map.state, modified(store)?, survived(map));
+    let ties = &map.state.identity().ties;
+    let before = map.state.identity().life == Life::Standby;
+    if doubt.is_some() {
+        map.state.end_way_back()?;
+    } else if ties.closed_at.is_some() || (wanted.way_back && before && !ties.way_back) {
+        map.state.change(|identity| {
+            identity.ties.closed_at = None;
+            // Later something may have been written that was not recorded.
+            identity.ties.way_back |= wanted.way_back && before;
+        })?;
+    }
+    Ok(doubt)
+}
+
+pub(super) fn tell_doubt(running: &Running, doubt: Option<&str>) {
+    if let Some(why) = doubt {
+        running.volume().event(
+            EventKind::WayBack,
+            format!("the way back is closed: {why}; a move back copies everything"),
+        );
+    }
+}
+
+// The return
+
+/// An old copy whose disk comes back. Before the state is replaced, as the last step, it is the old
+/// copy whatever happens.
+pub(super) fn open_return(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<Running, OpenError> {
+    let identity = state.identity().clone();
+    let Some(departure) = identity.ties.departed else {
+        return refuse("the disk has not moved on from here, so that it could come back");
+    };
+    let asked = u64::from(config.block_bytes);
+    if asked != u64::from(DEFAULT_BLOCK_BYTES) && asked != identity.geometry.block_bytes() {
+        return refuse(format!(
+            "the old copy is kept with blocks of {} bytes; leave --block-size away",
+            identity.geometry.block_bytes()
+        ));
+    }
+    let store = fitting(config, open_existing(config)?, identity.geometry)?;
+    let mut base = match old_copy(&state, &store, departure)? {
+        Ok(overwritten) => Some((departure.to, overwritten)),
+        Err(_) if wanted.overwrite => None,
+        Err(why) => return refuse_difference(config, why),
+    };
+    let volume_id = live::random()?;
+    let dial = |base: Option<VolumeId>| {
+        let ticket = Ticket::new(volume_id, base, Stance::Standby, false);
+        let source = connect(wanted, config, &ticket);
+        let source = source.map_err(|source| OpenError::Source {
+            uri: wanted.uri.clone(),
+            source,
+        })?;
+        Ok::<_, OpenError>((source, ticket))
+    };
+    let (mut source, mut ticket) = dial(base.as_ref().map(|(id, _)| *id))?;
+    if base.is_some() && !ticket.attached().is_some_and(|a| a.knows_base) {
+        source.close();
+        if !wanted.overwrite {
+            return refuse_difference(
+                config,
+                "the source does not know what has changed since it took the disk over (only a \
+                 hikkoshi that was started with --way-back does, until a doubt or `release` ends it)",
+            );
+        }
+        base = None;
+        (source, ticket) = dial(None)?;
+    }
+    let fenced_source = ticket.attached().is_some();
+    if fenced_source {
+        ticket.require();
+    } else {
+        ticket.fall_silent();
+    }
+    check_size(wanted, &*source, &identity)?;
+    let now = wanted.handoff == HandoffPolicy::Now;
+    let returning = Identity {
+        volume_id,
+        life: if now && !fenced_source {
+            Life::Arriving
+        } else {
+            Life::Standby
+        },
+        source_uri: wanted.uri.clone(),
+        incarnation: live::random()?,
+        image_inode: inode_of(&store)?,
+        ties: Ties {
+            base: base.as_ref().map(|(id, _)| *id),
+            fenced_source,
+            way_back: wanted.way_back,
+            ..Ties::default()
+        },
+        ..identity
+    };
+    if let Some((id, overwritten)) = &base {
+        state.keep_overwritten(*id, overwritten)?;
+    }
+    let map = live::return_map(state, state_path, &live::default_dir(), returning)?;
+    set_tag(&store, &volume_id)?;
+    crash_point!("new.tagged");
+    let kept = (map, Witnesses::new(seed()?));
+    let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
+    if now {
+        running.volume().hand_off().map_err(OpenError::Handoff)?;
+    }
+    Ok(running)
+}
+
+fn refuse_difference<T>(
+    config: &ExportConfig,
+    why: impl std::fmt::Display,
+) -> Result<T, OpenError> {
+    refuse(format!(
+        "the disk cannot come back into {} by its difference alone: {why}; with --overwrite all of it \
+         is copied over what is there",
+        config.image.display()
+    ))
+}
+
+fn check_size(
+    wanted: &SourceConfig,
+    source: &dyn Source,
+    identity: &Identity,
+) -> Result<(), OpenError> {
+    let (there, here) = (source.info().size_bytes, identity.geometry.size_bytes());
+    if there != here {
+        source.close();
+        return refuse(format!(
+            "the disk at {} has {there} bytes, and the old copy {here}: it is another disk, or was \
+             resized; to copy it, remove the old copy and its state",
+            wanted.uri
+        ));
+    }
+    Ok(())
+}
+
+/// What was overwritten of the old copy by returns that were given up, or why it is none any more.
+fn old_copy(
+    state: &StateDir,
+    store: &FileStore,
+    departure: Departure,
+) -> Result<Result<BlockSet, String>, OpenError> {
+    let modified = modified(store)?;
+    if departure.image_mtime.is_none() || modified.is_none() {
+        return Ok(Err(
+            "when it was written last is not known (that cannot be told of a device), so that \
+             something else may have changed it"
+                .to_owned(),
+        ));
+    }
+    let same_file = inode_of(store)? == state.identity().image_inode;
+    if departure.image_mtime != modified || !same_file {
+        return Ok(Err("it was changed by something else".to_owned()));
+    }
+    Ok(match state.overwritten(departure.to) {
+        Ok(Some(set)) => Ok(set),
+        Ok(None) if departure.intact => Ok(BlockSet::new()),
+        Ok(None) => Err("what a return that was given up has overwritten is not known".to_owned()),
+        Err(error @ StateError::Journal { .. }) => Err(error.to_string()),
+        Err(error) => return Err(error.into()),
+    })
+}
+
+/// For a return that goes on before its handoff: the old copy that is here. Where it is in doubt there
+/// is none, durably, and everything is copied.
+pub(super) fn settle_base(
+    state: &mut StateDir,
+    store: &FileStore,
+) -> Result<Option<VolumeId>, OpenError> {
+    let ties = &state.identity().ties;
+    let Some(base) = ties.base else {
+        return Ok(None);
+    };
+    let known = matches!(state.overwritten(base), Ok(Some(_)));
+    let modified = modified(store)?;
+    if known && ties.closed_at.is_none_or(|time| modified == Some(time)) {
+        return Ok(Some(base));
+    }
+    tracing::warn!(
+        "the old copy was changed by something else, or it is not known what was overwritten of it: \
+         all of the disk is copied"
+    );
+    state.change(|identity| identity.ties.base = None)?;
+    Ok(None)
+}
+
+/// What was overwritten of the old copy so far.
+pub(super) fn overwritten_of(state: &StateDir) -> BlockSet {
+    let base = state.identity().ties.base;
+    let set = base.and_then(|base| state.overwritten(base).ok()?);
+    set.unwrap_or_default()
+}

@@ -1,0 +1,246 @@
+//! A link that the movers of several disks share.
+//!
+//! Owns one pacer for all of them, and how much of its window each may fill. Every disk that has more
+//! to fetch than its share gets an equal one; what a disk needs less of, because it is capped, paused or
+//! nearly here, is the others'. Shares are made anew at the end of each of the pacer's rounds, from what
+//! was in flight in it, and when a disk comes or goes. A disk that begins is held back by the little that
+//! it was left, and has its full share a round later.
+//!
+//! Demand counts and never waits: what a guest of one disk asks for takes the place of the background
+//! copy of all.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::pacer::Pacer;
+
+/// Fractions of the window are counted in these.
+const WHOLE: u64 = 1 << 16;
+
+/// A link, for [`Mover::share`](super::Mover::share).
+#[derive(Debug, Default)]
+pub struct Path {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    pacer: Pacer,
+    seats: BTreeMap<u64, Use>,
+    next_seat: u64,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            pacer: Pacer::new(),
+            seats: BTreeMap::new(),
+            next_seat: 0,
+        }
+    }
+}
+
+/// How one disk uses the link.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    in_flight: u64,
+    /// The most in flight in this round.
+    peak: u64,
+    /// It had more to fetch than it might, in this round.
+    held_back: bool,
+    /// What it may fill, in parts of [`WHOLE`].
+    share: u64,
+}
+
+/// One disk's place at a link. Given back when dropped.
+#[derive(Debug)]
+pub(super) struct Seat {
+    path: Arc<Path>,
+    number: u64,
+}
+
+impl Path {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for one more disk, which has so many bytes in flight.
+    pub(super) fn seat(self: &Arc<Self>, in_flight: u64) -> Seat {
+        let mut state = self.state();
+        let number = state.next_seat;
+        state.next_seat += 1;
+        let seat = Use {
+            in_flight,
+            peak: in_flight,
+            held_back: true,
+            share: 0,
+        };
+        state.seats.insert(number, seat);
+        state.pacer.sent(in_flight);
+        state.divide();
+        drop(state);
+        Seat {
+            path: Arc::clone(self),
+            number,
+        }
+    }
+}
+
+impl State {
+    /// Makes the shares anew, and begins to look at what is needed.
+    fn divide(&mut self) {
+        let window = self.pacer.window_bytes().max(1);
+        let chunk = self.pacer.chunk_bytes();
+        let part = |bytes: u64| {
+            let part = u128::from(bytes) * u128::from(WHOLE) / u128::from(window);
+            u64::try_from(part).unwrap_or(WHOLE).clamp(1, WHOLE)
+        };
+        // From the least need to the greatest: what one leaves is the others'.
+        let mut needs: Vec<(u64, u64)> = self
+            .seats
+            .iter()
+            .map(|(number, seat)| {
+                let need = if seat.held_back {
+                    WHOLE
+                } else {
+                    part(seat.peak + chunk)
+                };
+                (need, *number)
+            })
+            .collect();
+        needs.sort_unstable();
+        let mut left = WHOLE;
+        let mut seats = u64::try_from(needs.len()).unwrap_or(1);
+        for (index, (need, number)) in needs.iter().enumerate() {
+            let equal = left / seats.max(1);
+            // What nobody needs is the last one's.
+            let share = if index + 1 == needs.len() {
+                left
+            } else {
+                equal.min(*need)
+            };
+            left -= share;
+            seats -= 1;
+            if let Some(seat) = self.seats.get_mut(number) {
+                seat.share = share;
+                seat.peak = seat.in_flight;
+                seat.held_back = false;
+            }
+        }
+    }
+}
+
+impl Seat {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.path.state()
+    }
+
+    fn with<R>(&self, change: impl FnOnce(&mut Use) -> R) -> Option<R> {
+        self.state().seats.get_mut(&self.number).map(change)
+    }
+
+    /// Bytes of this disk in flight.
+    pub fn in_flight(&self) -> u64 {
+        self.with(|seat| seat.in_flight).unwrap_or(0)
+    }
+
+    /// Forgets the path, unless others are using it.
+    pub fn restart(&self, now: Duration) {
+        let mut state = self.state();
+        let alone = state
+            .seats
+            .iter()
+            .all(|(number, seat)| *number == self.number || seat.in_flight == 0);
+        if alone {
+            state.pacer.restart(now);
+            state.divide();
+        }
+    }
+
+    /// See [`Pacer::chunk_bytes`].
+    pub fn chunk_bytes(&self) -> u64 {
+        self.state().pacer.chunk_bytes()
+    }
+
+    /// How much of what fills the path is this disk's.
+    pub fn window_bytes(&self) -> u64 {
+        let state = self.state();
+        let share = state.seats.get(&self.number).map_or(0, |seat| seat.share);
+        part_of(state.pacer.window_bytes(), share)
+    }
+
+    /// See [`Pacer::base`].
+    pub fn base(&self) -> Duration {
+        self.state().pacer.base()
+    }
+
+    /// Whether what nobody waits for may go now.
+    pub fn may_send(&self) -> bool {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        let count = u64::try_from(state.seats.len()).unwrap_or(1);
+        let window = state.pacer.open_bytes();
+        let Some(seat) = state.seats.get_mut(&self.number) else {
+            return false;
+        };
+        // Each may be a chunk above its share; else whoever is would keep the others below theirs.
+        let slack = if count > 1 {
+            count * state.pacer.chunk_bytes()
+        } else {
+            0
+        };
+        let room = seat.in_flight < part_of(window, seat.share)
+            && state.pacer.in_flight_bytes() < window + slack;
+        if !room {
+            seat.held_back = true;
+            state.pacer.hold_back();
+        }
+        room
+    }
+
+    /// A fetch is under way.
+    pub fn sent(&self, bytes: u64) {
+        let mut state = self.state();
+        state.pacer.sent(bytes);
+        if let Some(seat) = state.seats.get_mut(&self.number) {
+            seat.in_flight += bytes;
+            seat.peak = seat.peak.max(seat.in_flight);
+        }
+    }
+
+    /// It came to nothing.
+    pub fn lost(&self, bytes: u64) {
+        let mut state = self.state();
+        state.pacer.lost(bytes);
+        if let Some(seat) = state.seats.get_mut(&self.number) {
+            seat.in_flight = seat.in_flight.saturating_sub(bytes);
+        }
+    }
+
+    /// It came back after `rtt`.
+    pub fn landed(&self, now: Duration, rtt: Duration, bytes: u64) {
+        let mut state = self.state();
+        if let Some(seat) = state.seats.get_mut(&self.number) {
+            seat.in_flight = seat.in_flight.saturating_sub(bytes);
+        }
+        if state.pacer.landed(now, rtt, bytes) {
+            state.divide();
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut state = self.state();
+        if let Some(seat) = state.seats.remove(&self.number) {
+            state.pacer.lost(seat.in_flight);
+            state.divide();
+        }
+    }
+}
+
+fn part_of(bytes: u64, share: u64) -> u64 {
+    let part = u128::from(bytes) * u128::from(share) / u128::from(WHOLE);
+    u64::try_from(part).unwrap_or(u64::MAX)
+}

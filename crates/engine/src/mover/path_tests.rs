@@ -1,0 +1,210 @@
+//! Several disks over one link, driven by a model of it: who gets how much.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::tests::{MS, disk, policy};
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+struct Disk {
+    mover: Mover<u32>,
+    residency: Residency,
+    landed_bytes: u64,
+    /// When its readers were woken, and who.
+    woken: Vec<(Duration, u32)>,
+}
+
+/// A link that carries one fetch after the other, whoever asked, 50 ms there and back.
+struct Link {
+    rate: u64,
+    now: Duration,
+    free_at: Duration,
+    ticked: Duration,
+    geometry: Geometry,
+    disks: Vec<Disk>,
+    /// By when it lands, and a number that tells equal times apart.
+    under_way: BTreeMap<(Duration, u64), (usize, FlightId, BlockRange)>,
+    number: u64,
+}
+
+const RTT: Duration = Duration::from_millis(50);
+
+impl Link {
+    /// With as many disks, none of which has a source yet.
+    fn new(mbit: u64, policies: &[Policy]) -> Self {
+        let path = Arc::new(Path::default());
+        let (geometry, _) = disk(1024);
+        let disks = policies.iter().map(|policy| {
+            let (_, residency) = disk(1024);
+            let mut mover = Mover::new(geometry, Phase::Arriving, *policy);
+            mover.share(&path);
+            Disk {
+                mover,
+                residency,
+                landed_bytes: 0,
+                woken: Vec::new(),
+            }
+        });
+        Self {
+            rate: mbit * 125_000,
+            now: MS,
+            free_at: Duration::ZERO,
+            ticked: MS,
+            geometry,
+            disks: disks.collect(),
+            under_way: BTreeMap::new(),
+            number: 0,
+        }
+    }
+
+    fn tell(
+        &mut self,
+        index: usize,
+        event: impl FnOnce(&mut Mover<u32>, Duration, &Residency, &mut Vec<Action<u32>>),
+    ) {
+        let mut out = Vec::new();
+        let disk = &mut self.disks[index];
+        event(&mut disk.mover, self.now, &disk.residency, &mut out);
+        for action in out {
+            match action {
+                Action::Fetch { flight, range, .. } => {
+                    let bytes = self.geometry.bytes(range).len();
+                    let time = Duration::from_nanos(bytes * 1_000_000_000 / self.rate);
+                    self.free_at = self.free_at.max(self.now + RTT / 2) + time;
+                    let lands = (self.free_at + RTT / 2, self.number);
+                    self.under_way.insert(lands, (index, flight, range));
+                    self.number += 1;
+                }
+                Action::Wake(who) => disk.woken.push((self.now, who)),
+                Action::Promote { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn begin(&mut self, index: usize) {
+        self.tell(index, |m, now, r, out| m.source_up(now, r, out));
+    }
+
+    /// Lets time pass, and tells how much of each disk landed in it, as a share of what could.
+    fn run(&mut self, time: Duration) -> Vec<f64> {
+        let until = self.now + time;
+        let before: Vec<u64> = self.disks.iter().map(|d| d.landed_bytes).collect();
+        loop {
+            let tick = self.ticked + Mover::<u32>::TICK;
+            let lands = self.under_way.keys().next().copied();
+            let next = lands.map_or(tick, |(at, _)| at.min(tick));
+            if next > until {
+                self.now = until;
+                break;
+            }
+            self.now = next;
+            match lands.filter(|(at, _)| *at <= tick) {
+                Some(key) => {
+                    let (index, flight, range) = self.under_way.remove(&key).unwrap();
+                    let disk = &mut self.disks[index];
+                    disk.landed_bytes += self.geometry.bytes(range).len();
+                    disk.residency.mark_clean(range);
+                    self.tell(index, |m, now, r, out| m.landed(now, flight, r, out));
+                }
+                None => {
+                    self.ticked = tick;
+                    for index in 0..self.disks.len() {
+                        self.tell(index, |m, now, r, out| m.tick(now, r, out));
+                    }
+                }
+            }
+        }
+        let could = self.rate as f64 * time.as_secs_f64();
+        let landed = self.disks.iter().zip(before);
+        landed
+            .map(|(disk, before)| (disk.landed_bytes - before) as f64 / could)
+            .collect()
+    }
+}
+
+fn is_near(share: f64, wanted: f64) -> bool {
+    (share - wanted).abs() < 0.05
+}
+
+/// The second of two disks begins when the first has the link to itself. Six round trips later both
+/// have the same, and together all of it; when one pauses, the other has all of it, and when it goes
+/// on, they have the same again.
+#[test]
+fn two_disks_come_to_equal_shares() {
+    let mut link = Link::new(400, &[policy(), policy()]);
+    link.begin(0);
+    link.run(3 * SECOND);
+    let alone = link.run(SECOND);
+    assert!(alone[0] > 0.92, "{alone:?}");
+    let settle = RTT * 6;
+    link.begin(1);
+    link.run(settle);
+    let both = link.run(2 * SECOND);
+    assert!(both.iter().all(|share| is_near(*share, 0.48)), "{both:?}");
+    link.disks[0].mover.pause();
+    link.run(settle);
+    let one = link.run(2 * SECOND);
+    assert!(one[0] == 0.0 && one[1] > 0.92, "{one:?}");
+    link.tell(0, |m, now, r, out| m.resume(now, r, out));
+    link.run(settle);
+    let both = link.run(2 * SECOND);
+    assert!(both.iter().all(|share| is_near(*share, 0.48)), "{both:?}");
+}
+
+#[test]
+fn what_a_capped_disk_leaves_is_the_others() {
+    let capped = Policy {
+        max_rate: Some(5_000_000),
+        ..policy()
+    };
+    let mut link = Link::new(400, &[policy(), capped, policy()]);
+    (0..3).for_each(|index| link.begin(index));
+    link.run(4 * SECOND);
+    let shares = link.run(4 * SECOND);
+    assert!(is_near(shares[1], 0.1), "{shares:?}");
+    assert!(
+        is_near(shares[0], 0.43) && is_near(shares[2], 0.43),
+        "{shares:?}"
+    );
+    assert!(shares.iter().sum::<f64>() > 0.92, "{shares:?}");
+}
+
+/// A disk that is gone leaves nothing behind, whatever it had in flight.
+#[test]
+fn a_disk_that_goes_gives_its_share_back() {
+    let mut link = Link::new(400, &[policy(), policy()]);
+    (0..2).for_each(|index| link.begin(index));
+    link.run(3 * SECOND);
+    link.under_way.retain(|_, (index, ..)| *index == 0);
+    let path = Arc::new(Path::default());
+    link.disks[1].mover.share(&path);
+    link.disks[1].mover.source_down(link.now);
+    link.run(RTT * 6);
+    let shares = link.run(2 * SECOND);
+    assert!(shares[0] > 0.92, "{shares:?}");
+}
+
+/// What the guest of one disk reads goes past the background copies of both.
+#[test]
+fn demand_of_one_is_not_behind_the_copy_of_another() {
+    let mut link = Link::new(400, &[policy(), policy()]);
+    (0..2).for_each(|index| link.begin(index));
+    link.run(3 * SECOND);
+    let mut worst = Duration::ZERO;
+    for n in 0..40_u64 {
+        let block = link.geometry.blocks() - 1 - n * 64;
+        let asked = link.now;
+        let range = BlockRange::new(block, block + 1);
+        link.tell(0, |m, now, r, out| m.read(now, 1, range, r, out));
+        link.run(100 * MS);
+        let (at, _) = *link.disks[0].woken.last().unwrap();
+        assert!(at > asked, "the read was not answered");
+        worst = worst.max(at - asked);
+    }
+    assert!(worst < RTT * 3 / 2 + 10 * MS, "{worst:?}");
+}
