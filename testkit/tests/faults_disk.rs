@@ -210,6 +210,8 @@ fn a_sync_fails_once() {
     assert_eq!(here.exit_status(Duration::from_secs(60)).unwrap(), 1);
 
     let here = Daemon::start(dir.path(), "new", &image, &["--from", &uri]).unwrap();
+    // What the page cache holds is not believed before it was written once more.
+    here.wait_event("rewritten").unwrap();
     let mut client = here.client().unwrap();
     assert!(
         client.read(0, 8192).unwrap() == content(NEW, 0, 8192),
@@ -237,4 +239,13 @@ fn a_sync_of_a_plain_image_fails_once() {
     failing.end().unwrap();
     assert_eq!(client.try_flush().unwrap(), Answer::EIO);
     assert_eq!(here.event_kinds().unwrap(), ["opened", "poisoned"]);
+    here.signal(rustix::process::Signal::KILL).unwrap();
+    drop(here);
+    // Once, and not again.
+    let here = Daemon::start(dir.path(), "plain", &image, &[]).unwrap();
+    here.wait_event("rewritten").unwrap();
+    here.stop().unwrap();
+    let here = Daemon::start(dir.path(), "plain", &image, &[]).unwrap();
+    assert_eq!(here.event_kinds().unwrap(), ["opened"]);
+    here.stop().unwrap();
 }

@@ -217,6 +217,7 @@ fn cases_of(options: &Options) -> Vec<(LinkCase, Vec<Section>)> {
                     Section::Sequential,
                     Section::Writes,
                     Section::Trace,
+                    Section::Seed,
                 ]
                 .into_iter()
                 .filter(wanted)

@@ -90,6 +90,17 @@ impl Mover {
         )
     }
 
+    /// Ours, with a previous copy of the disk at the new site.
+    pub fn ours_with_seed(previous: &Path) -> Self {
+        let option = format!("--seed-image={}", previous.display());
+        Self::hikkoshi(
+            "hikkoshi, previous copy",
+            SourceKind::Hikkoshi,
+            false,
+            &[&option],
+        )
+    }
+
     /// One from the command line: `NAME=OPTIONS`. [`HEAT_FILE`] in them becomes a file's name.
     pub fn parse_variant(text: &str) -> Result<Self, String> {
         let (name, options) = text

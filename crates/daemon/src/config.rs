@@ -98,6 +98,10 @@ pub struct SourceConfig {
     pub verify: bool,
     /// What is copied before the handoff.
     pub prepare: Prepare,
+    /// Images at this site that may hold blocks of the disk.
+    pub seed_images: Vec<PathBuf>,
+    /// Bytes are to be saved even where fetching them is faster than finding them.
+    pub seed_always: bool,
     /// What is written here is recorded after completion as well.
     pub way_back: bool,
     /// The image is the old copy of this disk, which comes back.
@@ -119,6 +123,8 @@ impl SourceConfig {
             heat: None,
             verify: false,
             prepare: Prepare::Ahead,
+            seed_images: Vec::new(),
+            seed_always: false,
             way_back: false,
             comes_back: false,
         }
@@ -163,6 +169,9 @@ pub struct DaemonConfig {
     /// Most client connections at once.
     pub max_clients: usize,
 }
+
+/// Most seed images of an export.
+pub const MAX_SEED_IMAGES: usize = 8;
 
 /// Connections to a source when nothing else is asked for: one for demand, three for bulk.
 pub const DEFAULT_CONNECTIONS: usize = 4;

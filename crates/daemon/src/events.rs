@@ -43,6 +43,8 @@ pub enum EventKind {
     DiskError,
     /// A sync failed: nothing more is written until a restart.
     Poisoned,
+    /// A sync had failed before this start, so all of the image was written once more.
+    Rewritten,
     /// Something of the state could not be kept; nothing is lost by it.
     StateTrouble,
     /// A new site prepares to take the disk over.
@@ -57,6 +59,8 @@ pub enum EventKind {
     Slowed,
     /// All that can be copied before the handoff is here.
     Prepared,
+    /// Looking for blocks in seed images has begun, rests, goes on or has ended.
+    Seeding,
     /// What differs from older copies is not recorded any more.
     WayBack,
 }
@@ -77,6 +81,7 @@ impl EventKind {
             Self::DiskSpace => "disk-space",
             Self::DiskError => "disk-error",
             Self::Poisoned => "poisoned",
+            Self::Rewritten => "rewritten",
             Self::StateTrouble => "state-trouble",
             Self::Departing => "departing",
             Self::Departed => "departed",
@@ -84,6 +89,7 @@ impl EventKind {
             Self::FenceLifted => "fence-lifted",
             Self::Slowed => "slowed",
             Self::Prepared => "prepared",
+            Self::Seeding => "seeding",
             Self::WayBack => "way-back",
         }
     }
@@ -130,6 +136,7 @@ impl EventLog {
             | EventKind::SourceError
             | EventKind::ReadsFailed
             | EventKind::DiskError
+            | EventKind::Rewritten
             | EventKind::StateTrouble
             | EventKind::Slowed
             | EventKind::FenceLifted
@@ -142,7 +149,8 @@ impl EventLog {
             | EventKind::Departing
             | EventKind::Departed
             | EventKind::MoveGivenUp
-            | EventKind::Prepared => tracing::info!(export, event = name, "{text}"),
+            | EventKind::Prepared
+            | EventKind::Seeding => tracing::info!(export, event = name, "{text}"),
         }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let ms = since_1970.map_or(0, |time| time.as_millis());

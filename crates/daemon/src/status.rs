@@ -61,6 +61,10 @@ pub struct ExportStatus {
     pub absent_bytes: u64,
     /// Bytes that crossed the link, requests included, since the daemon started.
     pub wire_bytes: u64,
+    /// Bytes that were found in a seed image, and so did not cross the link, since the daemon
+    /// started.
+    #[serde(default)]
+    pub seeded_bytes: u64,
     /// Whether the source is reachable; `null` when there is none.
     pub source_connected: Option<bool>,
     /// For how many seconds the source has been away; `null` while it is there, or with none.

@@ -14,5 +14,6 @@ pub mod precopy;
 pub mod range_lock;
 pub mod readahead;
 pub mod residency;
+pub mod seeding;
 pub mod sync;
 pub mod witness;

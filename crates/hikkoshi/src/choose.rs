@@ -141,6 +141,7 @@ pub(crate) mod tests {
             prepared: None,
             way_back: Default::default(),
             ahead_bytes: 0,
+            seeded_bytes: 0,
             repeated_bytes: 0,
             background: BackgroundState::Running,
             rate_bytes_per_s: 41_000_000,

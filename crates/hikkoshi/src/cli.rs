@@ -245,7 +245,7 @@ pub struct Serve {
         "image", "export", "from", "state", "no_background", "on_source_loss", "handoff",
         "block_size", "max_rate", "connections", "read_only", "overwrite", "source_moved",
         "engine", "size", "heat", "verify", "transport", "prepare", "way_back", "comes_back",
-        "compress",
+        "compress", "seed_images", "seed_always",
     ])]
     pub config: Option<PathBuf>,
     /// The export's name [default: the empty name, NBD's default export]
@@ -296,6 +296,13 @@ pub struct Serve {
     /// When everything is here, compare it with the source before that is let go
     #[arg(long, requires = "from")]
     pub verify: bool,
+    /// An image at this site that may hold blocks of the disk (an old copy, a template): what it
+    /// has does not cross the link. Up to 8; IMAGE itself with --overwrite
+    #[arg(long = "seed-image", value_name = "PATH", requires = "from")]
+    pub seed_images: Vec<PathBuf>,
+    /// Look in the seed images even where the link is so fast that it costs time
+    #[arg(long, requires = "seed_images")]
+    pub seed_always: bool,
     /// Record what changes here, also when all has arrived, so that the disk can move back by
     /// copying only that
     #[arg(long, requires = "from")]
@@ -539,7 +546,7 @@ mod tests {
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
              --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
-             --transport nbd --way-back --return -v",
+             --transport nbd --way-back --return --seed-image a --seed-image b --seed-always -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -555,6 +562,8 @@ mod tests {
         assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);
         assert!(serve.verify && serve.transport == TransportName::Nbd);
+        assert_eq!(serve.seed_images, [PathBuf::from("a"), "b".into()]);
+        assert!(serve.seed_always);
         assert!(serve.way_back && serve.comes_back);
     }
 
@@ -568,6 +577,8 @@ mod tests {
             "disk.img --max-rate 1MB/s",
             "disk.img --heat f",
             "disk.img --verify",
+            "disk.img --seed-image old.img",
+            "disk.img --from nbd://old/ --seed-always",
             "disk.img --way-back",
             "disk.img --return",
             "disk.img --transport frames",

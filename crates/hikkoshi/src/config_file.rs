@@ -59,6 +59,8 @@ struct Export {
     heat: Option<PathBuf>,
     verify: Option<bool>,
     prepare: Option<String>,
+    seed_images: Option<Vec<PathBuf>>,
+    seed_always: Option<bool>,
     way_back: Option<bool>,
     #[serde(rename = "return")]
     comes_back: Option<bool>,
@@ -169,6 +171,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
             ("heat", export.heat.is_some()),
             ("verify", export.verify.is_some()),
             ("prepare", export.prepare.is_some()),
+            ("seed-images", export.seed_images.is_some()),
+            ("seed-always", export.seed_always.is_some()),
             ("way-back", export.way_back.is_some()),
             ("return", export.comes_back.is_some()),
         ];
@@ -202,6 +206,8 @@ fn source(export: &Export) -> Result<Option<SourceConfig>, String> {
         heat: export.heat.clone(),
         verify: export.verify.unwrap_or(false),
         prepare: prepare.unwrap_or_default().into(),
+        seed_images: export.seed_images.clone().unwrap_or_default(),
+        seed_always: export.seed_always.unwrap_or(false),
         way_back: export.way_back.unwrap_or(false),
         comes_back: export.comes_back.unwrap_or(false),
     }))

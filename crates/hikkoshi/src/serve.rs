@@ -111,6 +111,8 @@ fn one_export(args: Serve) -> Result<(ExportConfig, Option<NewImage>), Failure> 
         heat: args.heat,
         verify: args.verify,
         prepare: args.prepare.into(),
+        seed_images: args.seed_images,
+        seed_always: args.seed_always,
         way_back: args.way_back,
         comes_back: args.comes_back,
     });

@@ -97,7 +97,8 @@ fn reached(goal: Goal, now: &ExportStatus) -> bool {
 fn obstacle(goal: Goal, now: &ExportStatus) -> Option<&'static str> {
     match (now.state, now.background) {
         (LifeState::Standby, _) if goal == Goal::Prepared => now.prepared.is_none().then_some(
-            "nothing is copied before the handoff: the source is not hikkoshi, or --prepare none",
+            "nothing is copied before the handoff: the source is not hikkoshi, or --prepare none, or \
+             --seed-image",
         ),
         (LifeState::GivenUp, _) => Some("the move here was given up; it will not come further"),
         (LifeState::Standby, _) if goal != Goal::Arriving => {

@@ -13,9 +13,11 @@ use rustix::io::Errno;
 
 use crate::extent_cache::ExtentCache;
 use crate::image::{Image, Medium};
+use crate::live;
 use crate::open::{self, EngineChoice, OpenOptions, Opened, StoreError};
 use crate::pool::Pool;
 use crate::range::{self, len_u64};
+use crate::suspect::{self, MarkFile};
 use crate::sync_gate::SyncGate;
 use crate::uring::Ring;
 use crate::zero::Zeroer;
@@ -29,6 +31,8 @@ pub struct FileStore {
     created: bool,
     zeroer: Zeroer,
     gate: SyncGate,
+    /// Left by a failed sync, for the process after this one.
+    mark: MarkFile,
     extents: ExtentCache,
 }
 
@@ -66,12 +70,18 @@ impl FileStore {
             1
         };
         let extents = ExtentCache::new(image.size);
+        let identity = image.identity().map_err(|source| StoreError::Io {
+            path: path.to_owned(),
+            what: "look at",
+            source,
+        })?;
         let store = Self {
             image: Arc::new(image),
             engine,
             created,
             zeroer: Zeroer::new(logical_block_bytes),
             gate: SyncGate::default(),
+            mark: MarkFile::new(&live::default_dir(), identity),
             extents,
         };
         tracing::debug!(image = %path.display(), engine = store.engine_name(), created, "image open");
@@ -100,8 +110,14 @@ impl FileStore {
         &self.image
     }
 
-    pub(crate) fn sync_gate(&self) -> &SyncGate {
-        &self.gate
+    /// What a failed sync leaves.
+    pub fn mark(&self) -> &MarkFile {
+        &self.mark
+    }
+
+    /// One sync at a time; one that fails is the last, and leaves the mark.
+    pub(crate) fn run_sync(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.gate.run(|| suspect::guarded(&self.mark, sync))
     }
 
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -201,7 +217,7 @@ impl Store for FileStore {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.gate.run(|| {
+        self.run_sync(|| {
             loop {
                 match rustix::fs::fdatasync(&self.image.file) {
                     Err(Errno::INTR) => {}

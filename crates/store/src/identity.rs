@@ -7,7 +7,7 @@ use rustix::fs::{SeekFrom, XattrFlags};
 use rustix::io::Errno;
 
 use crate::file::FileStore;
-use crate::image::Medium;
+use crate::image::{Image, Medium};
 
 /// Bytes that a volume's mark may have at most.
 pub const VOLUME_TAG_MAX_BYTES: usize = 1024;
@@ -30,15 +30,10 @@ pub struct ImageIdentity {
     pub inode: u64,
 }
 
-impl FileStore {
-    /// Which file this is. Stays across renames, not across copies; device numbers may change
-    /// with a reboot.
-    ///
-    /// # Errors
-    /// The error of `fstat`.
-    pub fn identity(&self) -> io::Result<ImageIdentity> {
-        let stat = rustix::fs::fstat(&self.image().file)?;
-        Ok(if self.image().medium == Medium::Block {
+impl Image {
+    pub(crate) fn identity(&self) -> io::Result<ImageIdentity> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        Ok(if self.medium == Medium::Block {
             ImageIdentity {
                 device: stat.st_rdev,
                 inode: 0,
@@ -49,6 +44,17 @@ impl FileStore {
                 inode: stat.st_ino,
             }
         })
+    }
+}
+
+impl FileStore {
+    /// Which file this is. Stays across renames, not across copies; device numbers may change
+    /// with a reboot.
+    ///
+    /// # Errors
+    /// The error of `fstat`.
+    pub fn identity(&self) -> io::Result<ImageIdentity> {
+        self.image().identity()
     }
 
     /// The mark that [`FileStore::set_volume_tag`] left, if any.
@@ -85,7 +91,7 @@ impl FileStore {
         let file = &self.image().file;
         rustix::fs::fsetxattr(file, VOLUME_TAG, tag, XattrFlags::empty()).map_err(tag_error)?;
         // Through the gate: a failed write-back of data that shows here must not be forgotten.
-        self.sync_gate().run(|| file.sync_all())
+        self.run_sync(|| file.sync_all())
     }
 
     /// The node of a block device has no user attributes, though some kernels let one ask for

@@ -17,6 +17,7 @@ mod open;
 mod pool;
 mod range;
 pub mod state;
+pub mod suspect;
 mod sync_gate;
 mod uring;
 mod zero;

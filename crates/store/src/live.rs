@@ -362,7 +362,7 @@ fn trouble(what: &str, path: &Path, e: impl std::fmt::Display) -> StateError {
 }
 
 /// The directory, ours alone.
-fn prepare_dir(dir: &Path) -> Result<(), StateError> {
+pub(crate) fn prepare_dir(dir: &Path) -> Result<(), StateError> {
     if let Err(e) = fs::create_dir(dir)
         && e.kind() != io::ErrorKind::AlreadyExists
     {

@@ -196,13 +196,14 @@ impl MemoryStore {
     }
 
     /// What a failed sync may leave: each write that was not synced yet for which `choose(2)` is 1
-    /// is read as before, but will never reach the medium, whatever syncs succeed later. (A kernel
-    /// takes pages that could not be written for clean.)
+    /// is read as before, but will never reach the medium, whatever syncs succeed later, unless it
+    /// is written again. (A kernel takes pages that could not be written for clean.) Holes are not
+    /// among these: they are the file system's records, with which it would end as a whole.
     pub fn lose_unsynced(&self, choose: &mut Chooser<'_>) {
         let mut state = self.write_lock();
         let mut lost = 0;
         state.unsynced.retain(|write| {
-            let loses = choose(2) % 2 == 1;
+            let loses = matches!(write.data, Data::Bytes(_)) && choose(2) % 2 == 1;
             lost += if loses { write.weight() } else { 0 };
             !loses
         });

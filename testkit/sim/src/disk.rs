@@ -5,8 +5,10 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hikkoshi_store::suspect::{self, Mark};
 use hikkoshi_store::{Extent, MemoryStore, ReadDone, Store, ZeroMode};
 
 use crate::plan::SECTOR;
@@ -31,6 +33,27 @@ pub struct Disk {
     inner: MemoryStore,
     sim: Arc<Sim>,
     ailing: Arc<Mutex<Ailing>>,
+    mark: SimMark,
+}
+
+/// The mark of a failed sync: it outlives the process, and not the boot.
+#[derive(Debug, Default)]
+pub struct SimMark(AtomicBool);
+
+impl Mark for SimMark {
+    fn raise(&self) -> io::Result<()> {
+        self.0.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn is_raised(&self) -> io::Result<bool> {
+        Ok(self.0.load(Ordering::Acquire))
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        self.0.store(false, Ordering::Release);
+        Ok(())
+    }
 }
 
 impl Disk {
@@ -40,6 +63,7 @@ impl Disk {
             inner: MemoryStore::new(size_bytes),
             sim: Arc::clone(sim),
             ailing: Arc::default(),
+            mark: SimMark::default(),
         })
     }
 
@@ -53,13 +77,42 @@ impl Disk {
         &self.inner
     }
 
-    /// The disk of the next process.
-    pub fn succeed(&self, inner: MemoryStore) -> Arc<Self> {
+    /// What a failed sync leaves.
+    pub fn mark(&self) -> &SimMark {
+        &self.mark
+    }
+
+    /// What the end of the process leaves.
+    pub fn kill(&self) -> Arc<Self> {
+        let marked = self.mark.0.load(Ordering::Acquire);
+        self.succeed(self.inner.kill(), SimMark(AtomicBool::new(marked)))
+    }
+
+    /// What the end of the boot leaves.
+    pub fn power_cut(&self, choose: &mut dyn FnMut(u32) -> u32) -> Arc<Self> {
+        self.succeed(self.inner.power_cut(choose), SimMark::default())
+    }
+
+    fn succeed(&self, inner: MemoryStore, mark: SimMark) -> Arc<Self> {
         Arc::new(Self {
             inner,
             sim: Arc::clone(&self.sim),
             ailing: Arc::clone(&self.ailing),
+            mark,
         })
+    }
+
+    /// Fails now and then, and then the page cache may keep what the medium will never have.
+    fn sync_inner(&self) -> io::Result<()> {
+        if self.sim.strikes(|t| t.sync_error) {
+            self.sim.note("disk: sync fails", 0, 0);
+            if self.sim.below(2) == 0 {
+                self.inner.lose_unsynced(&mut |n| choose(&self.sim, n));
+            }
+            self.sim.tell(News::SyncFailed);
+            return Err(io::Error::from_raw_os_error(EIO));
+        }
+        self.inner.sync()
     }
 
     /// The error that a write of these bytes meets.
@@ -180,17 +233,7 @@ impl Store for Disk {
 
     fn sync(&self) -> io::Result<()> {
         self.sim.take_time();
-        if self.sim.strikes(|t| t.sync_error) {
-            self.sim.note("disk: sync fails", 0, 0);
-            if self.sim.below(2) == 0 {
-                self.inner.lose_unsynced(&mut |n| choose(&self.sim, n));
-                self.sim.tell(News::SyncFailed { lost: true });
-            } else {
-                self.sim.tell(News::SyncFailed { lost: false });
-            }
-            return Err(io::Error::from_raw_os_error(EIO));
-        }
-        self.inner.sync()?;
+        suspect::guarded(&self.mark, || self.sync_inner())?;
         // What comes from here on until it is told is not covered.
         self.sim.take_time();
         Ok(())

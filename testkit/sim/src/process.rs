@@ -14,8 +14,10 @@ use hikkoshi_engine::mover::Mover;
 use hikkoshi_store::Store;
 use hikkoshi_store::live::{OpenedMap, open_complete_in, open_map_in};
 use hikkoshi_store::state::{Identity, Life, StateDir, StateError, Ties};
+use hikkoshi_store::suspect;
 use hikkoshi_wan::{Source, SourceInfo};
 
+use crate::disk::Disk;
 use crate::fiber::{self, Wait};
 use crate::oracle::Time;
 use crate::plan::{Plan, SECTOR};
@@ -79,7 +81,7 @@ struct Opening {
     server: Arc<Server>,
     dir: SimDirectory,
     memory: SimMemory,
-    store: Arc<dyn Store>,
+    store: Arc<Disk>,
     stage: SharedStage,
     source: Arc<Mutex<Option<Arc<SimSource>>>>,
 }
@@ -111,7 +113,7 @@ impl Opening {
         let parts = |state| Parts {
             config,
             geometry,
-            store: Arc::clone(&self.store),
+            store: Arc::clone(&self.store) as Arc<dyn Store>,
             state: Some(state),
             had_source: true,
             clock: self.sim.clock(),
@@ -119,6 +121,7 @@ impl Opening {
             make_state: None,
         };
         if state.identity().life == Life::Local {
+            self.settle_disk()?;
             open_complete_in(&mut state, &self.memory)?;
             return Ok(Some(parts(state).plain()));
         }
@@ -131,6 +134,7 @@ impl Opening {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&incarnation[0].to_le_bytes());
         bytes[8..].copy_from_slice(&incarnation[1].to_le_bytes());
+        self.settle_disk()?;
         let mut sync = || self.store.sync();
         let OpenedMap {
             residency,
@@ -149,6 +153,17 @@ impl Opening {
             at_completion: Box::new(|| ()),
             at_release: Box::new(move || live.remove()),
         })))
+    }
+
+    /// Before anything is read of it: what syncs that failed have left.
+    fn settle_disk(&self) -> Result<(), StateError> {
+        suspect::settle(&*self.store, self.store.mark(), &mut |_| ())
+            .map(drop)
+            .map_err(|error| StateError::Io {
+                what: "rewriting",
+                path: "simulated".into(),
+                source: std::io::Error::other(error),
+            })
     }
 
     /// What is taken of a source that can't be reached now.
@@ -198,7 +213,7 @@ impl World {
             server: Arc::clone(&self.server),
             dir: self.dir.clone(),
             memory: self.memory.clone(),
-            store: Arc::clone(&self.disk) as Arc<dyn Store>,
+            store: Arc::clone(&self.disk),
             stage: Arc::clone(&stage),
             source: Arc::clone(&source),
         };

@@ -28,10 +28,7 @@ pub enum News {
     /// A request of a client was answered.
     Answered(u64, Answer),
     /// A sync of the image failed: from here on no flush of this process may succeed.
-    SyncFailed {
-        /// Writes are gone that can still be read: a page cache does that.
-        lost: bool,
-    },
+    SyncFailed,
 }
 
 struct State {

@@ -99,8 +99,6 @@ pub struct World {
     pub tally: Tally,
     /// A power cut that no opening has come to terms with yet.
     pub unsettled: bool,
-    /// Writes can be read that the medium will never have: only a power cut ends this.
-    pub lost: bool,
     /// Somebody has begun to use the disk here: nobody does at the source any more.
     pub touched: bool,
     /// That was answered, so it is durable.
@@ -222,7 +220,6 @@ impl World {
             torn: BTreeSet::new(),
             tally: Tally::default(),
             unsettled: false,
-            lost: false,
             touched: false,
             handed_off: false,
             complete: false,
@@ -335,8 +332,7 @@ impl World {
                         self.crash(power);
                         break;
                     }
-                    News::SyncFailed { lost } => {
-                        self.lost |= lost;
+                    News::SyncFailed => {
                         let now = self.tick();
                         if let Some(process) = &mut self.process {
                             process.sync_failed_at.get_or_insert(now);
@@ -351,7 +347,6 @@ impl World {
 
     /// The process ends, or with `power` the machine; and what was under way is gone.
     pub fn crash(&mut self, power: bool) {
-        let power = power || self.lost;
         self.sim
             .note(if power { "power cut" } else { "kill" }, self.now, 0);
         let now = self.tick();
@@ -359,7 +354,6 @@ impl World {
         if power {
             self.tally.power_cuts += 1;
             self.unsettled = true;
-            self.lost = false;
             // All lost, all kept, or write by write.
             let mode = sim.below(5);
             let mut fate = |n: u32| match mode {
@@ -367,12 +361,12 @@ impl World {
                 1 => 1,
                 _ => choose(&sim, n),
             };
-            self.disk = self.disk.succeed(self.disk.inner().power_cut(&mut fate));
+            self.disk = self.disk.power_cut(&mut fate);
             self.dir = self.dir.power_cut(&mut fate);
             self.memory = SimMemory::new(&sim);
         } else {
             self.tally.kills += 1;
-            self.disk = self.disk.succeed(self.disk.inner().kill());
+            self.disk = self.disk.kill();
             self.dir = self.dir.kill();
             self.memory = self.memory.kill();
         }

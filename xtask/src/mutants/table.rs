@@ -19,6 +19,7 @@ const GUEST: &str = "crates/daemon/src/volume/guest.rs";
 const RELOCATION: &str = "crates/daemon/src/volume/relocation.rs";
 const VOLUME: &str = "crates/daemon/src/volume/mod.rs";
 const STATE: &str = "crates/store/src/state/mod.rs";
+const SUSPECT: &str = "crates/store/src/suspect.rs";
 const LIVE: &str = "crates/store/src/live.rs";
 const RESIDENCY: &str = "crates/engine/src/residency/mod.rs";
 
@@ -124,8 +125,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "handoff not durable",
         file: GUEST,
         edits: &[(
-            "            let outcome = state.record_arriving();\n",
-            "            let _ = state;\n            let outcome = Ok(());\n",
+            "            let outcome = state.record_arriving(at_source);\n",
+            "            let _ = (state, at_source);\n            let outcome = Ok(());\n",
         )],
     },
     Mutation {
@@ -273,6 +274,14 @@ pub const MUTATIONS: &[Mutation] = &[
         edits: &[(
             "let mut index = Index::recover(this.layout, &*this.memory, keep);",
             "let mut index = Index::recover(this.layout, &*this.memory, |b| keep(b) && false);",
+        )],
+    },
+    Mutation {
+        name: "page cache believed after a failed sync",
+        file: SUSPECT,
+        edits: &[(
+            "        if let Err(e) = mark.raise() {",
+            "        if let Err(e) = mark.is_raised() {",
         )],
     },
 ];

@@ -9,6 +9,7 @@ mod incompressible;
 mod iperf;
 mod link;
 mod loss;
+mod seed;
 mod sequential;
 mod trace;
 mod writes;
@@ -49,6 +50,8 @@ pub enum Section {
     Writes,
     /// A recorded boot and a recorded compile, right after the switch
     Trace,
+    /// The disk with files, with a previous copy of it at the new site
+    Seed,
     /// A link that loses packets
     Loss,
 }
@@ -78,6 +81,7 @@ impl Section {
             Self::Sequential => sequential::run(bench, sites),
             Self::Writes => writes::run(bench, sites),
             Self::Trace => trace::run(bench, sites),
+            Self::Seed => seed::run(bench, sites),
             Self::Loss => loss::run(bench, sites),
         }
     }

@@ -149,6 +149,11 @@ const METRICS: &[Metric] = &[
         |s| Some(s.counters.zero_bytes_skipped),
     ),
     counter(
+        "seeded_bytes_total",
+        "Bytes that were found in a seed image and so were not sent.",
+        |s| Some(s.seeded_bytes),
+    ),
+    counter(
         "packed_bytes_saved_total",
         "Bytes that did not cross the link because what did was compressed.",
         |s| Some(s.counters.packed_bytes_saved),

@@ -44,6 +44,7 @@ impl Pretend {
                 prepared: None,
                 way_back: Default::default(),
                 ahead_bytes: 0,
+                seeded_bytes: 0,
                 repeated_bytes: 0,
                 background: BackgroundState::Running,
                 rate_bytes_per_s: 0,

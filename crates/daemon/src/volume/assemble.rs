@@ -22,6 +22,7 @@ use super::commit::{Committer, Journal};
 use super::departure::{Departures, MakeState};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
+use super::seeding::Seeding;
 use super::space::DiskTrouble;
 use super::verify::Verification;
 use super::wayback::WayBack;
@@ -156,6 +157,7 @@ impl Parts<'_> {
             rate: RateMeter::default(),
             at_completion: Mutex::new(None),
             verification: Verification::new(source.is_some_and(|s| s.verify)),
+            seeding: Seeding::new(source.is_some_and(|s| s.seed_always)),
             last_traffic: Traffic::default(),
             tally: Tally::default(),
             heat: Heat::new(self.geometry.size_bytes()),

@@ -26,6 +26,7 @@ pub mod proof;
 mod proof_tests;
 pub mod relocation;
 mod report;
+pub mod seeding;
 mod space;
 #[cfg(test)]
 mod tests;
@@ -53,6 +54,7 @@ use commit::{Committer, Journal};
 use departure::Departures;
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
+use seeding::Seeding;
 use space::DiskTrouble;
 use verify::Verification;
 use wayback::WayBack;
@@ -128,6 +130,8 @@ pub struct Volume {
     at_completion: Mutex<Option<AtCompletion>>,
     /// Comparing with the source.
     verification: Verification,
+    /// Images that may hold blocks of it.
+    seeding: Seeding,
     /// What the relocation had counted when it ended.
     last_traffic: Traffic,
     /// What is counted; front ends add to it.

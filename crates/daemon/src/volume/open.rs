@@ -19,10 +19,11 @@ use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
+use hikkoshi_store::suspect::{self, RewriteError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
-use hikkoshi_wan::transport::session::Stance;
-use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, Ticket};
+use hikkoshi_wan::transport::session::{Stance, Tell};
+use hikkoshi_wan::{MoveLine, MoveLink, Source, SourceError, SourceErrorKind, SourceInfo, Ticket};
 
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
@@ -30,8 +31,11 @@ use super::departure::MakeState;
 use super::open_tied::{
     open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
 };
+use super::seeding::SeedImage;
 use super::{Volume, system_clock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, SourceLoss, Transport};
+use crate::config::{
+    Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, SourceConfig, SourceLoss, Transport,
+};
 use crate::events::EventKind;
 use crate::heat::{self, HeatFileError};
 
@@ -63,6 +67,9 @@ pub enum OpenError {
         /// What happened.
         source: io::Error,
     },
+    /// A sync failed before this start, and what it left cannot be mended.
+    #[error(transparent)]
+    Rewrite(#[from] RewriteError),
     /// The heat map that was named.
     #[error(transparent)]
     Heat(#[from] HeatFileError),
@@ -80,6 +87,9 @@ pub enum OpenError {
 /// How long a restart waits for a source before it serves what is here without it. A handshake
 /// takes five round trips.
 const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// How long a source may take to make durable that a move was given up.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A source that says nothing for less than this may only be busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
@@ -148,6 +158,10 @@ impl Running {
             if !volume.is_local() {
                 relocation.start();
             }
+        }
+        if volume.has_seeds() {
+            let (volume, stop) = (Arc::clone(&volume), Arc::clone(&stop));
+            threads.push(spawn("seed", Box::new(move || volume.run_seeding(&stop)))?);
         }
         if volume.has_arrival() {
             let moving = Arc::clone(&volume);
@@ -247,6 +261,11 @@ pub(super) fn open_plain(
             config.image.display()
         ));
     }
+    let rewritten = if config.read_only {
+        None
+    } else {
+        settle_image(config, &store)?
+    };
     if let Some(state) = state.as_mut().filter(|_| !config.read_only) {
         live::open_complete(state, &state_path(config)?, &live::default_dir())?;
         set_tag(&store, &[])?;
@@ -273,7 +292,9 @@ pub(super) fn open_plain(
         heat_place: heat_place(config)?,
         make_state,
     };
-    Running::start(parts.plain(), None)
+    let running = Running::start(parts.plain(), None)?;
+    tell_rewritten(&running, rewritten);
+    Ok(running)
 }
 
 /// What makes the state of a plain image, once a move away from it begins.
@@ -310,6 +331,7 @@ fn open_new(
 ) -> Result<Running, OpenError> {
     check_state_place(config, state_path)?;
     // What is wrong here is said before anybody else is asked.
+    let seeds = open_seeds(wanted, &config.image)?;
     let existing = match config.image.exists() {
         true => Some(open_existing(config)?),
         false => None,
@@ -338,6 +360,7 @@ fn open_new(
     if !store.is_new() && !wanted.overwrite {
         check_blank(config, &store)?;
     }
+    let rewritten = settle_image(config, &store)?;
     let now = wanted.handoff == HandoffPolicy::Now;
     let identity = Identity {
         volume_id,
@@ -362,8 +385,9 @@ fn open_new(
     let map = live::create_map(state_path, &live::default_dir(), identity)?;
     set_tag(&store, &tag)?;
     crash_point!("new.tagged");
-    let kept = (map, Witnesses::new(seed()?));
+    let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
+    tell_rewritten(&running, rewritten);
     if now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
@@ -405,6 +429,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         return open_given_up(config, state, state_path);
     }
     let wanted = source_of(config, &identity)?;
+    let seeds = open_seeds(&wanted, &config.image)?;
     if wanted.uri != identity.source_uri {
         state.change(|identity| identity.source_uri = wanted.uri.clone())?;
     }
@@ -429,14 +454,16 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
+    let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
-    let kept = (map, witnesses);
+    let kept = (map, witnesses, seeds);
     let running = move_in(config, &wanted, store, source, kept, ticket)?;
     tell_doubt(&running, doubt);
+    tell_rewritten(&running, rewritten);
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
     }
@@ -452,10 +479,19 @@ fn open_given_up(
     state: StateDir,
     state_path: &Path,
 ) -> Result<Running, OpenError> {
+    // It may have been killed before the source heard of it, which may have closed its fence.
+    let unheard = match say_that_it_was_given_up(config, state.identity()) {
+        Ok(()) => String::new(),
+        Err(error) => format!(
+            "; its source {} could not be told so ({error}): if it takes no writes, start this \
+             again when it can be reached, or lift its fence there with `hikkoshi release --force`",
+            state.identity().source_uri
+        ),
+    };
     let Some(source) = config.source.as_ref().filter(|source| source.overwrite) else {
         return refuse(format!(
             "the move into {} was given up before the VM came here; remove it and {}, or begin \
-             anew with --from and --overwrite",
+             anew with --from and --overwrite{unheard}",
             config.image.display(),
             state_path.display()
         ));
@@ -463,6 +499,26 @@ fn open_given_up(
     // Its lock goes with it.
     drop(state);
     open_new(config, source, state_path)
+}
+
+/// Lets the source of a move that was given up take writes again. Does nothing where it does.
+fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Result<(), SourceError> {
+    if !identity.ties.fenced_source {
+        return Ok(());
+    }
+    let id = identity.volume_id;
+    let ticket = Ticket::new(id, identity.ties.base, Stance::Standby, true);
+    let wanted = SourceConfig::new(identity.source_uri.clone());
+    let line = MoveLine::new(NbdSourceConfig {
+        connect_timeout: FIRST_CONNECT_TIMEOUT,
+        handshake_timeout: FIRST_CONNECT_TIMEOUT,
+        ..source_config(&wanted, config, Some(&ticket))?
+    });
+    match line.tell(&Tell::Abort { id }, LAST_WORD_TIMEOUT) {
+        // It has moved on by another move, or is another disk: nothing is fenced for this one.
+        Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(()),
+        told => told.map(drop),
+    }
 }
 
 /// What draws the witnesses.
@@ -478,7 +534,7 @@ pub(super) fn move_in(
     wanted: &SourceConfig,
     store: FileStore,
     source: Arc<dyn Source>,
-    (map, witnesses): (OpenedMap, Witnesses),
+    (map, witnesses, seeds): (OpenedMap, Witnesses, Vec<SeedImage>),
     ticket: Option<Arc<Ticket>>,
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
@@ -525,6 +581,7 @@ pub(super) fn move_in(
             crash_point!("completion.tag-removed");
         }),
     });
+    volume.seed_from(seeds);
     if let Some(recorded) = &wanted.heat {
         heat::replay(volume.heat(), recorded)?;
     }
@@ -547,6 +604,25 @@ fn arrival(
     let line = source_config(wanted, config, Some(&ticket)).map_err(failed)?;
     let link = Arc::new(MoveLine::new(line));
     Ok(Arrival::new(ticket, link, wanted, geometry))
+}
+
+pub(super) fn open_seeds(wanted: &SourceConfig, image: &Path) -> Result<Vec<SeedImage>, OpenError> {
+    if wanted.seed_images.len() > MAX_SEED_IMAGES {
+        return refuse(format!(
+            "{} seed images are too many: at most {MAX_SEED_IMAGES} can be looked through",
+            wanted.seed_images.len()
+        ));
+    }
+    let open = |path: &PathBuf| {
+        SeedImage::open(path, image).or_else(|error| {
+            refuse(format!(
+                "the seed image {} cannot be read: {error}; name an image file or a block device \
+                 that can, or leave it away",
+                path.display()
+            ))
+        })
+    };
+    wanted.seed_images.iter().map(open).collect()
 }
 
 // The image
@@ -585,6 +661,40 @@ pub(super) fn fitting(
         ));
     }
     Ok(store)
+}
+
+/// Writes everything once more that syncs of an earlier process may have left in the page cache
+/// alone. Tells how many bytes, if any had failed.
+pub(super) fn settle_image(
+    config: &ExportConfig,
+    store: &FileStore,
+) -> Result<Option<u64>, RewriteError> {
+    let image = config.image.display();
+    let mut told = None;
+    let mut progress = |at: u64| {
+        let gib = at >> 30;
+        if told != Some(gib) {
+            told = Some(gib);
+            tracing::warn!(
+                "a sync of {image} failed before this start: all of it is written once more, {gib} \
+                 GiB of {} done",
+                store.size_bytes() >> 30
+            );
+        }
+    };
+    suspect::settle(store, store.mark(), &mut progress)
+}
+
+pub(super) fn tell_rewritten(running: &Running, bytes: Option<u64>) {
+    if let Some(bytes) = bytes {
+        running.volume.event(
+            EventKind::Rewritten,
+            format!(
+                "a sync failed before this start: {bytes} bytes of the image were written once \
+                 more and are durable"
+            ),
+        );
+    }
 }
 
 fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {

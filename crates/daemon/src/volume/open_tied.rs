@@ -17,8 +17,8 @@ use hikkoshi_wan::transport::session::Stance;
 use hikkoshi_wan::{Source, Ticket};
 
 use super::open::{
-    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, refuse,
-    seed, set_tag,
+    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, open_seeds,
+    refuse, seed, set_tag, settle_image, tell_rewritten,
 };
 use super::wayback::{self, NoSource};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
@@ -30,7 +30,9 @@ pub(super) fn open_recorded(
     state: StateDir,
     state_path: &Path,
 ) -> Result<Running, OpenError> {
-    let (opened, why) = open_its_map(config, state, state_path)?;
+    let store = open_existing(config)?;
+    let rewritten = settle_image(config, &store)?;
+    let (opened, why) = open_its_map(store, state, state_path)?;
     match opened {
         Ok((map, store)) => {
             set_tag(&store, &[])?;
@@ -38,13 +40,16 @@ pub(super) fn open_recorded(
             let (uri, size_bytes) = (identity.source_uri.clone(), identity.geometry.size_bytes());
             let wanted = config.source.clone().unwrap_or(SourceConfig::new(uri));
             let source = Arc::new(NoSource { size_bytes });
-            let kept = (map, Witnesses::new(seed()?));
-            move_in(config, &wanted, store, source, kept, None)
+            let kept = (map, Witnesses::new(seed()?), Vec::new());
+            let running = move_in(config, &wanted, store, source, kept, None)?;
+            tell_rewritten(&running, rewritten);
+            Ok(running)
         }
         Err(mut state) => {
             state.end_way_back()?;
             let running = open_plain(config, Some(state), true)?;
             tell_doubt(&running, why);
+            tell_rewritten(&running, rewritten);
             Ok(running)
         }
     }
@@ -54,13 +59,12 @@ pub(super) fn open_recorded(
 type ItsMap = Result<(OpenedMap, FileStore), StateDir>;
 
 fn open_its_map(
-    config: &ExportConfig,
+    store: FileStore,
     state: StateDir,
     state_path: &Path,
 ) -> Result<(ItsMap, Option<&'static str>), OpenError> {
     const DAMAGED: &str = "what was recorded of changes is damaged";
     let identity = state.identity().clone();
-    let store = open_existing(config)?;
     let size = identity.geometry.size_bytes();
     let fits = store.size_bytes() == size || store.is_block_device() && store.size_bytes() > size;
     if !fits || inode_of(&store)? != identity.image_inode {
@@ -160,11 +164,13 @@ pub(super) fn open_return(
         ));
     }
     let store = fitting(config, open_existing(config)?, identity.geometry)?;
+    let rewritten = settle_image(config, &store)?;
     let mut base = match old_copy(&state, &store, departure)? {
         Ok(overwritten) => Some((departure.to, overwritten)),
         Err(_) if wanted.overwrite => None,
         Err(why) => return refuse_difference(config, why),
     };
+    let seeds = open_seeds(wanted, &config.image)?;
     let volume_id = live::random()?;
     let dial = |base: Option<VolumeId>| {
         let ticket = Ticket::new(volume_id, base, Stance::Standby, false);
@@ -220,8 +226,9 @@ pub(super) fn open_return(
     let map = live::return_map(state, state_path, &live::default_dir(), returning)?;
     set_tag(&store, &volume_id)?;
     crash_point!("new.tagged");
-    let kept = (map, Witnesses::new(seed()?));
+    let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
+    tell_rewritten(&running, rewritten);
     if now {
         running.volume().hand_off().map_err(OpenError::Handoff)?;
     }

@@ -63,6 +63,8 @@ pub struct Traffic {
     pub blocks_installed: AtomicU64,
     /// Bytes that were zero at the source and so were not sent.
     pub zero_bytes_skipped: AtomicU64,
+    /// Bytes that were in a seed image and so were not sent.
+    pub seeded_bytes: AtomicU64,
     /// Bytes that did not cross the link because what did was compressed.
     pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
@@ -78,6 +80,7 @@ impl Traffic {
             (&self.wire_bytes, &other.wire_bytes),
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.seeded_bytes, &other.seeded_bytes),
             (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
             (&self.longest_wait_us, &other.longest_wait_us),
@@ -540,6 +543,47 @@ impl Relocation {
         }
         drop(guard);
         Ok(whole)
+    }
+
+    /// Installs bytes of a seed that have the hash of what the source has: the same rule, the same
+    /// place.
+    ///
+    /// # Errors
+    /// The local image refused a write.
+    pub(super) fn install_seed(&self, range: BlockRange, bytes: &Fetched) -> io::Result<()> {
+        let installed = self.install(range, bytes);
+        self.note_write(installed).map(|_| ())
+    }
+
+    /// Of `range`, what is absent and lies in the image all the same, as an older copy left it,
+    /// becomes clean where it has the hash of what the source has (`equal` says so of the bytes).
+    /// Read under the lock of the range: whoever writes here marks the blocks under it. Tells
+    /// which blocks.
+    ///
+    /// # Errors
+    /// The local image cannot be read.
+    pub(super) fn keep_equal(
+        &self,
+        range: BlockRange,
+        buffer: &mut [u8],
+        equal: impl FnOnce(&[u8]) -> Vec<BlockRange>,
+    ) -> io::Result<Vec<BlockRange>> {
+        let guard = self.locks.lock(range);
+        let start = self.geometry.bytes(range).start;
+        self.store.read(start, buffer)?;
+        let equal = equal(buffer);
+        for found in &equal {
+            let runs: Vec<_> = self.residency.runs(*found).collect();
+            for (run, _) in runs.into_iter().filter(|(_, s)| *s == BlockState::Absent) {
+                let bytes = self.geometry.bytes(run);
+                let at = usize::try_from(bytes.start - start).map_err(io::Error::other)?;
+                let len = usize::try_from(bytes.len()).map_err(io::Error::other)?;
+                self.now_clean(run);
+                lock(&self.witnesses).came(self.geometry, run, &buffer[at..at + len]);
+            }
+        }
+        drop(guard);
+        Ok(equal)
     }
 
     fn install_absent(&self, run: BlockRange, fetched: &Fetched) -> io::Result<()> {

@@ -74,13 +74,18 @@ impl Volume {
             return notes;
         };
         if self.has_given_up() {
-            notes.push(
+            notes.push(if self.abort_was_heard() {
                 "the move here was given up; the VM goes on at the source; remove this image and \
                  its state"
-                    .to_owned(),
-            );
+                    .to_owned()
+            } else {
+                "the move here was given up, and the source has not heard of it yet: if it takes no \
+                 writes, keep this running until it does"
+                    .to_owned()
+            });
         } else if self.life() == LifeState::Standby {
             notes.extend(self.prepared_note());
+            notes.extend(self.fence_note());
             notes.push(match self.handoff_policy {
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
                      `hikkoshi handoff`; until then what is read here is read at the source"
@@ -108,6 +113,7 @@ impl Volume {
             ));
         }
         notes.extend(self.verify_note());
+        notes.extend(self.seed_note());
         if let Some(trouble) = lock(&relocation.trouble).as_ref() {
             notes.push(trouble.to_string());
         }
@@ -177,6 +183,7 @@ impl Controlled for Volume {
         let absent_bytes = r.map_or(0, |r| r.residency.missing_bytes());
         let rate = r.map_or(0, |_| self.rate.rate());
         let wire = r.map_or(&self.last_traffic.wire_bytes, |r| &r.traffic.wire_bytes);
+        let seeded = r.map_or(&self.last_traffic.seeded_bytes, |r| &r.traffic.seeded_bytes);
         ExportStatus {
             export: self.name.clone(),
             size_bytes,
@@ -188,6 +195,7 @@ impl Controlled for Volume {
             owned_bytes: r.map_or(size_bytes, |r| r.residency.owned_bytes()),
             absent_bytes,
             wire_bytes: wire.load(Ordering::Relaxed),
+            seeded_bytes: seeded.load(Ordering::Relaxed),
             source_connected: r.map(|r| r.is_source_usable()),
             source_down_s: r.and_then(|r| r.source_down()).map(|d| d.as_secs()),
             reads_waiting: r.map_or(0, |r| r.with_mover(|m| m.waiting()) as u64),

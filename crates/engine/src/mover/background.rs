@@ -130,7 +130,7 @@ impl<W> Mover<W> {
             if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
-            let Some((range, turn)) = self.next_bulk(chunk, residency) else {
+            let Some((range, turn)) = self.next_bulk(now, chunk, residency) else {
                 return;
             };
             let purpose = match turn {
@@ -143,7 +143,12 @@ impl<W> Mover<W> {
         }
     }
 
-    fn next_bulk(&mut self, chunk: u64, residency: &Residency) -> Option<(BlockRange, Turn)> {
+    fn next_bulk(
+        &mut self,
+        now: Duration,
+        chunk: u64,
+        residency: &Residency,
+    ) -> Option<(BlockRange, Turn)> {
         let blocks = self.geometry.blocks();
         let mut order = std::mem::take(&mut self.order);
         if order.passed(blocks) && self.flights.is_empty() && self.refused.is_empty() {
@@ -151,7 +156,7 @@ impl<W> Mover<W> {
             order.rewind();
         }
         let free = |from, to| self.next_wanted(from, to, residency);
-        let next = order.next(chunk, &self.scan, free);
+        let next = order.next(chunk, &self.scan, self.seeded_to(now), free);
         self.order = order;
         next
     }
@@ -180,7 +185,7 @@ impl<W> Mover<W> {
     }
 
     /// The next run from `at` on, before `end`, that is missing and not in flight.
-    fn next_free(&self, at: u64, end: u64, residency: &Residency) -> Option<BlockRange> {
+    pub(super) fn next_free(&self, at: u64, end: u64, residency: &Residency) -> Option<BlockRange> {
         let mut at = at;
         while at < end {
             let run = residency.next_missing(at, end)?;

@@ -24,6 +24,9 @@ mod path;
 mod path_tests;
 mod readers;
 mod scan;
+mod seeds;
+#[cfg(all(test, not(loom)))]
+mod seeds_tests;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
@@ -43,6 +46,8 @@ pub use path::Path;
 use path::Seat;
 use readers::Waiter;
 use scan::Scan;
+pub use seeds::SeedStep;
+use seeds::Seeds;
 
 /// Two missing runs with at most this much resident data between them are fetched as one: the
 /// data costs less time on the wire than a further request costs at both ends.
@@ -199,6 +204,8 @@ pub struct Mover<W> {
     /// The local store could not take a fetch: until when nothing is fetched that nobody waits
     /// for. After that a single fetch tries it, and only when it lands do others follow.
     store_rests_until: Option<Duration>,
+    /// What the background copy leaves alone because a seed image may have it.
+    seeds: Option<Seeds>,
 }
 
 impl<W> Mover<W> {
@@ -222,6 +229,7 @@ impl<W> Mover<W> {
             rests: BTreeSet::new(),
             refused: Vec::new(),
             store_rests_until: None,
+            seeds: None,
         }
     }
 
@@ -362,6 +370,7 @@ impl<W> Mover<W> {
     pub fn handoff(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         if self.phase == Phase::Standby {
             self.phase = Phase::Arriving;
+            self.seeds_may_move(now);
         }
         self.pump(now, residency, out);
     }
@@ -371,6 +380,7 @@ impl<W> Mover<W> {
         self.connected = true;
         self.lost_at = None;
         self.pacer.restart(now);
+        self.seeds_may_move(now);
         self.send_held(now, out);
         self.pump(now, residency, out);
     }
@@ -395,6 +405,7 @@ impl<W> Mover<W> {
     /// Lets the background copy go on.
     pub fn resume(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         self.paused = false;
+        self.seeds_may_move(now);
         self.pump(now, residency, out);
     }
 

@@ -98,28 +98,32 @@ impl CopyOrder {
 
     /// The next range to fetch, at most `chunk` blocks long. `free(from, to)` finds the first run
     /// in there that is missing, not in flight, and may be asked for. Nothing is given where the scan
-    /// has not been, because it may be known to be zero soon.
+    /// has not been, because it may be known to be zero soon, nor past `seeded_to`, if anything is
+    /// held there, because it may be here soon without being fetched.
     pub(super) fn next(
         &mut self,
         chunk: u64,
         scan: &Scan,
+        seeded_to: Option<u64>,
         free: impl Fn(u64, u64) -> Option<BlockRange>,
     ) -> Option<(BlockRange, Turn)> {
+        let held_from = seeded_to.unwrap_or(u64::MAX);
         while let Some(range) = self.hot.get(self.hot_next) {
             let Some(run) = free(range.start, range.end) else {
                 self.hot_next += 1;
                 continue;
             };
-            let known_to = scan.hot_known_to(run.start).min(run.end);
+            let known_to = scan.hot_known_to(run.start).min(run.end).min(held_from);
             if known_to <= run.start {
-                // The source is being asked about it, and what is colder goes on meanwhile.
+                // The source is being asked about it, or a seed looked in, and what is colder goes
+                // on meanwhile.
                 break;
             }
             let run = BlockRange::new(run.start, known_to);
             return Some((cut(run, chunk), Turn::Hot));
         }
         loop {
-            let known_to = scan.known_to(self.cursor);
+            let known_to = scan.known_to(self.cursor).min(held_from);
             let to = match self.late_from(self.cursor) {
                 Some(late) if late.start <= self.cursor => {
                     self.cursor = late.end;
@@ -140,7 +144,7 @@ impl CopyOrder {
                 None => self.cursor = to,
             }
         }
-        if !scan.is_done() {
+        if !scan.is_done() || seeded_to.is_some() {
             return None;
         }
         while let Some(range) = self.late.get(self.late_next) {

@@ -254,13 +254,7 @@ impl Told {
             }
             Self::Heat(map) => [&[HEAT][..], map].concat(),
             Self::Fine => vec![DONE],
-            Self::Refused(text) => {
-                let mut end = text.len().min(TEXT_BYTES);
-                while !text.is_char_boundary(end) {
-                    end -= 1;
-                }
-                [&[REFUSED][..], &text.as_bytes()[..end]].concat()
-            }
+            Self::Refused(text) => [&[REFUSED][..], cut(text).as_bytes()].concat(),
         }
     }
 
@@ -302,12 +296,23 @@ impl Told {
                 let text = input.0.get(..input.0.len().min(TEXT_BYTES))?;
                 let text = String::from_utf8_lossy(text);
                 let shown = |c: char| if c.is_control() { ' ' } else { c };
-                return Some(Self::Refused(text.chars().map(shown).collect()));
+                let text: String = text.chars().map(shown).collect();
+                // What was no text has become longer.
+                return Some(Self::Refused(cut(&text).to_owned()));
             }
             _ => return None,
         };
         input.is_empty().then_some(told)
     }
+}
+
+/// A text that is not too long.
+fn cut(text: &str) -> &str {
+    let mut end = text.len().min(TEXT_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 fn put_ranges(out: &mut Vec<u8>, ranges: &[ByteRange]) {
