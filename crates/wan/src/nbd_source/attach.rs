@@ -158,7 +158,12 @@ pub(super) fn attach(
 }
 
 /// Sends a message and waits for its answer.
-fn exchange(socket: &Socket, tell: &Tell, size_bytes: u64, patience: Duration) -> io::Result<Told> {
+pub(super) fn exchange(
+    socket: &Socket,
+    tell: &Tell,
+    size_bytes: u64,
+    patience: Duration,
+) -> io::Result<Told> {
     let deadline = Instant::now() + patience;
     let payload = tell.encode();
     let header = Header::request(Kind::Tell, Priority::DEMAND, 0, 0, 0).with_payload(&payload);
