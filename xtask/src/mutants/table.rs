@@ -124,8 +124,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "handoff not durable",
         file: GUEST,
         edits: &[(
-            "            let outcome = state.record_arriving();\n",
-            "            let _ = state;\n            let outcome = Ok(());\n",
+            "            let outcome = state.record_arriving(at_source);\n",
+            "            let _ = (state, at_source);\n            let outcome = Ok(());\n",
         )],
     },
     Mutation {
