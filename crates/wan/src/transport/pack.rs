@@ -368,7 +368,7 @@ mod tests {
         }
     }
 
-    /// A run of 14 equal bytes takes 14 bytes as LZ4, the checksum included. A frame that says so
+    /// A run of 15 equal bytes takes 15 bytes as LZ4, the checksum included. A frame that says so
     /// is refused at the other end, and would have been sent again over each new connection.
     #[test]
     fn what_is_not_shorter_is_sent_as_it_is() {
