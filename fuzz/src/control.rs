@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use hikkoshi_daemon::control::{self, client};
 use hikkoshi_daemon::events::{Event, EventKind, EventLog};
 use hikkoshi_daemon::registry::{CommandError, Controlled, Exports};
-use hikkoshi_daemon::status::{BackgroundState, Counters, ExportStatus, LifeState, WayBackStatus};
+use hikkoshi_daemon::status::{BackgroundState, Counters, ExportStatus, LifeState};
 use hikkoshi_daemon::verification::{VerifyState, VerifyStatus};
 use hikkoshi_engine::heat::{Heat, HeatMap};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -251,14 +251,10 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     poisoned: false,
     disk_full: false,
     prepared: None,
-    way_back: Default::default(),
     ahead_bytes: 0,
     seeded_bytes: 0,
     repeated_bytes: 0,
-    way_back: WayBackStatus {
-        kept: false,
-        changed_bytes: 0,
-    },
+    way_back: Default::default(),
     background: BackgroundState::Running,
     rate_bytes_per_s: 1_000_000,
     eta_s: Some(3600),

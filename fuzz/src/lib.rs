@@ -14,6 +14,7 @@
 
 pub mod config;
 pub mod control;
+pub mod frames;
 pub mod input;
 pub mod memory;
 pub mod nbd_client;
@@ -45,9 +46,10 @@ mod quantity;
 pub type Run = fn(&[u8]);
 
 /// All targets, in alphabetical order.
-pub const TARGETS: [(&str, Run); 6] = [
+pub const TARGETS: [(&str, Run); 7] = [
     ("config", config::run),
     ("control", control::run),
+    ("frames", frames::run),
     ("nbd_client", nbd_client::run),
     ("nbd_server", nbd_server::run),
     ("state", state::run),

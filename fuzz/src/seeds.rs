@@ -25,6 +25,7 @@ pub fn all() -> Vec<Seed> {
     add("transport", transport());
     add("control", control());
     add("config", config());
+    add("frames", frames());
     seeds
 }
 
@@ -596,5 +597,243 @@ fn transport() -> Vec<(&'static str, Vec<u8>)> {
             "heat",
             way(4, &[&[0, 0][..], &heat.map().encode()].concat()),
         ),
+    ]
+}
+
+fn frames() -> Vec<(&'static str, Vec<u8>)> {
+    use crate::frames::PROGRAM;
+    use crate::frames::script::{ask, say};
+    // Ranges are unit (2 is a page, 0 a sector), offset (two bytes), length.
+    let reads: &[u8] = &[
+        ask::READ,
+        4,
+        0,
+        2,
+        0,
+        0,
+        25,
+        ask::READ,
+        0,
+        1,
+        0,
+        0,
+        3,
+        9,
+        ask::READ,
+        2,
+        2,
+        2,
+        0,
+        2,
+        20,
+        ask::READ,
+        0,
+        5,
+        1,
+        0,
+        77,
+        200,
+    ];
+    let others: &[u8] = &[
+        ask::EXTENTS,
+        4,
+        2,
+        0,
+        0,
+        25,
+        ask::HASH,
+        6,
+        3,
+        2,
+        0,
+        0,
+        25,
+        ask::HASH,
+        6,
+        0,
+        0,
+        0,
+        8,
+        30,
+        ask::PING,
+        0,
+    ];
+    let orders: &[u8] = &[
+        ask::READ,
+        4,
+        2,
+        2,
+        0,
+        0,
+        160,
+        ask::READ,
+        5,
+        0,
+        2,
+        0,
+        0,
+        160,
+        ask::CANCEL,
+        1,
+        ask::PROMOTE,
+        2,
+        0,
+        ask::SKIP,
+        1,
+        0,
+        ask::PING,
+        3,
+        ask::CANCEL,
+        1,
+        ask::CANCEL,
+        200,
+    ];
+    let talk = |which: u8| [ask::TELL, which, 9, 1];
+    let talks = [0, 2, 7, 5, 3, 1, 4, 6].map(talk).concat();
+    let wrong: &[u8] = &[
+        ask::FRAME,
+        1,
+        0,
+        0,
+        0,
+        9,
+        0,
+        1,
+        9,
+        0,
+        1,
+        9,
+        0,
+        ask::READ,
+        0,
+        0,
+        2,
+        0,
+        200,
+        9,
+    ];
+    let raw = hikkoshi_wan::transport::message::Request::Ping(
+        7,
+        hikkoshi_wan::transport::Priority::DEMAND,
+    )
+    .encode();
+    // Kind of disk, pace and luck of its source, then a program.
+    let server = |kind: u8, pace: u8, luck: u8, parts: &[&[u8]]| {
+        [&[PROGRAM, kind, pace, luck][..], &parts.concat()].concat()
+    };
+    // Questions: how, skew, length. Data, extents, hashes of 4 KiB, a long read in bulk, promoted.
+    let questions: &[u8] = &[4, 0, 0, 16, 0, 4, 0, 64, 0, 0x66, 0, 64, 0, 0x19, 2, 200, 0];
+    let client =
+        |head: u8, parts: &[&[u8]]| [&[PROGRAM | head][..], questions, &parts.concat()].concat();
+    let whole: &[u8] = &[
+        say::WHOLE,
+        0,
+        2,
+        say::WHOLE,
+        3,
+        1,
+        say::WHOLE,
+        2,
+        0,
+        say::WHOLE,
+        1,
+        0,
+    ];
+    let pieces: &[u8] = &[
+        say::DATA,
+        0,
+        0,
+        8,
+        0,
+        0,
+        say::DATA,
+        3,
+        0,
+        4,
+        0,
+        1,
+        say::ZERO,
+        0,
+        8,
+        4,
+        0,
+        say::DATA,
+        0,
+        12,
+        4,
+        1,
+        2,
+        say::EXTENTS,
+        1,
+        4,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        1,
+        0,
+        say::ERROR,
+        2,
+        5,
+        say::ZERO,
+        3,
+        4,
+        12,
+        1,
+    ];
+    let wrong_order: &[u8] = &[say::DATA, 0, 8, 8, 0, 0, say::DATA, 0, 0, 8, 1, 0];
+    let bomb: &[u8] = &[
+        say::PACKED,
+        0,
+        0,
+        16,
+        1,
+        8,
+        0,
+        0,
+        0,
+        0,
+        0x28,
+        0xb5,
+        0x2f,
+        0xfd,
+    ];
+    let told = |which: u8| [&[PROGRAM | 6, 2, 9, 1][..], &[say::TOLD, 0, which, 3, 0]].concat();
+    vec![
+        ("serve-plain", server(0, 0, 0, &[reads, others])),
+        (
+            "serve-in-pieces",
+            server(0, 200, 0, &[reads, others, orders]),
+        ),
+        ("serve-large", server(2, 0, 0, &[orders, reads])),
+        ("serve-arriving", server(3, 0, 0, &[reads, others, orders])),
+        (
+            "serve-arriving-losses",
+            server(5, 0, 0b1111_0111, &[reads, orders]),
+        ),
+        (
+            "serve-refusals",
+            server(4, 0, 0b1101_1001, &[reads, others]),
+        ),
+        ("serve-standby", server(6, 0, 0, &[reads, others])),
+        ("serve-talk", server(0, 0, 0, &[&talks, reads])),
+        ("serve-talk-standby", server(7, 0, 0, &[reads, &talks])),
+        ("serve-wrong", server(0, 0, 0, &[reads, wrong])),
+        ("serve-raw", [&[0, 0, 0, 0][..], &raw].concat()),
+        ("ask-whole", client(3, &[whole])),
+        ("ask-few-at-a-time", client(11, &[whole])),
+        ("ask-pieces", client(3, &[pieces])),
+        ("ask-wrong-order", client(3, &[wrong_order])),
+        ("ask-bomb", client(3, &[bomb])),
+        ("ask-end", client(3, &[&[say::END, 0, say::END, 1]])),
+        ("told-attached", told(0)),
+        ("told-changes", told(1)),
+        ("told-fenced", told(2)),
+        ("told-bases", told(3)),
+        ("told-heat", told(4)),
+        ("told-refused", told(6)),
     ]
 }

@@ -58,6 +58,11 @@ fn control() {
 }
 
 #[test]
+fn frames() {
+    replay("frames");
+}
+
+#[test]
 fn nbd_client() {
     replay("nbd_client");
 }

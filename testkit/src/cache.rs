@@ -92,11 +92,18 @@ pub fn hikkoshi() -> Result<PathBuf> {
 }
 
 /// The `hikkoshi` program with crash points, built from this workspace now: beside the release,
-/// never in its place.
+/// never in its place. Or what `HIKKOSHI_ARMED_BIN` names.
 ///
 /// # Errors
 /// It does not build; the message has what cargo said.
 pub fn armed_hikkoshi() -> Result<PathBuf> {
+    static BUILT: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    if let Some(path) = std::env::var_os("HIKKOSHI_ARMED_BIN") {
+        return Ok(path.into());
+    }
+    if let Some(path) = BUILT.get() {
+        return Ok(path.clone());
+    }
     let target = target_dir()?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
@@ -107,7 +114,7 @@ pub fn armed_hikkoshi() -> Result<PathBuf> {
         .arg(&target)
         .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     process::output(&mut build).context("build hikkoshi with crash points")?;
-    Ok(target.join("crash/hikkoshi"))
+    Ok(BUILT.get_or_init(|| target.join("crash/hikkoshi")).clone())
 }
 
 /// Copies `image` to `to`, holes kept.

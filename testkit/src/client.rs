@@ -28,6 +28,8 @@ pub struct Answer(pub u32);
 impl Answer {
     /// Success.
     pub const OK: Self = Self(0);
+    /// EPERM.
+    pub const EPERM: Self = Self(1);
     /// EIO.
     pub const EIO: Self = Self(5);
     /// ENOSPC.
@@ -175,6 +177,14 @@ impl Client {
             Answer::OK => Ok(()),
             Answer(error) => bail!("a flush failed with {error}"),
         }
+    }
+
+    /// Waits for answers no longer than this from now on.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub fn set_patience(&self, time: Duration) -> Result<()> {
+        Ok(self.stream.set_read_timeout(Some(time))?)
     }
 
     /// Whether nothing has come on the connection for as long as `time`.

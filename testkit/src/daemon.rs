@@ -3,6 +3,7 @@
 use crate::cache;
 use crate::client::Client;
 use crate::netns::Namespace;
+use crate::packages;
 use crate::process::Process;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -48,7 +49,35 @@ impl Daemon {
         image: &Path,
         extra: &[&str],
     ) -> Result<Self> {
-        let binary = cache::hikkoshi()?;
+        Self::launch(site, cache::hikkoshi()?, &[], dir, name, image, extra)
+    }
+
+    /// The binary with crash points, which kills itself at `point` (`NAME:N`; none: nowhere).
+    ///
+    /// # Errors
+    /// As [`Daemon::start`]; also when it is killed before it serves.
+    pub fn start_armed(
+        dir: &Path,
+        name: &str,
+        image: &Path,
+        extra: &[&str],
+        point: Option<&str>,
+    ) -> Result<Self> {
+        let binary = cache::armed_hikkoshi()?;
+        let order = point.map(|point| format!("HIKKOSHI_CRASH_AT={point}"));
+        let variables: Vec<String> = order.into_iter().collect();
+        Self::launch(None, binary, &variables, dir, name, image, extra)
+    }
+
+    fn launch(
+        site: Option<&Namespace>,
+        binary: PathBuf,
+        variables: &[String],
+        dir: &Path,
+        name: &str,
+        image: &Path,
+        extra: &[&str],
+    ) -> Result<Self> {
         let socket = dir.join(format!("{name}.nbd"));
         let control = dir.join(format!("{name}.control"));
         let mut arguments = vec![
@@ -61,7 +90,15 @@ impl Daemon {
         ];
         arguments.extend(extra.iter().map(|&word| word.to_owned()));
         let log = dir.join(format!("{name}.log"));
-        let process = Process::start(site, &binary, &arguments, &log)?;
+        let process = if variables.is_empty() {
+            Process::start(site, &binary, &arguments, &log)?
+        } else {
+            // It replaces itself by the program: the process id stays the child's.
+            let mut words = variables.to_vec();
+            words.push(binary.display().to_string());
+            words.extend(arguments);
+            Process::start(site, packages::require("env")?, &words, &log)?
+        };
         let mut daemon = Self {
             process,
             binary,
@@ -161,6 +198,17 @@ impl Daemon {
             .with_context(|| format!("killed by a signal: {status}"))
     }
 
+    /// Waits until it has been killed, by itself or others.
+    ///
+    /// # Errors
+    /// It is not within minutes, or ended in another way.
+    pub fn wait_killed(mut self) -> Result<()> {
+        let status = self.process.wait(LONG)?;
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        ensure!(signal == Some(9), "not killed, {status}:\n{}", self.log());
+        Ok(())
+    }
+
     /// Ends it with SIGTERM, cleanly.
     ///
     /// # Errors
@@ -230,7 +278,7 @@ impl Daemon {
     ///
     /// # Errors
     /// It is not within minutes.
-    pub fn wait_status(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    pub fn wait_status(&self, what: &str, mut wanted: impl FnMut(&Value) -> bool) -> Result<Value> {
         let start = Instant::now();
         loop {
             let status = self.status()?;

@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod faults;
 pub mod guest;
 pub mod link;
+pub mod moving;
 pub mod nbd;
 pub mod netns;
 pub mod offline;

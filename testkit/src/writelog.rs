@@ -6,6 +6,7 @@
 //! entry's data length is for marks; a write has as much data as it has sectors.)
 
 use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
@@ -35,6 +36,30 @@ pub struct Applied {
 pub fn apply(log: &Path, image: &Path) -> Result<Applied> {
     let target = fs::OpenOptions::new().write(true).open(image)?;
     let size = target.metadata()?.len();
+    each_write(log, size, |offset, data| {
+        Ok(target.write_all_at(data, offset)?)
+    })
+}
+
+/// Adds the blocks of 4096 bytes that the log at `log` has written to, by number.
+///
+/// # Errors
+/// As [`apply`].
+pub fn blocks_written(log: &Path, size: u64, blocks: &mut BTreeSet<u64>) -> Result<()> {
+    each_write(log, size, |offset, data| {
+        let end = offset + data.len() as u64;
+        blocks.extend(offset / 4096..end.div_ceil(4096));
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Calls `write` for each write of a log, of a disk of `size` bytes.
+fn each_write(
+    log: &Path,
+    size: u64,
+    mut write: impl FnMut(u64, &[u8]) -> Result<()>,
+) -> Result<Applied> {
     let mut reader = BufReader::with_capacity(1 << 20, File::open(log)?);
     let mut sector = [0; SECTOR];
     reader
@@ -74,7 +99,7 @@ pub fn apply(log: &Path, image: &Path) -> Result<Applied> {
         reader
             .read_exact(&mut data)
             .with_context(|| format!("data of entry {number}"))?;
-        target.write_all_at(&data, offset)?;
+        write(offset, &data)?;
         applied.bytes += len;
     }
     Ok(applied)

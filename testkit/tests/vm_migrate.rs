@@ -147,16 +147,17 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
     vm.console.wait_for("WL start", LONG)?;
     vm.console.wait_for_rounds(3, LONG)?;
 
-    let new = ["b1", "b2"].map(image);
-    let new_servers = Servers::start(&b, &new, Some(link.address_a))?;
-    let command = |attempt: usize, to: &Machine, more: &[&str]| -> Result<Command> {
+    let given_up = ["b1", "b2"].map(image);
+    let servers = Servers::start(&b, &given_up, Some(link.address_a))?;
+    let command = |attempt: usize, to: (&Servers, &Machine), more: &[&str]| -> Result<Command> {
+        let (new_servers, to) = to;
         let qmp = |machine: &Machine| format!("unix:{}", machine.second_qmp().display());
         let mut arguments: Vec<String> = ["migrate", "--json", "--qmp"].map(Into::into).into();
         arguments.extend([qmp(&vm), "--to-qmp".into(), qmp(to)]);
         let uri = format!("tcp:{}:{}", link.address_b, MIGRATION_PORTS[attempt]);
         arguments.extend(["--uri".into(), uri]);
         for number in 0..2 {
-            let ends = [&old_servers, &new_servers].map(|s| format!("{}#", s.0[number].control()));
+            let ends = [&old_servers, new_servers].map(|s| format!("{}#", s.0[number].control()));
             arguments.extend(["--disk".into(), ends.join("=")]);
         }
         // QEMU's logs of the writes are this test's own.
@@ -167,20 +168,34 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
         Command::start(&arguments, dir.join(format!("migrate-{attempt}.log")))
     };
 
-    // 1: the QEMU at the new site is killed on the way.
+    // 0: everything is checked, and nothing is changed.
     let to = machine(&b, &guest, dir, "vm-b0", true)?;
-    let mut moving = command(0, &to, &["--bandwidth", SLOWLY, "--keep-standby"])?;
+    let mut check = command(0, (&servers, &to), &["--dry-run"])?;
+    ensure!(
+        check.process.wait(LONG)?.success(),
+        "{}",
+        check.process.tail()
+    );
+    let said = check.process.tail();
+    ensure!(
+        said.contains("Nothing was changed") && said.contains("640.0 MiB"),
+        "{said}"
+    );
+
+    // 1: the QEMU at the new site is killed on the way.
+    let more = ["--bandwidth", SLOWLY, "--keep-standby", "--no-prepare"];
+    let mut moving = command(0, (&servers, &to), &more)?;
     moving.wait_until_under_way()?;
     drop(to);
     let (status, end) = moving.end()?;
     ensure!(status == Some(1) && end["vm"] == "old", "{status:?} {end}");
     ensure!(end["disks"] == "old-standby", "{end}");
-    ensure!(new_servers.states()? == ["standby"; 2]);
+    ensure!(servers.states()? == ["standby"; 2]);
     vm.console.wait_for_rounds(2, LONG)?;
 
     // 2: somebody presses Ctrl-C.
     let to = machine(&b, &guest, dir, "vm-b1", true)?;
-    let mut moving = command(1, &to, &["--bandwidth", SLOWLY, "--keep-standby"])?;
+    let mut moving = command(1, (&servers, &to), &["--bandwidth", SLOWLY, "--no-prepare"])?;
     moving.wait_until_under_way()?;
     let pid = rustix::process::Pid::from_raw(i32::try_from(moving.process.pid())?).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
@@ -188,15 +203,19 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
     ensure!(status == Some(1) && end["vm"] == "old", "{status:?} {end}");
     let reason = end["reason"].as_str().unwrap_or_default();
     ensure!(reason.contains("interrupted"), "{end}");
-    ensure!(new_servers.states()? == ["standby"; 2]);
+    ensure!(end["disks"] == "old-given-up", "{end}");
+    ensure!(servers.states()? == ["given-up"; 2]);
     vm.console.wait_for_rounds(2, LONG)?;
     drop(to);
+    servers.kill()?;
 
     // 3: it goes through.
+    let new = ["c1", "c2"].map(image);
+    let new_servers = Servers::start(&b, &new, Some(link.address_a))?;
     let to = machine(&b, &guest, dir, "vm-b2", true)?;
     let moving = command(
         2,
-        &to,
+        (&new_servers, &to),
         &["--bandwidth", "1GB/s", "--downtime", "1s", "--quit-old"],
     )?;
     let (status, end) = moving.end()?;

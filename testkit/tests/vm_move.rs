@@ -98,21 +98,22 @@ impl Journey {
 
     /// The guest moves across `link` to `site`, its disk follows, and the old site is gone.
     fn go_on(&self, here: Here, name: &str, site: &Namespace, link: &Link) -> Result<Here> {
-        self.go_on_with(here, name, site, link, |server, _| Ok(server))
+        self.go_on_with(here, name, site, (link, &[]), |server, _| Ok(server))
     }
 
-    /// The same with `trouble`, which happens when the guest has just arrived.
+    /// The same with options of the new site's server, and `trouble`, which happens when the guest
+    /// has just arrived.
     fn go_on_with(
         &self,
         mut here: Here,
         name: &str,
         site: &Namespace,
-        link: &Link,
+        (link, options): (&Link, &[&str]),
         trouble: impl FnOnce(Hikkoshi, &Machine) -> Result<Hikkoshi>,
     ) -> Result<Here> {
         let image = self.image(name);
         let start = Instant::now();
-        let new = Hikkoshi::serve(site, &image, ANYWHERE, Some(&source_uri(link)), &[])?;
+        let new = Hikkoshi::serve(site, &image, ANYWHERE, Some(&source_uri(link)), options)?;
         new.wait_state("standby", LONG)?;
         let waiting = Start::Incoming(Disk::Tcp(OWN_SERVER));
         let vm = format!("vm-{name}");
@@ -311,5 +312,7 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
         link.set(LinkSpec::wan(50, 400));
         Ok(server)
     };
-    journey.arrive(journey.go_on_with(here, "b", &b, &link, trouble)?)
+    // Nothing ahead of the handoff, so that the copy is under way all through the trouble.
+    let bare: &[&str] = &["--prepare", "none"];
+    journey.arrive(journey.go_on_with(here, "b", &b, (&link, bare), trouble)?)
 }

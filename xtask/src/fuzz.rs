@@ -11,9 +11,10 @@ use anyhow::{Context, Result, bail};
 use crate::runner::Session;
 
 /// The targets, and the longest input that is made for each. Heads of HTTP may have 16 KiB.
-const TARGETS: [(&str, u32); 6] = [
+const TARGETS: [(&str, u32); 7] = [
     ("config", 4096),
     ("control", 24 << 10),
+    ("frames", 4096),
     ("nbd_client", 4096),
     ("nbd_server", 4096),
     ("state", 8192),

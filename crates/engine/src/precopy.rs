@@ -9,7 +9,7 @@
 //! Work that is done again is bounded: a region that changes again and again is left for after the
 //! handoff, when it is written here and need not be copied at all.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use crate::changes::{masks, push_bits};
@@ -47,6 +47,9 @@ struct Flight {
     scans: bool,
     /// What has changed meanwhile.
     changed: Vec<BlockRange>,
+    /// The tracking has begun anew since: nothing of it counts. But its bytes are written into the
+    /// image all the same, maybe over those of a newer copy.
+    void: bool,
     /// When it was sent, for those that are paced.
     sent_at: Option<Duration>,
 }
@@ -102,9 +105,9 @@ impl Precopy {
 
     /// The tracking of changes begins anew.
     pub fn start_over(&mut self, all_copied: bool) {
-        // Numbers are not used again, so that what is under way lands nowhere.
-        for flight in std::mem::take(&mut self.flights).values() {
-            if flight.sent_at.is_some() {
+        for flight in self.flights.values_mut() {
+            flight.void = true;
+            if flight.sent_at.take().is_some() {
                 self.pacer.lost(self.geometry.bytes(flight.range).len());
             }
         }
@@ -150,6 +153,11 @@ impl Precopy {
     /// again and again.
     pub fn is_chasing(&self) -> bool {
         self.scanned_to == self.geometry.blocks() && self.find(0, 1).is_none()
+    }
+
+    /// From here on also what has changed too often is copied once more.
+    pub fn spare_nothing(&mut self) {
+        self.repeats.clear();
     }
 
     /// Copies under way.
@@ -228,6 +236,7 @@ impl Precopy {
             range,
             scans,
             changed: Vec::new(),
+            void: false,
             sent_at: None,
         };
         self.flights.insert(id, flight);
@@ -294,14 +303,14 @@ impl Precopy {
 
     /// The source's bytes are in the image. What has not changed meanwhile is copied.
     pub fn landed(&mut self, id: CopyId) {
-        if let Some(flight) = self.flights.remove(&id) {
+        if let Some(flight) = self.take_down(id) {
             self.copied_but(flight.range, &flight.changed);
         }
     }
 
     /// The extents are known up to `answered_to`, and `zeroes` are zero in the image as well.
     pub fn scanned(&mut self, id: CopyId, answered_to: u64, zeroes: &[BlockRange]) {
-        let Some(flight) = self.flights.remove(&id) else {
+        let Some(flight) = self.take_down(id) else {
             return;
         };
         self.scanning = false;
@@ -320,36 +329,24 @@ impl Precopy {
 
     /// It came to nothing.
     pub fn failed(&mut self, id: CopyId) {
-        if self.flights.remove(&id).is_some_and(|flight| flight.scans) {
+        if self.take_down(id).is_some_and(|flight| flight.scans) {
             self.scanning = false;
         }
     }
 
-    /// The VM has changed these blocks at the source.
-    pub fn changed(&mut self, range: BlockRange) {
-        self.touch(range);
-        let region = (REGION_BYTES / self.geometry.block_bytes()).max(1);
-        let mut at = range.start;
-        while at < range.end {
-            let end = ((at / region + 1) * region).min(range.end);
-            let again = self.clear(BlockRange::new(at, end));
-            if again > 0 {
-                self.repeated += again;
-                *self.repeats.entry(at / region).or_default() += 1;
-            }
-            at = end;
+    /// A copy has ended. One from before the tracking began anew may have put old bytes into the
+    /// image, over newer ones: what it covered counts as changed.
+    fn take_down(&mut self, id: CopyId) -> Option<Flight> {
+        let flight = self.flights.remove(&id)?;
+        if !flight.void {
+            return Some(flight);
         }
+        self.clear(flight.range);
+        self.overtake(flight.range);
+        None
     }
 
-    /// These blocks are not here as they were when the tracking began: there is nothing that would
-    /// be copied again.
-    pub fn differs(&mut self, range: BlockRange) {
-        self.touch(range);
-        self.clear(range);
-    }
-
-    /// What is under way of these blocks will not count.
-    fn touch(&mut self, range: BlockRange) {
+    fn overtake(&mut self, range: BlockRange) {
         for flight in self.flights.values_mut() {
             let touched = flight.range.intersection(range);
             if !touched.is_empty() {
@@ -358,6 +355,37 @@ impl Precopy {
         }
     }
 
+    /// The VM has changed these blocks at the source: what was told at once, however scattered, is
+    /// one time that a region has changed.
+    pub fn changed(&mut self, ranges: impl IntoIterator<Item = BlockRange>) {
+        let region = (REGION_BYTES / self.geometry.block_bytes()).max(1);
+        let mut again = BTreeSet::new();
+        for range in ranges {
+            self.overtake(range);
+            let mut at = range.start;
+            while at < range.end {
+                let end = ((at / region + 1) * region).min(range.end);
+                let cleared = self.clear(BlockRange::new(at, end));
+                self.repeated += cleared;
+                if cleared > 0 {
+                    again.insert(at / region);
+                }
+                at = end;
+            }
+        }
+        for region in again {
+            *self.repeats.entry(region).or_default() += 1;
+        }
+    }
+
+    /// These blocks are not here as they were when the tracking began: there is nothing that would
+    /// be copied again.
+    pub fn differs(&mut self, range: BlockRange) {
+        self.overtake(range);
+        self.clear(range);
+    }
+
+    /// What is under way of these blocks will not count.
     /// The VM has moved: what counts as copied is so for good. Nothing more does.
     pub fn finish(&mut self) -> Vec<BlockRange> {
         self.flights.clear();
@@ -416,7 +444,14 @@ mod tests {
 
         fn step(&mut self, what: u8, a: u64, len: u64, value: u32) {
             let range = BlockRange::new(a % BLOCKS, (a % BLOCKS + 1 + len % 40).min(BLOCKS));
-            match what % 8 {
+            match what % 9 {
+                // The source restarts: what it had marked is gone, and the tracking begins anew.
+                // What was asked for is answered all the same, now or over a new connection.
+                8 if value == 0 => {
+                    self.tracker.take();
+                    self.told.clear();
+                    self.precopy.start_over(false);
+                }
                 // The VM writes; marked after, before the answer.
                 0 => {
                     self.source[Self::blocks(range)].fill(value);
@@ -462,9 +497,7 @@ mod tests {
                 // Changes are taken at the source, and arrive later.
                 7 if value.is_multiple_of(2) => self.told.extend(self.tracker.take()),
                 7 => {
-                    for range in std::mem::take(&mut self.told) {
-                        self.precopy.changed(range);
-                    }
+                    self.precopy.changed(std::mem::take(&mut self.told));
                 }
                 _ => {}
             }
@@ -474,9 +507,7 @@ mod tests {
         fn check(mut self) -> u64 {
             let mut last = std::mem::take(&mut self.told);
             last.extend(self.tracker.take());
-            for range in last {
-                self.precopy.changed(range);
-            }
+            self.precopy.changed(last);
             let mut copied = 0;
             for run in self.precopy.finish() {
                 copied += run.len();
@@ -515,6 +546,30 @@ mod tests {
         }
         assert!(asked > 10);
         assert_eq!(world.precopy.missing(), 0);
+        assert_eq!(world.check(), BLOCKS);
+    }
+
+    /// Four scattered writes between two questions once counted as four times, so that a region was
+    /// given up for ahead of the handoff although it had been copied only once.
+    #[test]
+    fn scattered_changes_told_at_once_count_once() {
+        let mut world = World::new(&[1]);
+        let copy_all = |world: &mut World| {
+            while let Some(wanted) = world.precopy.next(512) {
+                world.asked.push(wanted);
+                world.step(3, 0, 0, 0);
+                world.step(5, 0, 0, 1);
+                world.step(6, 0, 0, 1);
+            }
+        };
+        copy_all(&mut world);
+        for block in (0..100).step_by(10) {
+            world.step(0, block, 0, 2);
+        }
+        world.step(7, 0, 0, 0);
+        world.step(7, 0, 0, 1);
+        assert_eq!(world.precopy.missing(), 10);
+        copy_all(&mut world);
         assert_eq!(world.check(), BLOCKS);
     }
 

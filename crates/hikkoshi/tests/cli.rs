@@ -552,3 +552,159 @@ fn a_socket_that_a_supervisor_passes_in_is_served() {
         "{ready}"
     );
 }
+
+#[test]
+fn migrate_changes_nothing_when_something_is_not_ready() {
+    assert_eq!(run(&["migrate"]).status.code(), Some(2));
+    let dir = tempfile::tempdir().unwrap();
+    let place = |name: &str| format!("unix:{}", dir.path().join(name).display());
+    let (old, new) = (place("old.qmp"), place("new.qmp"));
+    let qemus = ["migrate", "--qmp", &old, "--to-qmp", &new];
+    let (old_disk, new_disk) = (place("old.control"), place("new.control"));
+    let disk = format!("{old_disk}#web={new_disk}#web");
+    // Without --disk the VM is asked which it has, and there is none.
+    let output = run(&[&qemus[..], &["--uri", "tcp:b:4444"]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("no QEMU answers at unix:"),
+        "{}",
+        stderr(&output)
+    );
+    let output = run(&[&qemus[..], &["--uri", "tcp:b:4444", "--disk", &disk]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(said.contains("nothing was changed"), "{said}");
+    for missing in [&old, &new] {
+        assert!(said.contains(missing.as_str()), "{said}");
+    }
+    // All that is wrong at once: both QEMUs, both daemons.
+    assert_eq!(said.matches("site: no ").count(), 4, "{said}");
+    // A move that failed is gone on with without an address; there is nothing to go on with here.
+    let output = run(&[&qemus[..], &["--resume", "--json", "--disk", &disk]].concat());
+    assert_eq!(output.status.code(), Some(1));
+    let end: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&end["event"], &end["done"]),
+        (&"end".into(), &false.into())
+    );
+    assert!(
+        end["text"]
+            .as_str()
+            .unwrap()
+            .contains("not certain where the VM is"),
+        "{end}"
+    );
+}
+
+/// Whether the hook lets a VM with these disks in, and what it says.
+fn hook(program: &Path, disks: &str, operation: &[&str]) -> (bool, String) {
+    use std::io::Write as _;
+    let hook = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/libvirt/hikkoshi");
+    let mut child = Command::new(hook)
+        .args(["vm"].iter().chain(operation))
+        .env("HIKKOSHI", program)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let xml = format!("<domain><devices>{disks}</devices></domain>");
+    // What does not look at the VM does not read it.
+    let _ = child.stdin.take().unwrap().write_all(xml.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        stdout(&output),
+        "",
+        "libvirt would take it for the VM's XML"
+    );
+    (output.status.success(), stderr(&output))
+}
+
+#[test]
+fn the_hook_for_libvirt_lets_a_vm_in_only_if_its_disks_stand_by() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let socket = |name: &str| format!("unix:{}", dir.join(name).display());
+    let image = |name: &str| dir.join(name).display().to_string();
+    let (old_listen, new_listen) = (socket("old.nbd"), socket("new.nbd"));
+    let old = Served::start(
+        dir,
+        "old",
+        &[
+            &image("old"),
+            "--export",
+            "web",
+            "--size",
+            "1MiB",
+            "--listen",
+            &old_listen,
+        ],
+    );
+    let from = format!("nbd+unix:///web?socket={}", dir.join("old.nbd").display());
+    let new = Served::start(
+        dir,
+        "new",
+        &[
+            &image("new"),
+            "--export",
+            "web",
+            "--from",
+            &from,
+            "--listen",
+            &new_listen,
+        ],
+    );
+    // The hook asks the daemons of the user's runtime directory: here, one that is named.
+    let at = |served: &Served| {
+        let path = dir.join("hikkoshi");
+        let binary = env!("CARGO_BIN_EXE_hikkoshi");
+        let script = format!(
+            "#!/bin/sh\nexec {binary} \"$@\" --control {}\n",
+            served.control
+        );
+        std::fs::write(&path, script).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    };
+    let incoming = ["migrate", "begin", "-"];
+    let disk = |name: &str, more: &str| {
+        format!("<disk type='network'><source protocol='nbd'{name}/>{more}</disk>")
+    };
+    let web = disk(" name='web'", "");
+
+    assert_eq!(hook(&at(&new), &web, &incoming), (true, String::new()));
+    assert!(
+        hook(&at(&new), &disk("", ""), &incoming).0,
+        "the only export has no name, too"
+    );
+    // The old copy, also for a VM that names none.
+    for disks in [&web, &disk("", "")] {
+        let (let_in, said) = hook(&at(&old), disks, &incoming);
+        assert!(!let_in && said.contains("must be standby"), "{said}");
+    }
+    // What the VM cannot write to, other disks, and what is no incoming migration.
+    assert!(hook(&at(&old), &disk(" name='web'", "<readonly/>"), &incoming).0);
+    assert!(hook(&at(&old), &disk(" name='db'", ""), &incoming).0);
+    assert!(hook(&at(&old), "<disk type='file'/>", &incoming).0);
+    assert!(hook(&at(&old), &web, &["started", "begin", "-"]).0);
+    // The source is gone.
+    drop(old);
+    let status = || new.json(&["status", "--json"]);
+    while status()["source_connected"] == true {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let (let_in, said) = hook(&at(&new), &web, &incoming);
+    assert!(
+        !let_in && said.contains("does not reach its source"),
+        "{said}"
+    );
+    // No daemon: no disk of ours.
+    let place = at(&new);
+    drop(new);
+    let (let_in, said) = hook(&place, &web, &incoming);
+    assert!(let_in && said.contains("no daemon answers"), "{said}");
+    // No program.
+    let (let_in, said) = hook(&dir.join("nothing"), &web, &incoming);
+    assert!(!let_in && said.contains("remove this hook"), "{said}");
+}

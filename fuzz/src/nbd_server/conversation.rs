@@ -47,6 +47,17 @@ static DAEMON: LazyLock<Mutex<Daemon>> = LazyLock::new(|| {
 
 /// Sends all of `client`, in pieces if `pace` says so, and receives until the daemon hangs up.
 pub fn hold(disk: &Disk, client: &[u8], pace: u8) -> Vec<u8> {
+    hold_until(disk, client, pace, |_| true)
+}
+
+/// The same, but the end of what the client sends is not told before it has had enough of what it
+/// has received. If it never has, the daemon is waited for.
+pub fn hold_until(
+    disk: &Disk,
+    client: &[u8],
+    pace: u8,
+    mut has_enough: impl FnMut(&[u8]) -> bool,
+) -> Vec<u8> {
     let daemon = DAEMON.lock().unwrap();
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
@@ -73,7 +84,7 @@ pub fn hold(disk: &Disk, client: &[u8], pace: u8) -> Vec<u8> {
                 Err(_) => sent = client.len(),
             }
         }
-        if sent == client.len() && !hung_up {
+        if sent == client.len() && !hung_up && has_enough(&received) {
             hung_up = true;
             let _ = ours.shutdown(Shutdown::Write);
         }

@@ -96,7 +96,7 @@ static READ_ONLY: LazyLock<(Arc<Volume>, Arc<MemoryStore>)> = LazyLock::new(|| {
     let geometry = Geometry::new(READ_ONLY_BYTES, BLOCK as u32).unwrap();
     let config = ExportConfig {
         read_only: true,
-        ..config(READ_ONLY_NAME, None)
+        ..config(READ_ONLY_NAME, None, Transport::Nbd)
     };
     let clock: Clock = Arc::new(|| Duration::ZERO);
     let volume = fuzzing::plain(&config, geometry, Arc::clone(&store) as _, clock);
@@ -116,7 +116,7 @@ pub fn check_read_only() {
     );
 }
 
-fn config(name: &str, handoff: Option<HandoffPolicy>) -> ExportConfig {
+fn config(name: &str, handoff: Option<HandoffPolicy>, transport: Transport) -> ExportConfig {
     ExportConfig {
         name: name.into(),
         image: PathBuf::from("memory"),
@@ -124,7 +124,7 @@ fn config(name: &str, handoff: Option<HandoffPolicy>) -> ExportConfig {
         block_bytes: BLOCK as u32,
         read_only: false,
         engine: Engine::Auto,
-        transport: Transport::Nbd,
+        transport,
         compress: hikkoshi_daemon::config::Packing::Auto,
         source: handoff.map(|handoff| SourceConfig {
             handoff,
@@ -153,8 +153,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk of this kind; `luck` decides what its source does.
-    pub fn new(kind: Kind, luck: u8) -> Self {
+    /// A disk of this kind; `luck` decides what its source does, and `transport` what may be spoken.
+    pub fn new(kind: Kind, luck: u8, transport: Transport) -> Self {
         let now_ms = Arc::new(AtomicU64::new(0));
         let clock: Clock = {
             let now_ms = Arc::clone(&now_ms);
@@ -167,13 +167,13 @@ impl Disk {
         let (volume, store, source) = match kind {
             Kind::Plain { .. } => {
                 let store = Arc::new(MemoryStore::with_content(content.to_vec()));
-                let config = config("", None);
+                let config = config("", None, transport);
                 let volume = fuzzing::plain(&config, geometry, Arc::clone(&store) as _, clock);
                 (volume, store, None)
             }
             Kind::Arriving { extents, .. } => {
                 let source = MemorySource::new(content.to_vec(), extents.then_some(4096));
-                let config = config("", Some(HandoffPolicy::Now));
+                let config = config("", Some(HandoffPolicy::Now), transport);
                 let (volume, store) = moving(&config, geometry, &source, &dir, clock);
                 (volume, store, Some(source))
             }
@@ -184,7 +184,7 @@ impl Disk {
                 } else {
                     HandoffPolicy::FirstWrite
                 };
-                let config = config("", Some(policy));
+                let config = config("", Some(policy), transport);
                 let (volume, store) = moving(&config, geometry, &source, &dir, clock);
                 (volume, store, Some(source))
             }
@@ -284,6 +284,11 @@ impl Disk {
             return;
         }
         self.luck.lock().unwrap().left = 0;
+        if self.volume.has_departed() {
+            // It was handed on: what the new site needs that asks for, and nothing else is copied.
+            fuzzing::retire(&self.volume);
+            return;
+        }
         let mut turns = 0;
         while !self.volume.is_local() {
             turns += 1;

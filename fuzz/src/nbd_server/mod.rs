@@ -11,14 +11,15 @@
 //!   source that failed now and then, and the move comes to its end;
 //! - before the handoff nothing is kept.
 
-mod conversation;
-mod disk;
-mod model;
+pub(crate) mod conversation;
+pub(crate) mod disk;
+pub(crate) mod model;
 mod replies;
 pub mod script;
 
 use std::ops::Range;
 
+use hikkoshi_daemon::config::Transport;
 use hikkoshi_daemon::front::Table;
 use hikkoshi_nbd::server::{Command, Handshake, Outcome, Request, Rules, Session, Verdict};
 use hikkoshi_nbd::wire::{Errno, REQUEST_BYTES};
@@ -38,7 +39,7 @@ const MEMORY_BOUND: usize = 96 << 20;
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let (kind, pace, luck) = (input.byte(), input.byte(), input.byte());
-    let disk = Disk::new(Kind::of(kind), luck);
+    let disk = Disk::new(Kind::of(kind), luck, Transport::Nbd);
     let mut client = if kind & 0x80 == 0 {
         input.rest().to_vec()
     } else {

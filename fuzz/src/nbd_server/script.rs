@@ -131,7 +131,7 @@ fn ranged(program: &mut Input<'_>, size: u64, command: u16, out: &mut Vec<u8>) {
 }
 
 /// Unit, offset and length in units: mostly inside the disk, now and then across its end.
-fn range(program: &mut Input<'_>, size: u64) -> (u64, u32) {
+pub(crate) fn range(program: &mut Input<'_>, size: u64) -> (u64, u32) {
     let unit = [512, 1, 4096, 333][program.below(4)];
     let (offset, len) = (u64::from(program.u16()), u32::from(program.byte()));
     (offset * unit % (size + 1024), len * unit as u32)

@@ -163,6 +163,20 @@ impl ControlClient {
     /// # Errors
     /// As [`Self::export`], and when the daemon refuses the command.
     pub fn command(&self, name: &str, command: Command) -> Result<ExportStatus, ClientError> {
+        self.command_within(name, command, COMMAND_TIMEOUT)
+    }
+
+    /// The same for whoever cannot wait so long. A daemon that has not answered by then goes on with
+    /// the command.
+    ///
+    /// # Errors
+    /// As [`Self::command`].
+    pub fn command_within(
+        &self,
+        name: &str,
+        command: Command,
+        timeout: Duration,
+    ) -> Result<ExportStatus, ClientError> {
         let (route, more) = match command {
             Command::Pause => ("pause", String::new()),
             Command::Resume => ("resume", String::new()),
@@ -174,17 +188,8 @@ impl ControlClient {
             Command::Limit(Some(rate)) => ("limit", format!("&bytes_per_s={rate}")),
         };
         let target = format!("/v1/{route}?name={}{more}", encode(name));
-        let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
+        let body = self.request("POST", &target, timeout)?;
         self.parse(&body)
-    }
-
-    /// Gives the move of an export here up, before its handoff.
-    ///
-    /// # Errors
-    /// As [`Self::command`].
-    pub fn abort(&self, name: &str) -> Result<(), ClientError> {
-        let target = format!("/v1/abort?name={}", encode(name));
-        self.request("POST", &target, COMMAND_TIMEOUT).map(drop)
     }
 
     /// Has an export compared with its source, or, to `accept`, lets the source go whatever was

@@ -371,6 +371,7 @@ pub(super) fn errno_of(error: &io::Error) -> Errno {
     match (error.raw_os_error(), error.kind()) {
         (Some(raw), _) => Errno::from_raw_os_error(raw),
         (None, io::ErrorKind::Unsupported) => Errno::NotSup,
+        (None, io::ErrorKind::PermissionDenied) => Errno::Perm,
         (None, io::ErrorKind::OutOfMemory) => Errno::NoMem,
         (None, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => Errno::NoSpc,
         _ => Errno::Io,

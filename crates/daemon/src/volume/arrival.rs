@@ -93,6 +93,8 @@ struct State {
     prepared: bool,
     rests_until: Duration,
     over: bool,
+    /// The source knows that the move was given up.
+    abort_heard: bool,
 }
 
 /// How far the pre-copy is.
@@ -143,6 +145,7 @@ impl Arrival {
                 prepared: false,
                 rests_until: Duration::ZERO,
                 over: false,
+                abort_heard: false,
             }),
             changed: Condvar::new(),
             installing: Gate::default(),
@@ -213,6 +216,21 @@ impl Volume {
             .is_some_and(|a| a.given_up.load(Ordering::Acquire))
     }
 
+    /// Whether the source has heard that the move was given up.
+    pub(super) fn abort_was_heard(&self) -> bool {
+        self.arrival.as_ref().is_some_and(|a| a.state().abort_heard)
+    }
+
+    /// Whether a handoff has fenced the source, as far as it is known here, and was not recorded.
+    pub(super) fn fence_note(&self) -> Option<String> {
+        let attached = self.arrival.as_ref()?.ticket.attached()?;
+        attached.departed.then(|| {
+            "the source takes no more writes: `hikkoshi handoff` (or the VM's first write) \
+             completes the move, `hikkoshi abort` takes it back"
+                .to_owned()
+        })
+    }
+
     /// Whether its source keeps a fence and is to be told of the move.
     pub(super) fn has_arrival(&self) -> bool {
         self.arrival.is_some()
@@ -256,7 +274,8 @@ impl Volume {
             let Some(relocation) = self.relocation() else {
                 return;
             };
-            if arrival.prepare != Prepare::None && self.background {
+            let over = arrival.state().over;
+            if (self.copies_ahead(arrival) || arrival.has_base) && !over {
                 self.prepare_some(arrival, &relocation);
             } else {
                 arrival.pause(RETRY_AFTER);
@@ -264,13 +283,7 @@ impl Volume {
         }
         // A move that was given up must be told of until the source has heard it.
         if self.has_given_up() {
-            self.tell_until_heard(
-                arrival,
-                Tell::Abort {
-                    id: arrival.ticket.id(),
-                },
-            );
-            return;
+            return self.say_that_it_is_given_up(arrival);
         }
         if self.life() != LifeState::Local {
             self.ask_for_heat(arrival);
@@ -290,6 +303,22 @@ impl Volume {
             );
             arrival.link.hang_up();
         }
+    }
+
+    fn say_that_it_is_given_up(&self, arrival: &Arrival) {
+        let id = arrival.ticket.id();
+        while !arrival.is_stopping() {
+            match arrival.link.tell(&Tell::Abort { id }, SHORT_PATIENCE) {
+                // Unreachable, or it could not make it durable: its fence stands until it has.
+                Err(error) if error.kind != SourceErrorKind::Untrusted => {
+                    arrival.pause(RETRY_AFTER * 10);
+                }
+                // Done; or it is another disk by now, or has moved on by another move.
+                _ => break,
+            }
+        }
+        arrival.state().abort_heard = !arrival.is_stopping();
+        arrival.changed.notify_all();
     }
 
     fn tell_until_heard(&self, arrival: &Arrival, tell: Tell) {
@@ -364,34 +393,41 @@ impl Volume {
 
     // Before the handoff
 
+    fn copies_ahead(&self, arrival: &Arrival) -> bool {
+        arrival.prepare != Prepare::None && self.background
+    }
+
+    /// Begins anew where the source's tracking of changes has. Tells whether what was here at its
+    /// beginning is an old copy that counts; `None`: it is not known, or could not be.
+    fn follow_tracking(&self, arrival: &Arrival) -> Option<bool> {
+        let attached = arrival.ticket.attached().filter(|a| a.epoch != 0)?;
+        let all_copied = arrival.has_base && attached.knows_base;
+        let mut state = arrival.state();
+        if state.epoch != attached.epoch {
+            if arrival.has_base && !all_copied {
+                drop(state);
+                // The old copy is worth nothing: it is copied over.
+                self.will_overwrite(arrival, &[self.geometry.all()]).ok()?;
+                state = arrival.state();
+            }
+            state.follow(attached.epoch, all_copied);
+            if all_copied {
+                for run in lock(&arrival.overwritten).runs(self.geometry.blocks()) {
+                    state.precopy.differs(run);
+                }
+            }
+            state.precopy.connected(self.now());
+        }
+        Some(all_copied)
+    }
+
     /// Asks what has changed, and copies until it is time to ask again.
     fn prepare_some(&self, arrival: &Arrival, relocation: &Arc<Relocation>) {
-        let Some(attached) = arrival.ticket.attached().filter(|a| a.epoch != 0) else {
-            return arrival.pause(RETRY_AFTER);
+        let Some(all_copied) = self.follow_tracking(arrival) else {
+            return self.attach_again(arrival);
         };
-        let all_copied = arrival.has_base && attached.knows_base;
         let tell = {
-            let mut state = arrival.state();
-            if state.epoch != attached.epoch {
-                if arrival.has_base && !all_copied {
-                    drop(state);
-                    // The old copy is worth nothing: it is copied over.
-                    if self
-                        .will_overwrite(arrival, &[self.geometry.all()])
-                        .is_err()
-                    {
-                        return arrival.pause(STORE_PAUSE);
-                    }
-                    state = arrival.state();
-                }
-                state.follow(attached.epoch, all_copied);
-                if all_copied {
-                    for run in lock(&arrival.overwritten).runs(self.geometry.blocks()) {
-                        state.precopy.differs(run);
-                    }
-                }
-                state.precopy.connected(self.now());
-            }
+            let state = arrival.state();
             Tell::Changes {
                 id: arrival.ticket.id(),
                 epoch: state.epoch,
@@ -419,20 +455,26 @@ impl Volume {
                     return;
                 }
                 state.number = number;
-                for range in ranges {
+                if all_copied && number == 1 {
                     // What the source tells first is in what the old copy differs.
-                    if all_copied && number == 1 {
+                    for range in ranges {
                         state.precopy.differs(range);
-                    } else {
-                        state.precopy.changed(range);
                     }
+                } else {
+                    state.precopy.changed(ranges);
                 }
+            }
+            // Not tracked any more: others took its place, or another connection's tracking has.
+            Err(error) if error.kind == SourceErrorKind::Refused => {
+                return self.attach_again(arrival);
             }
             _ => return arrival.pause(RETRY_AFTER),
         }
         self.keep_up(arrival);
         let until = self.now() + ASK_AFTER;
         let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
+        // Of an old copy it is to be known what differs, also where nothing is copied ahead.
+        let paused = paused || !self.copies_ahead(arrival);
         let mut state = arrival.state();
         state.precopy.set_limit(self.now(), limit);
         while self.now() < until && !state.over && !arrival.is_stopping() {
@@ -442,9 +484,8 @@ impl Volume {
                 && state.precopy.in_flight() < MAX_COPIES
                 && let Some(wanted) = state.precopy.next_paced(now)
             {
-                let epoch = state.epoch;
                 drop(state);
-                self.copy_ahead(relocation, epoch, wanted);
+                self.copy_ahead(relocation, wanted);
                 state = arrival.state();
             }
             let idle = state.precopy.in_flight() == 0 && now >= state.rests_until;
@@ -539,7 +580,16 @@ impl Volume {
         Ok((left?, lock(&arrival.overwritten).is_empty()))
     }
 
-    fn copy_ahead(&self, relocation: &Arc<Relocation>, epoch: u64, wanted: Wanted) {
+    /// Asks for the tracking that there is now, or for one at all: a source that stood by itself
+    /// has none to offer before it has arrived.
+    fn attach_again(&self, arrival: &Arrival) {
+        if let Ok(Told::Attached(attached)) = arrival.link.tell(&arrival.ticket.tell(), PATIENCE) {
+            arrival.ticket.was_told(attached);
+        }
+        arrival.pause(RETRY_AFTER);
+    }
+
+    fn copy_ahead(&self, relocation: &Arc<Relocation>, wanted: Wanted) {
         let (Wanted::Data(id, range) | Wanted::Extents(id, range)) = wanted;
         let bytes = self.geometry.bytes(range);
         let Some(volume) = relocation.volume() else {
@@ -548,13 +598,13 @@ impl Volume {
         match wanted {
             Wanted::Data(..) => {
                 let len = u32::try_from(bytes.len()).expect("a region at most");
-                let done = move |outcome| volume.copied_ahead(epoch, id, range, outcome);
+                let done = move |outcome| volume.copied_ahead(id, range, outcome);
                 relocation
                     .source
                     .read(Lane::Bulk, bytes.start, len, Box::new(done));
             }
             Wanted::Extents(..) => {
-                let done = move |outcome| volume.scanned_ahead(epoch, id, range, outcome);
+                let done = move |outcome| volume.scanned_ahead(id, range, outcome);
                 relocation
                     .source
                     .extents(Lane::Bulk, bytes.start, bytes.len(), Box::new(done));
@@ -563,13 +613,7 @@ impl Volume {
     }
 
     /// On a thread of the source.
-    fn copied_ahead(
-        &self,
-        epoch: u64,
-        id: CopyId,
-        range: BlockRange,
-        outcome: Result<Fetched, SourceError>,
-    ) {
+    fn copied_ahead(&self, id: CopyId, range: BlockRange, outcome: Result<Fetched, SourceError>) {
         let Some(arrival) = &self.arrival else {
             return;
         };
@@ -605,17 +649,12 @@ impl Volume {
         }
         let copied = fetched.data.len() as u64;
         arrival.copied_bytes.fetch_add(copied, Ordering::Relaxed);
-        let mut state = arrival.state();
-        if state.epoch == epoch {
-            state.precopy.landed(id);
-        }
-        drop(state);
+        arrival.state().precopy.landed(id);
         arrival.changed.notify_all();
     }
 
     fn scanned_ahead(
         &self,
-        epoch: u64,
         id: CopyId,
         range: BlockRange,
         outcome: Result<ExtentsAnswer, SourceError>,
@@ -652,13 +691,9 @@ impl Volume {
                 return self.not_copied(arrival, id, true);
             }
         }
-        let mut state = arrival.state();
-        if state.epoch == epoch {
-            // Less than a block answered: the first one counts as data, so that it gets on.
-            let answered_to = told.end.max(range.start + 1);
-            state.precopy.scanned(id, answered_to, &zeroes);
-        }
-        drop(state);
+        // Less than a block answered: the first one counts as data, so that it gets on.
+        let answered_to = told.end.max(range.start + 1);
+        arrival.state().precopy.scanned(id, answered_to, &zeroes);
         arrival.changed.notify_all();
     }
 
@@ -686,6 +721,10 @@ impl Volume {
     pub(super) fn take_over(&self, arrival: &Arrival) -> io::Result<Takeover> {
         let id = arrival.ticket.id();
         let since = self.now();
+        if arrival.has_base {
+            // Right after the start: what is here counts, if it is the old copy.
+            let _ = self.follow_tracking(arrival);
+        }
         loop {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
@@ -701,9 +740,8 @@ impl Volume {
                     let known = state.epoch == epoch && epoch != 0;
                     let copied = match ranges.filter(|_| known) {
                         Some(ranges) => {
-                            for range in ranges {
-                                state.precopy.changed(self.geometry.covering(range));
-                            }
+                            let covering = |range| self.geometry.covering(range);
+                            state.precopy.changed(ranges.into_iter().map(covering));
                             state.precopy.finish()
                         }
                         None => Vec::new(),
@@ -727,6 +765,9 @@ impl Volume {
                         EventKind::SourceRefused,
                         format!("the source refuses the handoff: {error}"),
                     );
+                    if let Some(relocation) = self.relocation() {
+                        *lock(&relocation.trouble) = Some(error.clone());
+                    }
                     return Err(io::Error::other(error.to_string()));
                 }
             }
@@ -735,11 +776,15 @@ impl Volume {
 
     /// With `--prepare full`: waits until everything is here.
     pub(super) fn await_prepared(&self, arrival: &Arrival) -> io::Result<()> {
-        if arrival.prepare != Prepare::Full {
+        // Without a background copy nothing comes ahead, however long it is waited for.
+        if arrival.prepare != Prepare::Full || !self.background {
             return Ok(());
         }
         let block = self.geometry.block_bytes();
         let mut state = arrival.state();
+        // The VM has left the source, so what changed too often to be worth it stands still.
+        state.precopy.spare_nothing();
+        state.prepared = false;
         while !(state.prepared && state.precopy.missing() * block <= NEARLY_ALL_BYTES) {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
@@ -766,6 +811,8 @@ impl Volume {
         };
         arrival.wants_to_give_up.store(true, Ordering::Release);
         arrival.changed.notify_all();
+        // A handoff may be waiting for an answer that does not come.
+        arrival.link.interrupt();
         let deciding = lock(&arrival.deciding);
         if self.life() != LifeState::Standby {
             arrival.wants_to_give_up.store(false, Ordering::Release);
@@ -795,6 +842,8 @@ impl Volume {
         drop(journal);
         crash_point!("give-up.recorded");
         arrival.given_up.store(true, Ordering::Release);
+        // What it still reads is for nobody's disk: the source need not prepare for it again.
+        arrival.ticket.fall_silent();
         arrival.state().over = true;
         drop(deciding);
         arrival.changed.notify_all();
@@ -802,11 +851,17 @@ impl Volume {
             EventKind::MoveGivenUp,
             "the move was given up; the VM goes on at the source",
         );
-        let id = arrival.ticket.id();
-        if let Err(error) = arrival.link.tell(&Tell::Abort { id }, SHORT_PATIENCE) {
+        // The thread that keeps the move says so; where the source can be reached it is quick.
+        arrival.link.interrupt();
+        let until = self.now() + SHORT_PATIENCE;
+        let mut state = arrival.state();
+        while !state.abort_heard && !arrival.is_stopping() && self.now() < until {
+            state = arrival.wait(state, RETRY_AFTER);
+        }
+        if !state.abort_heard {
             tracing::warn!(
                 "the source has not heard yet that the move was given up, and is told as soon as \
-                 it can be reached: {error}"
+                 it can be reached: keep this running until its writes are accepted"
             );
         }
         Ok(())

@@ -71,6 +71,9 @@ pub struct Departures {
     arrived: AtomicBool,
     /// Grows whenever somebody who reads here might not be allowed to any more.
     version: AtomicU64,
+    /// Whoever said who it is before this version must say so again: what it read for was fenced
+    /// then, and is not any more.
+    ends_before: AtomicU64,
     turn: AtomicU64,
     /// Held over a handoff, an abort, a release: one at a time.
     deciding: Mutex<()>,
@@ -308,7 +311,8 @@ impl Volume {
                     .to_owned()
             } else {
                 "the disk has moved on, and is still being fetched from here: keep this running; \
-                 it takes no writes until `hikkoshi release --force`"
+                 if the new site never took it over, `hikkoshi abort` there takes that back; this \
+                 old copy takes no writes until then, or until `hikkoshi release --force`"
                     .to_owned()
             });
         }
@@ -373,8 +377,10 @@ impl Volume {
         let Some((id, stance)) = bound.who else {
             return true;
         };
-        bound.version == self.departures.version.load(Ordering::Acquire)
-            || self.may_attach(id, stance).is_ok()
+        let version = self.departures.version.load(Ordering::Acquire);
+        bound.version == version
+            || bound.version >= self.departures.ends_before.load(Ordering::Acquire)
+                && self.may_attach(id, stance).is_ok()
     }
 
     fn may_attach(&self, id: MoveId, stance: Stance) -> Result<(), Refusal> {
@@ -410,8 +416,9 @@ impl Volume {
             departed,
             knows_base: false,
         };
+        let given_up = lock(&self.departures.given_up).contains(&id);
         // A volume that stands by itself does not see what changes.
-        if stance == Stance::Standby && self.life() != LifeState::Standby {
+        if stance == Stance::Standby && self.life() != LifeState::Standby && !given_up {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
             let session = match known {
                 Some(session) => {
@@ -551,6 +558,12 @@ impl Volume {
         self.departures
             .has_departed
             .store(departed, Ordering::Release);
+        // A connection that was made before the handoff says that its move stands by, which once
+        // the fence is lifted would be welcome.
+        if !departed {
+            let next = self.departures.version.load(Ordering::Acquire) + 1;
+            self.departures.ends_before.store(next, Ordering::Release);
+        }
         self.departures.version.fetch_add(1, Ordering::AcqRel);
     }
 

@@ -104,15 +104,13 @@ impl Volume {
         data: &[u8],
     ) -> io::Result<()> {
         self.check_poison()?;
-        let _inside = self.begin_change()?;
         let bytes = ByteRange::at(offset, data.len() as u64);
         let outcome = match relocation {
-            None if self.is_plain() => self.store.write(offset, data),
+            None if self.is_plain() => self.change(bytes, || self.store.write(offset, data)),
             // Whoever writes, it is recorded.
             None => self.write_recorded(bytes, &Change::Data { offset, data }),
             Some(relocation) => self.mutate(relocation, bytes, &Change::Data { offset, data }),
         };
-        self.changed(bytes);
         self.note_write(outcome)
     }
 
@@ -128,14 +126,14 @@ impl Volume {
         mode: ZeroMode,
     ) -> io::Result<()> {
         self.check_poison()?;
-        let _inside = self.begin_change()?;
         let bytes = ByteRange::at(offset, len);
         let outcome = match relocation {
-            None if self.is_plain() => self.store.write_zeroes(offset, len, mode),
+            None if self.is_plain() => {
+                self.change(bytes, || self.store.write_zeroes(offset, len, mode))
+            }
             None => self.write_recorded(bytes, &Change::Zeroes(mode)),
             Some(relocation) => self.mutate(relocation, bytes, &Change::Zeroes(mode)),
         };
-        self.changed(bytes);
         self.note_write(outcome)
     }
 
@@ -175,7 +173,10 @@ impl Volume {
         self.await_prepared(arrival)?;
         let _deciding = self.decide(arrival);
         if self.has_given_up() {
-            return Err(io::Error::from_raw_os_error(1));
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "this move was given up; the disk stays at the source",
+            ));
         }
         if self.life() != LifeState::Standby {
             return Ok(());
@@ -222,8 +223,18 @@ impl Volume {
         match self.relocation() {
             Some(relocation) => self.mutate(&relocation, bytes, change),
             // It has just been let go.
-            None => change.apply(&*self.store, bytes),
+            None => self.change(bytes, || change.apply(&*self.store, bytes)),
         }
+    }
+
+    /// Makes a change, unless the disk has moved on, and marks it for those who copy. A handoff
+    /// waits for it: nothing in it may wait for a source.
+    #[inline]
+    fn change<T>(&self, bytes: ByteRange, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _inside = self.begin_change()?;
+        let outcome = make();
+        self.changed(bytes);
+        outcome
     }
 
     fn mutate(
@@ -240,14 +251,17 @@ impl Volume {
         }
         let blocks = relocation.geometry.covering(bytes);
         loop {
-            if relocation.residency.all_resident(blocks) {
-                relocation.own(blocks);
-                crash_point!("write.marked");
-                let outcome = change.apply(&*self.store, bytes);
-                crash_point!("write.written");
-                return outcome;
-            }
-            if relocation.change_missing(bytes, change)? {
+            let made = self.change(bytes, || {
+                if relocation.residency.all_resident(blocks) {
+                    relocation.own(blocks);
+                    crash_point!("write.marked");
+                    let outcome = change.apply(&*self.store, bytes);
+                    crash_point!("write.written");
+                    return outcome.map(|()| true);
+                }
+                relocation.change_missing(bytes, change)
+            })?;
+            if made {
                 return Ok(());
             }
             // The edges need the source's bytes: fetch those blocks, then look again.

@@ -22,8 +22,8 @@ use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::suspect::{self, RewriteError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
-use hikkoshi_wan::transport::session::Stance;
-use hikkoshi_wan::{MoveLine, Source, SourceError, SourceErrorKind, SourceInfo, Ticket};
+use hikkoshi_wan::transport::session::{Stance, Tell};
+use hikkoshi_wan::{MoveLine, MoveLink, Source, SourceError, SourceErrorKind, SourceInfo, Ticket};
 
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
@@ -87,6 +87,9 @@ pub enum OpenError {
 /// How long a restart waits for a source before it serves what is here without it. A handshake
 /// takes five round trips.
 const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// How long a source may take to make durable that a move was given up.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A source that says nothing for less than this may only be busy.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(5);
@@ -476,10 +479,19 @@ fn open_given_up(
     state: StateDir,
     state_path: &Path,
 ) -> Result<Running, OpenError> {
+    // It may have been killed before the source heard of it, which may have closed its fence.
+    let unheard = match say_that_it_was_given_up(config, state.identity()) {
+        Ok(()) => String::new(),
+        Err(error) => format!(
+            "; its source {} could not be told so ({error}): if it takes no writes, start this \
+             again when it can be reached, or lift its fence there with `hikkoshi release --force`",
+            state.identity().source_uri
+        ),
+    };
     let Some(source) = config.source.as_ref().filter(|source| source.overwrite) else {
         return refuse(format!(
             "the move into {} was given up before the VM came here; remove it and {}, or begin \
-             anew with --from and --overwrite",
+             anew with --from and --overwrite{unheard}",
             config.image.display(),
             state_path.display()
         ));
@@ -487,6 +499,26 @@ fn open_given_up(
     // Its lock goes with it.
     drop(state);
     open_new(config, source, state_path)
+}
+
+/// Lets the source of a move that was given up take writes again. Does nothing where it does.
+fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Result<(), SourceError> {
+    if !identity.ties.fenced_source {
+        return Ok(());
+    }
+    let id = identity.volume_id;
+    let ticket = Ticket::new(id, identity.ties.base, Stance::Standby, true);
+    let wanted = SourceConfig::new(identity.source_uri.clone());
+    let line = MoveLine::new(NbdSourceConfig {
+        connect_timeout: FIRST_CONNECT_TIMEOUT,
+        handshake_timeout: FIRST_CONNECT_TIMEOUT,
+        ..source_config(&wanted, config, Some(&ticket))?
+    });
+    match line.tell(&Tell::Abort { id }, LAST_WORD_TIMEOUT) {
+        // It has moved on by another move, or is another disk: nothing is fenced for this one.
+        Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(()),
+        told => told.map(drop),
+    }
 }
 
 /// What draws the witnesses.

@@ -74,13 +74,18 @@ impl Volume {
             return notes;
         };
         if self.has_given_up() {
-            notes.push(
+            notes.push(if self.abort_was_heard() {
                 "the move here was given up; the VM goes on at the source; remove this image and \
                  its state"
-                    .to_owned(),
-            );
+                    .to_owned()
+            } else {
+                "the move here was given up, and the source has not heard of it yet: if it takes no \
+                 writes, keep this running until it does"
+                    .to_owned()
+            });
         } else if self.life() == LifeState::Standby {
             notes.extend(self.prepared_note());
+            notes.extend(self.fence_note());
             notes.push(match self.handoff_policy {
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
                      `hikkoshi handoff`; until then what is read here is read at the source"

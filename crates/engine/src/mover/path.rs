@@ -190,11 +190,14 @@ impl Seat {
         } else {
             0
         };
-        let room = seat.in_flight < part_of(window, seat.share)
-            && state.pacer.in_flight_bytes() < window + slack;
+        let in_flight = state.pacer.in_flight_bytes();
+        let room = seat.in_flight < part_of(window, seat.share) && in_flight < window + slack;
         if !room {
             seat.held_back = true;
-            state.pacer.hold_back();
+            // What others have left unused of it says nothing of the path.
+            if in_flight + slack >= window {
+                state.pacer.hold_back();
+            }
         }
         room
     }

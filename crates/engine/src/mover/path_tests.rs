@@ -132,8 +132,8 @@ fn is_near(share: f64, wanted: f64) -> bool {
 }
 
 /// The second of two disks begins when the first has the link to itself. Six round trips later both
-/// have the same, and together all of it; when one pauses, the other has all of it, and when it goes
-/// on, they have the same again.
+/// have the same, and together all of it; when one is capped or pauses, the other has the rest, and when it
+/// goes on, they have the same again.
 #[test]
 fn two_disks_come_to_equal_shares() {
     let mut link = Link::new(400, &[policy(), policy()]);
@@ -146,6 +146,12 @@ fn two_disks_come_to_equal_shares() {
     link.run(settle);
     let both = link.run(2 * SECOND);
     assert!(both.iter().all(|share| is_near(*share, 0.48)), "{both:?}");
+    let capped = Some(5_000_000);
+    link.tell(0, |m, now, r, out| m.set_limit(now, capped, r, out));
+    link.run(settle);
+    let rest = link.run(2 * SECOND);
+    assert!(is_near(rest[0], 0.1) && rest[1] > 0.75, "{rest:?}");
+    link.tell(0, |m, now, r, out| m.set_limit(now, None, r, out));
     link.disks[0].mover.pause();
     link.run(settle);
     let one = link.run(2 * SECOND);

@@ -131,7 +131,9 @@ fn check_disk(
         ));
     }
     let mut say = |what: String| wrong.push(format!("old site: disk {:?} {what}", old.export));
-    if !matches!(old.state.as_str(), "local" | "departing") {
+    if old.state == "departed" {
+        say("has moved on from there already, and takes no writes".into());
+    } else if !matches!(old.state.as_str(), "local" | "departing") {
         say(format!(
             "is {}: only a disk that is there whole can move on (`hikkoshi wait`)",
             old.state

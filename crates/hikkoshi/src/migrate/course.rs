@@ -1,4 +1,5 @@
-//! The course of a move: which step follows which, and what is done when one fails.
+//! The course of a move: which step follows which, and what is done when one fails. The way back is in
+//! `back.rs`, the way forward from the handoff in `forward.rs`.
 //!
 //! Has no I/O and no clock of its own: everything goes through [`Sites`]. It keeps three promises,
 //! which `course_tests.rs` holds it to with a failure at every single call:
@@ -15,20 +16,17 @@ use super::outcome::{DisksPlace, Outcome, VmPlace};
 use super::sites::{DiskState, Migration, News, Phase, Site, Sites, Step, Trouble};
 
 /// How often states are asked for. An event of QEMU's cuts the pause short.
-const POLL: Duration = Duration::from_millis(200);
+pub(super) const POLL: Duration = Duration::from_millis(200);
 
 /// How long a site may give no answer while the VM moves, before its word is given up. A tunnel
 /// that is set up anew takes some seconds.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The same for the new site while the VM stands still: long enough for a short hiccup of the link.
-const STILL_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const STILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to cancel, to go on, or to load what it has received.
-const SETTLE: Duration = Duration::from_secs(60);
-
-/// Tries of a handoff: one that a source out of reach made fail may go through a moment later.
-const HANDOFF_TRIES: u32 = 3;
+pub(super) const SETTLE: Duration = Duration::from_secs(60);
 
 /// What the one who drives the move may choose.
 #[derive(Clone, Debug, Default)]
@@ -56,8 +54,8 @@ pub struct Prepare {
 
 /// A move that is being driven.
 pub struct Course<'a> {
-    sites: &'a mut dyn Sites,
-    options: &'a Options,
+    pub(super) sites: &'a mut dyn Sites,
+    pub(super) options: &'a Options,
 }
 
 impl<'a> Course<'a> {
@@ -285,334 +283,11 @@ impl<'a> Course<'a> {
         }
     }
 
-    // The way back
-
-    /// Makes everything as it was. Only before the first handoff.
-    fn roll_back(&mut self, reason: String) -> Outcome {
-        self.sites.tell(News::Note(reason.clone()));
-        self.sites.tell(News::Begins(Step::RollBack));
-        let mut advice = Vec::new();
-        self.end_the_sending();
-        // Somebody else's client may have written at the new site. Then the old disk is fenced, and
-        // the VM must not go on there.
-        let states = self.sites.disk_states();
-        let strays: Vec<usize> = (0..states.len())
-            .filter(|disk| matches!(&states[*disk], Ok(s) if is_handed(s)))
-            .collect();
-        let vm = if strays.is_empty() {
-            match self.let_go_on(Site::Old) {
-                Ok(()) => VmPlace::Old,
-                Err((Some(state), why)) => {
-                    advice.push(format!(
-                        "The QEMU at the old site does not let it go on ({why}; it is {state}); \
-                         `cont` in its monitor does, after the QEMU at the new site was ended."
-                    ));
-                    VmPlace::StoppedOld
-                }
-                Err((None, why)) => VmPlace::Unknown(format!(
-                    "the QEMU at the old site does not answer: {why}; at the new site it was kept \
-                     stopped"
-                )),
-            }
-        } else {
-            let names: Vec<_> = strays.iter().map(|d| self.sites.disk_name(*d)).collect();
-            return self.split(
-                format!(
-                    "{reason}; and {} was handed off by a write of some other client at the new \
-                     site",
-                    names.join(", ")
-                ),
-                &strays,
-            );
-        };
-        if vm != VmPlace::Old {
-            // What is at the new site may be all there is: nothing of it is thrown away.
-            advice.push(LEFT_AS_IT_IS.into());
-            return Outcome {
-                done: false,
-                reason: Some(reason),
-                vm,
-                disks: self.disks_now(),
-                advice,
-            };
-        }
-        // It is stopped there, and was only let in to be moved.
-        if let Err(trouble) = self.sites.quit(Site::New)
-            && self.sites.vm(Site::New).is_ok()
-        {
-            advice.push(format!(
-                "The QEMU at the new site could not be ended ({}): end it, and do not let it go \
-                 on.",
-                trouble.text()
-            ));
-        }
-        let disks = if self.options.keep_standby {
-            DisksPlace::OldStandby
-        } else {
-            self.give_up(&mut advice)
-        };
-        Outcome {
-            done: false,
-            reason: Some(reason),
-            vm,
-            disks,
-            advice,
-        }
-    }
-
-    /// Cancels the migration, if it is not over, and waits until it is.
-    fn end_the_sending(&mut self) {
-        let begun = self.sites.now();
-        let mut lost_since = None;
-        loop {
-            match self.sites.migration(Site::Old) {
-                Ok(now) if now.phase != Phase::Active => return,
-                Ok(_) => {
-                    lost_since = None;
-                    // Refused or lost: asked again until it is over.
-                    let _ = self.sites.cancel();
-                }
-                Err(trouble) => {
-                    let over = self.patience(&mut lost_since, STILL_PATIENCE, trouble);
-                    if over.is_some() {
-                        return;
-                    }
-                }
-            }
-            if self.sites.now().saturating_sub(begun) >= SETTLE {
-                return;
-            }
-            self.sites.nap(Site::Old, POLL);
-        }
-    }
-
-    /// Has the new site give the disks up.
-    fn give_up(&mut self, advice: &mut Vec<String>) -> DisksPlace {
-        let mut not_known = Vec::new();
-        for disk in 0..self.sites.disks() {
-            let mut result = self.sites.give_up(disk);
-            if matches!(result, Err(Trouble::Lost(_))) {
-                self.sites.nap(Site::New, POLL);
-                result = self.sites.give_up(disk);
-            }
-            if let Err(trouble) = result {
-                let name = self.sites.disk_name(disk);
-                advice.push(format!(
-                    "Giving up {name} at the new site failed ({}): see to it that nobody writes \
-                     to it there.",
-                    trouble.text()
-                ));
-                not_known.push(name);
-            }
-        }
-        match not_known.is_empty() {
-            true => DisksPlace::OldGivenUp,
-            false => DisksPlace::OldPartly(not_known),
-        }
-    }
-
-    // The way forward
-
-    /// Hands all disks off, and lets the VM go on at the new site, where it is already; with `held`
-    /// it is stopped there. The first handoff is the point of no return.
-    fn commit(&mut self, held: bool) -> Outcome {
-        self.sites.tell(News::Begins(Step::Handoff));
-        let all: Vec<usize> = (0..self.sites.disks()).collect();
-        let mut open = all.clone();
-        let mut refused_all = true;
-        let mut why = String::new();
-        for attempt in 0..HANDOFF_TRIES {
-            if attempt > 0 {
-                self.sites.nap(Site::New, POLL * 5);
-            }
-            let results = self.sites.hand_off(&open);
-            let mut still_open = Vec::new();
-            for (disk, result) in open.iter().zip(results) {
-                match result {
-                    Ok(()) => refused_all = false,
-                    Err(trouble) => {
-                        refused_all &= matches!(trouble, Trouble::Refused(_));
-                        let name = self.sites.disk_name(*disk);
-                        why = format!("{name} could not be handed off: {}", trouble.text());
-                        still_open.push(*disk);
-                    }
-                }
-            }
-            open = still_open;
-            if open.is_empty() {
-                break;
-            }
-        }
-        if !open.is_empty() {
-            // Nothing has happened that could not be taken back.
-            if held && refused_all {
-                return self.roll_back(why);
-            }
-            if !held {
-                return self.runs_with(why, &open);
-            }
-            let handed: Vec<usize> = all.into_iter().filter(|d| !open.contains(d)).collect();
-            return self.split(why, &handed);
-        }
-        if held && let Err((state, why)) = self.let_go_on(Site::New) {
-            let names = self.names(&all);
-            let vm = match state {
-                Some(_) => VmPlace::StoppedNew,
-                None => VmPlace::Unknown(
-                    "it was sent to the new site, whose QEMU does not answer any more".into(),
-                ),
-            };
-            return Outcome {
-                done: false,
-                reason: Some(format!("the VM does not go on at the new site: {why}")),
-                vm,
-                disks: DisksPlace::Split {
-                    handed: names,
-                    others: vec![],
-                },
-                advice: vec![GO_ON.into()],
-            };
-        }
-        self.follow()
-    }
-
-    /// The VM runs at the new site, and these disks do not know it yet.
-    fn runs_with(&mut self, reason: String, open: &[usize]) -> Outcome {
-        let handed = (0..self.sites.disks()).filter(|d| !open.contains(d));
-        let handed: Vec<usize> = handed.collect();
-        Outcome {
-            done: false,
-            reason: Some(reason),
-            vm: VmPlace::New,
-            disks: DisksPlace::Split {
-                handed: self.names(&handed),
-                others: self.names(open),
-            },
-            advice: vec![GO_ON.into()],
-        }
-    }
-
-    /// The VM is stopped at both sites, and some disks were handed off.
-    fn split(&mut self, reason: String, handed: &[usize]) -> Outcome {
-        let others = (0..self.sites.disks()).filter(|d| !handed.contains(d));
-        let others: Vec<usize> = others.collect();
-        let arrived = matches!(
-            self.sites.migration(Site::New),
-            Ok(Migration {
-                phase: Phase::Completed,
-                ..
-            })
-        );
-        let vm = match arrived {
-            true => VmPlace::StoppedNew,
-            false => match self.sites.vm(Site::Old) {
-                Ok(state) if state.running => VmPlace::Old,
-                Ok(_) => VmPlace::StoppedOld,
-                Err(trouble) => VmPlace::Unknown(trouble.text().to_owned()),
-            },
-        };
-        Outcome {
-            done: false,
-            reason: Some(reason),
-            vm,
-            disks: DisksPlace::Split {
-                handed: self.names(handed),
-                others: self.names(&others),
-            },
-            advice: vec![GO_ON.into()],
-        }
-    }
-
-    /// Watches the rest of the disks come.
-    fn follow(&mut self) -> Outcome {
-        let mut advice = Vec::new();
-        if self.options.quit_old
-            && let Err(trouble) = self.sites.quit(Site::Old)
-        {
-            advice.push(format!(
-                "The QEMU at the old site could not be ended: {}",
-                trouble.text()
-            ));
-        }
-        self.sites.tell(News::Begins(Step::Arrive));
-        let mut lost_since = None;
-        let mut told = false;
-        loop {
-            let states = self.sites.disk_states();
-            let known: Option<Vec<&DiskState>> = states.iter().map(|s| s.as_ref().ok()).collect();
-            let (reason, left) = if let Some(states) = &known {
-                lost_since = None;
-                let left = states.iter().map(|state| state.absent_bytes).sum();
-                let size: u64 = states.iter().map(|state| state.size_bytes).sum();
-                self.sites.tell(News::Progress {
-                    step: Step::Arrive,
-                    done_bytes: size.saturating_sub(left),
-                    of_bytes: size,
-                });
-                if states.iter().all(|state| state.state == "local") {
-                    return self.arrived(None, DisksPlace::New, advice);
-                }
-                for note in states.iter().flat_map(|state| &state.notes) {
-                    if !std::mem::replace(&mut told, true) {
-                        self.sites.tell(News::Note(note.clone()));
-                    }
-                }
-                (None, left)
-            } else {
-                let over = self.patience(&mut lost_since, PATIENCE, first_error(&states));
-                (over, states.iter().flatten().map(|s| s.absent_bytes).sum())
-            };
-            let interrupted = self.sites.interrupted();
-            if self.options.detach || interrupted || reason.is_some() {
-                advice.push(WATCH.into());
-                let interrupted = interrupted.then(|| "interrupted after the handoff".to_owned());
-                let reason = reason.or(interrupted);
-                return self.arrived(reason, DisksPlace::Arriving(left), advice);
-            }
-            self.sites.nap(Site::New, POLL);
-        }
-    }
-
-    /// The end of a move after which the VM ran at the new site.
-    fn arrived(
-        &mut self,
-        reason: Option<String>,
-        disks: DisksPlace,
-        advice: Vec<String>,
-    ) -> Outcome {
-        let mut lost_since = None;
-        // Between the handoff and now it may have ended, by itself or by a fault of its own.
-        let gone = loop {
-            match self.sites.vm(Site::New) {
-                Ok(state) if state.running => break None,
-                Ok(state) => break Some(format!("and is {} now", state.status)),
-                Err(trouble) => {
-                    if let Some(why) = self.patience(&mut lost_since, STILL_PATIENCE, trouble) {
-                        break Some(format!("and its QEMU does not answer any more: {why}"));
-                    }
-                    self.sites.nap(Site::New, POLL);
-                }
-            }
-        };
-        let vm = match &gone {
-            None => VmPlace::New,
-            Some(how) => VmPlace::Unknown(format!("it went on at the new site, {how}")),
-        };
-        let reason = reason.or(gone.map(|how| format!("the VM went on at the new site, {how}")));
-        Outcome {
-            done: reason.is_none(),
-            reason,
-            vm,
-            disks,
-            advice,
-        }
-    }
-
     // What several steps need
 
     /// Lets the VM go on at `site`, where it may run already. On failure: its last state, if the
     /// site answers, and why.
-    fn let_go_on(&mut self, site: Site) -> Result<(), (Option<String>, String)> {
+    pub(super) fn let_go_on(&mut self, site: Site) -> Result<(), (Option<String>, String)> {
         let begun = self.sites.now();
         let mut lost_since = None;
         let mut why = "it was told to".to_owned();
@@ -642,7 +317,7 @@ impl<'a> Course<'a> {
     }
 
     /// Whether no answer has come for longer than `limit`: then why.
-    fn patience(
+    pub(super) fn patience(
         &self,
         since: &mut Option<Duration>,
         limit: Duration,
@@ -653,7 +328,7 @@ impl<'a> Course<'a> {
         (now.saturating_sub(since) >= limit).then(|| trouble.text().to_owned())
     }
 
-    fn names(&self, disks: &[usize]) -> Vec<String> {
+    pub(super) fn names(&self, disks: &[usize]) -> Vec<String> {
         disks.iter().map(|d| self.sites.disk_name(*d)).collect()
     }
 
@@ -668,7 +343,7 @@ impl<'a> Course<'a> {
     }
 
     /// Where the disks are by their own word.
-    fn disks_now(&mut self) -> DisksPlace {
+    pub(super) fn disks_now(&mut self) -> DisksPlace {
         let states = self.sites.disk_states();
         let which = |test: &dyn Fn(&DiskState) -> bool| -> Vec<usize> {
             let fits = |d: &usize| matches!(&states[*d], Ok(state) if test(state));
@@ -697,21 +372,9 @@ impl<'a> Course<'a> {
     }
 }
 
-/// What goes on after the point of no return.
-const GO_ON: &str = "Do not start the VM at the old site. Mend what is wrong, then the same \
-                     command with --resume goes on.";
-
-/// When it is not known that the VM runs at the old site.
-const LEFT_AS_IT_IS: &str = "The QEMU at the new site was left as it is, and keeps what it has of \
-                             the VM stopped. If it has all of it and the old site is lost, the \
-                             same command with --resume --old-is-gone goes on there.";
-
-/// How to follow the rest.
-const WATCH: &str = "`hikkoshi wait` at the new site tells when the old site is needed no more; \
-                     `hikkoshi status` tells how far it is.";
-
-fn is_handed(state: &DiskState) -> bool {
-    state.state == "arriving" || state.state == "local"
+pub(super) fn is_handed(state: &DiskState) -> bool {
+    // A disk that is there may already be prepared for the next move.
+    matches!(state.state.as_str(), "arriving" | "local" | "departing")
 }
 
 fn failed(what: &str, migration: &Migration) -> String {
@@ -721,7 +384,7 @@ fn failed(what: &str, migration: &Migration) -> String {
     }
 }
 
-fn first_error(states: &[Result<DiskState, Trouble>]) -> Trouble {
+pub(super) fn first_error(states: &[Result<DiskState, Trouble>]) -> Trouble {
     let error = states.iter().find_map(|state| state.as_ref().err());
     error
         .cloned()

@@ -1,364 +1,12 @@
-//! The course of a move in a simulated world, with a failure at every call.
-//!
-//! [`Fake`] has two machines and two disks that behave as QEMU and the daemon do, and notes every
-//! moment in which a promise is broken: a VM that runs twice, one that runs at the old site on a
-//! disk that was handed off, one that is let go on before its disks are. The statement at the end
-//! is compared with what is really so.
+//! The course of a move in a simulated world, with a failure at every call. The statement at the end is
+//! compared with what is really so.
 
 use std::time::Duration;
 
 use super::course::{Course, Options, Prepare};
+use super::fake::{FAULTS, Fake, Fault};
 use super::outcome::{DisksPlace, Outcome, VmPlace};
-use super::sites::{DiskState, Migration, News, Phase, Site, Sites, Trouble, VmState};
-
-/// What a call does instead of what it should.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    /// It is refused.
-    Refused,
-    /// It is not carried out, and there is no answer.
-    LostBefore,
-    /// It is carried out, and there is no answer.
-    LostAfter,
-    /// The QEMU at the old site dies before it.
-    OldDies,
-    /// The QEMU at the new site dies before it.
-    NewDies,
-    /// Somebody presses Ctrl-C before it.
-    Interrupt,
-}
-
-const FAULTS: [Fault; 6] = [
-    Fault::Refused,
-    Fault::LostBefore,
-    Fault::LostAfter,
-    Fault::OldDies,
-    Fault::NewDies,
-    Fault::Interrupt,
-];
-
-#[derive(Clone, Debug)]
-struct Machine {
-    alive: bool,
-    status: &'static str,
-    running: bool,
-    phase: Phase,
-}
-
-#[derive(Clone, Debug)]
-struct Fake {
-    old: Machine,
-    new: Machine,
-    held: bool,
-    /// Looks at the migration until it is complete.
-    looks_left: u32,
-    disks: Vec<DiskState>,
-    now: Duration,
-    calls: usize,
-    /// At this call, this happens; with `true`, from this call on.
-    faults: Vec<(usize, Fault, bool)>,
-    /// What a QEMU said last, for one that died since.
-    said_running: [bool; 2],
-    log: Vec<&'static str>,
-    interrupted: bool,
-    broken: Vec<&'static str>,
-    /// A handoff makes everything come at once.
-    arrives: bool,
-    handoff_fails: Option<Trouble>,
-    notes: Vec<String>,
-}
-
-fn disk(name: &str) -> DiskState {
-    DiskState {
-        export: name.into(),
-        size_bytes: 1 << 30,
-        state: "standby".into(),
-        absent_bytes: 1 << 30,
-        prepared: Some(true),
-        clients: 1,
-        ..DiskState::default()
-    }
-}
-
-impl Fake {
-    fn new() -> Self {
-        let machine = Machine {
-            alive: true,
-            status: "running",
-            running: true,
-            phase: Phase::None,
-        };
-        Self {
-            new: Machine {
-                status: "inmigrate",
-                running: false,
-                ..machine.clone()
-            },
-            old: machine,
-            held: false,
-            looks_left: 2,
-            disks: vec![disk("web"), disk("data")],
-            now: Duration::ZERO,
-            calls: 0,
-            faults: Vec::new(),
-            said_running: [true, false],
-            log: Vec::new(),
-            interrupted: false,
-            broken: Vec::new(),
-            arrives: true,
-            handoff_fails: None,
-            notes: Vec::new(),
-        }
-    }
-
-    fn with_faults(faults: &[(usize, Fault, bool)]) -> Self {
-        Self {
-            faults: faults.to_vec(),
-            ..Self::new()
-        }
-    }
-
-    /// Whether it runs, or said so last before it died.
-    fn runs(&self, site: Site) -> bool {
-        match site {
-            Site::Old => self.old.running || !self.old.alive && self.said_running[0],
-            Site::New => self.new.running || !self.new.alive && self.said_running[1],
-        }
-    }
-
-    fn drive(&mut self, options: &Options) -> Outcome {
-        Course::new(self, options).run()
-    }
-
-    fn resume(&mut self, options: &Options) -> Outcome {
-        self.calls = 0;
-        self.faults.clear();
-        self.interrupted = false;
-        Course::new(self, options).resume()
-    }
-
-    fn handed(&self) -> usize {
-        self.disks
-            .iter()
-            .filter(|d| d.state == "local" || d.state == "arriving")
-            .count()
-    }
-
-    fn machine(&mut self, site: Site) -> &mut Machine {
-        match site {
-            Site::Old => &mut self.old,
-            Site::New => &mut self.new,
-        }
-    }
-
-    fn kill(&mut self, site: Site) {
-        let machine = self.machine(site);
-        machine.alive = false;
-        machine.running = false;
-        machine.status = "gone";
-        // A QEMU whose other side is gone while it sends gives up, and goes on.
-        if site == Site::New && self.old.phase == Phase::Active {
-            self.old.phase = Phase::Failed;
-        }
-    }
-
-    fn examine(&mut self) {
-        if self.old.running && self.new.running {
-            self.broken.push("the VM runs twice");
-        }
-        if self.old.running && self.handed() > 0 {
-            self.broken
-                .push("it runs at the old site, without its disks");
-        }
-        if self.new.running && self.handed() < self.disks.len() {
-            self.broken
-                .push("it runs at the new site before its disks are handed off");
-        }
-    }
-
-    /// Every call passes here.
-    fn call<T>(
-        &mut self,
-        name: &'static str,
-        site: Option<Site>,
-        act: impl FnOnce(&mut Self) -> Result<T, Trouble>,
-    ) -> Result<T, Trouble> {
-        let number = self.calls;
-        self.calls += 1;
-        self.log.push(name);
-        let applies = |(at, _, for_ever): &&(usize, Fault, bool)| {
-            number == *at || (*for_ever && number > *at)
-        };
-        let fault = self.faults.iter().find(applies).map(|(_, fault, _)| *fault);
-        match fault {
-            Some(Fault::Refused) => return Err(Trouble::Refused("refused".into())),
-            Some(Fault::LostBefore) => return Err(Trouble::Lost("no answer".into())),
-            Some(Fault::OldDies) => self.kill(Site::Old),
-            Some(Fault::NewDies) => self.kill(Site::New),
-            Some(Fault::Interrupt) => self.interrupted = true,
-            _ => {}
-        }
-        if site.is_some_and(|site| !self.machine(site).alive) {
-            return Err(Trouble::Lost("nobody listens".into()));
-        }
-        let result = act(self);
-        self.examine();
-        match fault {
-            Some(Fault::LostAfter) => Err(Trouble::Lost("no answer".into())),
-            _ => result,
-        }
-    }
-
-    /// The migration goes on whenever somebody looks.
-    fn progress(&mut self) {
-        if self.old.phase != Phase::Active || !self.old.alive || !self.new.alive {
-            return;
-        }
-        self.looks_left -= 1;
-        if self.looks_left > 0 {
-            return;
-        }
-        (self.old.phase, self.old.status, self.old.running) =
-            (Phase::Completed, "postmigrate", false);
-        self.new.phase = Phase::Completed;
-        (self.new.status, self.new.running) = match self.held {
-            true => ("paused", false),
-            false => ("running", true),
-        };
-    }
-}
-
-impl Sites for Fake {
-    fn disks(&self) -> usize {
-        self.disks.len()
-    }
-    fn disk_name(&self, disk: usize) -> String {
-        self.disks[disk].export.clone()
-    }
-    fn now(&self) -> Duration {
-        self.now
-    }
-    fn nap(&mut self, _: Site, time: Duration) {
-        self.now += time;
-        self.examine();
-    }
-    fn interrupted(&mut self) -> bool {
-        self.interrupted
-    }
-    fn tell(&mut self, news: News) {
-        if let News::Note(note) = news {
-            self.notes.push(note);
-        }
-    }
-    fn vm(&mut self, site: Site) -> Result<VmState, Trouble> {
-        self.call("vm", Some(site), |fake| {
-            let machine = fake.machine(site).clone();
-            fake.said_running[usize::from(site == Site::New)] = machine.running;
-            Ok(VmState {
-                status: machine.status.into(),
-                running: machine.running,
-            })
-        })
-    }
-    fn migration(&mut self, site: Site) -> Result<Migration, Trouble> {
-        self.call("migration", Some(site), |fake| {
-            fake.progress();
-            Ok(Migration {
-                phase: fake.machine(site).phase,
-                sent_bytes: 1,
-                left_bytes: 1,
-                error: None,
-                listens: false,
-            })
-        })
-    }
-    fn hold(&mut self) -> Result<(), Trouble> {
-        self.call("hold", Some(Site::New), |fake| {
-            fake.held = true;
-            Ok(())
-        })
-    }
-    fn tune(&mut self) -> Result<(), Trouble> {
-        self.call("tune", Some(Site::Old), |_| Ok(()))
-    }
-    fn listen(&mut self) -> Result<(), Trouble> {
-        self.call("listen", Some(Site::New), |_| Ok(()))
-    }
-    fn send(&mut self) -> Result<(), Trouble> {
-        self.call("send", Some(Site::Old), |fake| {
-            fake.old.phase = match fake.new.alive {
-                true => Phase::Active,
-                false => Phase::Failed,
-            };
-            Ok(())
-        })
-    }
-    fn cancel(&mut self) -> Result<(), Trouble> {
-        self.call("cancel", Some(Site::Old), |fake| {
-            if fake.old.phase == Phase::Active {
-                fake.old.phase = Phase::Cancelled;
-                fake.kill(Site::New);
-            }
-            Ok(())
-        })
-    }
-    fn go_on(&mut self, site: Site) -> Result<(), Trouble> {
-        self.call("go on", Some(site), |fake| {
-            let machine = fake.machine(site);
-            (machine.status, machine.running) = ("running", true);
-            Ok(())
-        })
-    }
-    fn quit(&mut self, site: Site) -> Result<(), Trouble> {
-        self.call("quit", Some(site), |fake| {
-            fake.kill(site);
-            Ok(())
-        })
-    }
-    fn disk_states(&mut self) -> Vec<Result<DiskState, Trouble>> {
-        let states = self.call("disks", None, |fake| Ok(fake.disks.clone()));
-        match states {
-            Ok(states) => states.into_iter().map(Ok).collect(),
-            Err(trouble) => self.disks.iter().map(|_| Err(trouble.clone())).collect(),
-        }
-    }
-    fn hand_off(&mut self, which: &[usize]) -> Vec<Result<(), Trouble>> {
-        let which = which.to_vec();
-        let one = |fake: &mut Self, disk: usize| {
-            fake.call("handoff", None, |fake| {
-                // The last disk fails, for whoever wants one of several to.
-                if let Some(trouble) = &fake.handoff_fails
-                    && disk + 1 == fake.disks.len()
-                {
-                    return Err(trouble.clone());
-                }
-                let (state, left) = match fake.arrives {
-                    true => ("local", 0),
-                    false => ("arriving", 1 << 29),
-                };
-                let disk = &mut fake.disks[disk];
-                if disk.state == "given-up" {
-                    return Err(Trouble::Refused("it was given up".into()));
-                }
-                (disk.state, disk.absent_bytes) = (state.into(), left);
-                Ok(())
-            })
-        };
-        which.into_iter().map(|disk| one(self, disk)).collect()
-    }
-    fn give_up(&mut self, disk: usize) -> Result<(), Trouble> {
-        self.call("give up", None, |fake| {
-            let disk = &mut fake.disks[disk];
-            if disk.state == "standby" {
-                disk.state = "given-up".into();
-            }
-            match disk.state == "given-up" {
-                true => Ok(()),
-                false => Err(Trouble::Refused("it was handed off".into())),
-            }
-        })
-    }
-}
+use super::sites::{Phase, Site, Trouble};
 
 fn options() -> Options {
     Options {
@@ -385,7 +33,12 @@ fn is_true(fake: &Fake, outcome: &Outcome, story: &str) {
         VmPlace::Unknown(_) => {}
     }
     match &outcome.disks {
-        DisksPlace::OldStandby => assert_eq!(fake.handed(), 0, "{story}: {text}"),
+        DisksPlace::OldStandby => {
+            assert!(
+                fake.disks.iter().all(|d| d.state == "standby"),
+                "{story}: {text}"
+            );
+        }
         DisksPlace::OldGivenUp => {
             assert!(
                 fake.disks.iter().all(|d| d.state == "given-up"),
@@ -407,7 +60,8 @@ fn is_true(fake: &Fake, outcome: &Outcome, story: &str) {
             );
         }
         DisksPlace::Split { handed, others } => {
-            assert_eq!(handed.len() + others.len(), 2, "{story}: {text}");
+            let told = handed.len() + others.len();
+            assert_eq!(told, fake.disks.len(), "{story}: {text}");
             for disk in fake.disks.iter().filter(|d| handed.contains(&d.export)) {
                 assert!(
                     disk.state == "local" || disk.state == "arriving",
@@ -643,6 +297,38 @@ fn a_group_that_is_handed_off_in_part_stays_stopped_and_can_be_gone_on_with() {
 }
 
 #[test]
+fn a_handoff_that_does_not_get_through_is_given_up_and_the_fence_waited_for() {
+    let stuck = || {
+        let mut fake = Fake::new();
+        fake.disks.truncate(1);
+        fake.fenced.truncate(1);
+        fake.handoff_fails = Some(Trouble::Lost("no answer".into()));
+        fake
+    };
+    let mut fake = stuck();
+    let outcome = fake.drive(&options());
+    is_true(&fake, &outcome, "given up");
+    assert_eq!(outcome.vm, VmPlace::Old, "{outcome:?}");
+    assert_eq!(outcome.disks, DisksPlace::OldGivenUp);
+    // Whoever wants them to stand by hears that they do not.
+    let mut fake = stuck();
+    let keep = Options {
+        keep_standby: true,
+        ..options()
+    };
+    let outcome = fake.drive(&keep);
+    is_true(&fake, &outcome, "given up all the same");
+    assert_eq!(outcome.disks, DisksPlace::OldGivenUp);
+    // The old site does not hear of it: on a disk that takes no writes the VM must not go on.
+    let mut fake = stuck();
+    fake.cut = true;
+    let outcome = fake.drive(&options());
+    is_true(&fake, &outcome, "given up, and cut off");
+    assert_eq!(outcome.vm, VmPlace::StoppedOld, "{outcome:?}");
+    assert!(outcome.text().contains("departed of no disk any more"));
+}
+
+#[test]
 fn when_the_old_site_is_lost_at_the_end_nothing_is_thrown_away() {
     let calls = calls_without_fault();
     let at = calls.iter().position(|name| *name == "migration").unwrap() + 2;
@@ -651,16 +337,12 @@ fn when_the_old_site_is_lost_at_the_end_nothing_is_thrown_away() {
     fake.handoff_fails = Some(Trouble::Refused("the link is down".into()));
     let outcome = fake.drive(&options());
     is_true(&fake, &outcome, "old site lost");
-    assert!(matches!(outcome.vm, VmPlace::Unknown(_)), "{outcome:?}");
-    assert!(fake.new.alive && fake.handed() == 0);
-    assert!(
-        outcome.text().contains("--resume --old-is-gone"),
-        "{}",
-        outcome.text()
-    );
+    assert_eq!(outcome.vm, VmPlace::StoppedNew, "{outcome:?}");
+    assert!(fake.new.alive && fake.disks[0].state == "standby");
     fake.handoff_fails = None;
     let without = fake.resume(&options());
     assert!(!without.done && fake.handed() == 0);
+    assert!(without.text().contains("add --old-is-gone"), "{without:?}");
     let sure = Options {
         old_is_gone: true,
         ..options()
@@ -668,6 +350,18 @@ fn when_the_old_site_is_lost_at_the_end_nothing_is_thrown_away() {
     let outcome = fake.resume(&sure);
     is_true(&fake, &outcome, "resumed");
     assert!(outcome.done && fake.new.running, "{outcome:?}");
+}
+
+#[test]
+fn when_the_old_site_is_lost_on_the_way_nothing_is_thrown_away_either() {
+    let calls = calls_without_fault();
+    let at = calls.iter().position(|name| *name == "migration").unwrap();
+    let mut fake = Fake::with_faults(&[(at, Fault::OldDies, false)]);
+    let outcome = fake.drive(&options());
+    is_true(&fake, &outcome, "old site lost");
+    assert!(matches!(outcome.vm, VmPlace::Unknown(_)), "{outcome:?}");
+    assert!(outcome.text().contains("left as it is"), "{outcome:?}");
+    assert!(fake.new.alive && fake.disks.iter().all(|disk| disk.state == "standby"));
 }
 
 #[test]

@@ -5,9 +5,11 @@
 //! ([`qmp`]) and the daemons' control sockets. How a move ended is said by [`outcome`].
 
 pub mod args;
+mod back;
 mod blocks;
 mod check;
 mod course;
+mod forward;
 mod outcome;
 mod qmp;
 mod report;
@@ -18,6 +20,8 @@ mod world;
 mod check_tests;
 #[cfg(test)]
 mod course_tests;
+#[cfg(test)]
+mod fake;
 #[cfg(test)]
 mod qmp_tests;
 

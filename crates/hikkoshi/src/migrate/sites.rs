@@ -197,8 +197,11 @@ pub trait Sites {
 
     /// How the disks stand at the new site.
     fn disk_states(&mut self) -> Vec<Result<DiskState, Trouble>>;
-    /// Hands off those of `which`, all at the same time.
+    /// Whether the old site's copy of a disk takes no writes any more.
+    fn fenced(&mut self, disk: usize) -> Result<bool, Trouble>;
+    /// Hands off those of `which`, all at the same time. Lost: the daemon may be at it still.
     fn hand_off(&mut self, which: &[usize]) -> Vec<Result<(), Trouble>>;
-    /// Gives the move of a disk up, before its handoff.
+    /// Gives the move of a disk up, before its handoff, or in the middle of one. Done: the new site
+    /// never takes a write of it. Refused: it was handed off.
     fn give_up(&mut self, disk: usize) -> Result<(), Trouble>;
 }

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use hikkoshi_daemon::control::client::{ClientError, Command, ControlClient};
+use hikkoshi_daemon::status::LifeState;
 use serde_json::{Value, json};
 
 use super::blocks::{self, Node};
@@ -13,6 +14,10 @@ use super::qmp::{Qmp, QmpError};
 use super::report::Report;
 use super::sites::{DiskState, Migration, News, Phase, Site, Sites, Survey, Trouble, VmState};
 use crate::signals::Signals;
+
+/// How long a handoff may take. The VM stands still meanwhile, and a daemon that does not reach the
+/// old site tries for ever.
+const HANDOFF_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// An export of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -263,13 +268,28 @@ impl Sites for World {
             .collect()
     }
 
+    fn fenced(&mut self, disk: usize) -> Result<bool, Trouble> {
+        match &self.disks[disk].old {
+            Some(end) => disk_state(end).map(|state| state.state == "departed"),
+            // A server that is not ours has no fence.
+            None => Ok(false),
+        }
+    }
+
     fn hand_off(&mut self, which: &[usize]) -> Vec<Result<(), Trouble>> {
         // At the same time: the VM stands still, and each may need a round trip to the old site.
         let disks = &self.disks;
         let one = |disk: usize| {
             let End { daemon, export } = &disks[disk].new;
-            match daemon.command(export, Command::Handoff) {
-                Ok(_) => Ok(()),
+            match daemon.command_within(export, Command::Handoff, HANDOFF_TIMEOUT) {
+                Ok(status) => match status.state {
+                    LifeState::Arriving | LifeState::Local | LifeState::Departing => Ok(()),
+                    // A command without effect: it was given up, or has moved on.
+                    state => Err(Trouble::Refused(format!(
+                        "export {export:?} is {}",
+                        crate::status::life(state)
+                    ))),
+                },
                 Err(error) => Err(from_daemon(&error)),
             }
         };
@@ -288,6 +308,9 @@ impl Sites for World {
 
     fn give_up(&mut self, disk: usize) -> Result<(), Trouble> {
         let End { daemon, export } = &self.disks[disk].new;
-        daemon.abort(export).map_err(|error| from_daemon(&error))
+        match daemon.command(export, Command::Abort) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(from_daemon(&error)),
+        }
     }
 }

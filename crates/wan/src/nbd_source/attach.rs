@@ -96,7 +96,8 @@ impl Ticket {
         self.state().required
     }
 
-    fn tell(&self) -> Tell {
+    /// Who reads: what is said first over every connection.
+    pub fn tell(&self) -> Tell {
         let state = self.state();
         Tell::Attach {
             id: self.id,
@@ -106,7 +107,8 @@ impl Ticket {
         }
     }
 
-    fn was_told(&self, attached: Attached) {
+    /// What the source has said to [`Ticket::tell`].
+    pub fn was_told(&self, attached: Attached) {
         let mut state = self.state();
         state.epoch = attached.epoch;
         state.attached = Some(attached);
@@ -156,7 +158,12 @@ pub(super) fn attach(
 }
 
 /// Sends a message and waits for its answer.
-fn exchange(socket: &Socket, tell: &Tell, size_bytes: u64, patience: Duration) -> io::Result<Told> {
+pub(super) fn exchange(
+    socket: &Socket,
+    tell: &Tell,
+    size_bytes: u64,
+    patience: Duration,
+) -> io::Result<Told> {
     let deadline = Instant::now() + patience;
     let payload = tell.encode();
     let header = Header::request(Kind::Tell, Priority::DEMAND, 0, 0, 0).with_payload(&payload);
@@ -189,7 +196,10 @@ pub trait MoveLink: Send + Sync {
     /// The source cannot be reached, or refuses. What was said may have been heard all the same.
     fn tell(&self, tell: &Tell, patience: Duration) -> Result<Told, SourceError>;
 
-    /// Ends whatever is waited for.
+    /// Ends what is waited for now; what is said next may get through.
+    fn interrupt(&self);
+
+    /// Ends whatever is waited for, for good.
     fn hang_up(&self);
 }
 
@@ -266,9 +276,19 @@ impl MoveLink for MoveLine {
         }
     }
 
+    fn interrupt(&self) {
+        self.shut(false);
+    }
+
     fn hang_up(&self) {
+        self.shut(true);
+    }
+}
+
+impl MoveLine {
+    fn shut(&self, for_good: bool) {
         let mut line = self.line();
-        line.closed = true;
+        line.closed |= for_good;
         let known = line.socket.take().map(|(socket, _)| socket);
         for socket in known.into_iter().chain(line.dialing.take()) {
             let _ = socket.shutdown(Shutdown::Both);

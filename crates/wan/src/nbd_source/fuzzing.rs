@@ -3,17 +3,21 @@
 //! Only compiled with the feature `fuzzing`. What keepers and the herald do on threads of their own
 //! happens here one after the other, so that an input always runs the same way.
 
+use std::io;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use socket2::Socket;
 
+use super::attach;
 use super::dial::shake_hands;
 use super::line::Line;
 use super::shared::{Installed, Shared, info_of};
 use super::wire::SocketWire;
 use super::{NbdSource, NbdSourceConfig, SOURCE_THREAD, herald, keeper};
 use crate::source::SourceError;
+use crate::transport::session::{Tell, Told};
 
 /// Shakes hands with the server at the other end of `socket`, lets `ask` submit requests, and
 /// receives until the connection ends. Every completion has run when it returns.
@@ -46,4 +50,18 @@ pub fn converse(
     drop(shared);
     herald::tell(&news, &watcher);
     Ok(())
+}
+
+/// Says something about a move of a disk of `size_bytes` over a connection that speaks frames, and
+/// takes the answer.
+///
+/// # Errors
+/// There was none, or none that makes sense.
+pub fn exchange(
+    socket: &Socket,
+    tell: &Tell,
+    size_bytes: u64,
+    patience: Duration,
+) -> io::Result<Told> {
+    attach::exchange(socket, tell, size_bytes, patience)
 }

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hikkoshi_nbd::client::{Negotiated, encode_request};
 use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
@@ -24,6 +24,9 @@ use crate::transport::pack::Packing;
 /// what they ask for far below; this is only against their mistakes.
 const MAX_QUEUED: usize = 1 << 16;
 
+/// Over how long a connection's pace is measured: some round trips of a long way.
+const PACE_ROUND: Duration = Duration::from_millis(250);
+
 /// One connection.
 pub(super) struct Line {
     pub(super) wire: Arc<dyn Wire>,
@@ -36,6 +39,8 @@ pub(super) struct Line {
     load: AtomicU64,
     /// Of these, bulk bytes that were not sent yet.
     queued_bulk: AtomicU64,
+    /// Bytes per second that it has brought lately.
+    pace: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -50,6 +55,9 @@ struct State {
     bulk: VecDeque<Job>,
     /// Since when something is in flight without a break.
     waiting_since: Option<Instant>,
+    /// Bytes that were brought since then, for the pace.
+    brought: u64,
+    brought_since: Option<Instant>,
     closed: bool,
 }
 
@@ -68,6 +76,7 @@ impl Line {
             dead: AtomicBool::new(false),
             load: AtomicU64::new(0),
             queued_bulk: AtomicU64::new(0),
+            pace: AtomicU64::new(0),
             state: Mutex::new(State::default()),
         })
     }
@@ -94,6 +103,11 @@ impl Line {
         } else {
             load
         }
+    }
+
+    /// Bytes per second that it has brought lately.
+    pub(super) fn pace(&self) -> u64 {
+        self.pace.load(Ordering::Relaxed)
     }
 
     /// Sends or queues a job; gives it back if the connection is dead or its queue is full.
@@ -210,6 +224,7 @@ impl Line {
     pub(super) fn answered(&self, job: &Job) {
         self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
         let mut state = self.state();
+        self.measure(&mut state, job, Instant::now());
         state.in_flight -= 1;
         if !job.lane.is_urgent() {
             state.bulk_in_flight -= 1;
@@ -218,6 +233,24 @@ impl Line {
             state.waiting_since = None;
         }
         self.pump(&mut state);
+    }
+
+    fn measure(&self, state: &mut State, job: &Job, now: Instant) {
+        state.brought += u64::from(job.len);
+        let since = *state.brought_since.get_or_insert_with(|| {
+            state.brought = 0;
+            now
+        });
+        let elapsed = now.saturating_duration_since(since);
+        if elapsed >= 4 * PACE_ROUND {
+            // There was nothing to bring.
+            (state.brought, state.brought_since) = (0, Some(now));
+        } else if elapsed >= PACE_ROUND {
+            let per_second = u128::from(state.brought) * 1000 / elapsed.as_millis().max(1);
+            let pace = u64::try_from(per_second).unwrap_or(u64::MAX);
+            self.pace.store(pace, Ordering::Relaxed);
+            (state.brought, state.brought_since) = (0, Some(now));
+        }
     }
 
     /// Since when an answer is waited for, if one is.

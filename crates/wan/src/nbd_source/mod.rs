@@ -10,6 +10,7 @@
 mod address;
 mod attach;
 mod bare;
+mod choice;
 mod dial;
 mod frames;
 #[cfg(feature = "fuzzing")]

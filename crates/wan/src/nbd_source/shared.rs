@@ -15,6 +15,7 @@ use hikkoshi_nbd::wire::export;
 use socket2::Socket;
 
 use super::address::NbdSourceConfig;
+use super::choice::{Busy, Quiet, quickest};
 use super::herald::{News, WatcherSlot};
 use super::job::Job;
 use super::line::Line;
@@ -40,6 +41,7 @@ struct State {
     lines: Vec<Option<Arc<Line>>>,
     dialing: Vec<Option<Arc<Socket>>>,
     standing: usize,
+    quiet: Quiet,
     /// Grows when the first connection stands and when the last is lost: whoever pauses because of
     /// how things were looks again.
     epoch: u64,
@@ -93,6 +95,7 @@ impl Shared {
                 lines: vec![None; connections],
                 dialing: vec![None; connections],
                 standing: 0,
+                quiet: Quiet::default(),
                 epoch: 0,
                 told_differs: false,
                 threads: 0,
@@ -189,22 +192,38 @@ impl Shared {
         self.tell(News::Failed(vec![job], error));
     }
 
-    /// The connection with the least to do; bulk leaves the first one to demand.
+    /// The connection on which it would be answered first; bulk leaves the first one to demand. Over
+    /// frames it is lent while nobody demands anything: there the source sends what is urgent before
+    /// what it was asked for earlier.
     fn pick(&self, job: &Job) -> Option<Arc<Line>> {
         let lane = job.lane;
-        let state = self.state();
+        let mut state = self.state();
         if state.closed {
             return None;
         }
-        let alive = || {
-            let lines = state.lines.iter().flatten();
-            lines.filter(|line| line.is_alive() && (line.speaks_frames() || !job.needs_frames()))
-        };
-        let spared = usize::from(!lane.is_urgent() && alive().nth(1).is_some());
-        alive()
-            .skip(spared)
-            .min_by_key(|line| line.load(lane))
-            .cloned()
+        let lent = state.quiet.note(lane, Instant::now());
+        // Looked at once: a connection may die at any time.
+        let lines = state.lines.iter().flatten();
+        let alive: Vec<&Arc<Line>> = lines
+            .filter(|line| line.is_alive() && (line.speaks_frames() || !job.needs_frames()))
+            .collect();
+        if lane.is_urgent() {
+            return alive
+                .iter()
+                .min_by_key(|line| line.load(lane))
+                .map(|line| Arc::clone(line));
+        }
+        let kept = |first: &&Arc<Line>| !(lent && first.speaks_frames());
+        let spared = usize::from(alive.len() > 1 && alive.first().is_some_and(kept));
+        let busy: Vec<Busy> = alive[spared..]
+            .iter()
+            .map(|line| Busy {
+                load: line.load(lane),
+                pace: line.pace(),
+            })
+            .collect();
+        let index = spared + quickest(&busy, job.len)?;
+        alive.get(index).map(|line| Arc::clone(line))
     }
 
     /// Makes bulk reads of this range urgent, on whichever connection they are.

@@ -90,6 +90,9 @@ pub(super) struct FrameSession {
     remote: HashSet<u64>,
     /// For which move it reads, once it has said so.
     bound: Bound,
+    /// An answer about the move is on its way. It may be long, so there is one at a time, and
+    /// nothing is taken meanwhile.
+    telling: bool,
     packer: Packer,
 }
 
@@ -116,6 +119,7 @@ impl FrameSession {
             hashes: HashMap::new(),
             remote: HashSet::new(),
             bound: Bound::default(),
+            telling: false,
             packer: Packer::default(),
         })
     }
@@ -160,6 +164,7 @@ impl FrameSession {
                     }
                 }
                 self.refused = !self.batch.send(&self.socket)?;
+                self.telling &= !self.batch.is_empty();
                 if sending {
                     self.packer.note(woken_at - asked_at, woken_at.elapsed());
                 }
@@ -169,7 +174,7 @@ impl FrameSession {
 
     fn wait(&self, sending: bool) -> io::Result<Seen> {
         let mut wanted = PollFlags::empty();
-        if !self.scheduler.is_full() {
+        if !self.scheduler.is_full() && !self.telling {
             wanted |= PollFlags::IN;
         }
         if sending {
@@ -235,10 +240,12 @@ impl FrameSession {
     /// Takes the requests that are here, as many as there is room for.
     fn take_requests(&mut self) -> io::Result<()> {
         while !self.scheduler.is_full()
+            && !self.telling
             && let Some(frame) = self.decoder.next_frame().map_err(io::Error::other)?
         {
             if frame.header.kind == Kind::Tell {
                 self.tell(&frame)?;
+                self.telling = true;
                 continue;
             }
             let request = Request::parse(&frame).map_err(io::Error::other)?;

@@ -1,0 +1,102 @@
+//! Over which connection a request goes.
+//!
+//! Owns when bulk may use the connection that is kept for demand, and how bulk is divided among
+//! connections that are not equally fast.
+
+use std::time::{Duration, Instant};
+
+use crate::source::Lane;
+
+/// How long bulk must have gone on without any demand until it may use the connection kept for it, too.
+/// Longer than a guest thinks between two reads of a boot, across a long link.
+const LEND_AFTER: Duration = Duration::from_millis(500);
+
+/// What a connection of which nothing is known is taken to bring, bytes per second: the beginning of
+/// TCP's slow start over a long way.
+const LEAST_PACE: u64 = 64 << 10;
+
+/// Since when nobody has demanded anything.
+#[derive(Debug, Default)]
+pub(super) struct Quiet {
+    /// The last demand, or the first bulk if there was none before.
+    since: Option<Instant>,
+}
+
+impl Quiet {
+    /// Takes note of a request, and tells whether it is bulk that has gone on alone for a while.
+    pub fn note(&mut self, lane: Lane, now: Instant) -> bool {
+        if lane.is_urgent() {
+            self.since = Some(now);
+            return false;
+        }
+        let since = *self.since.get_or_insert(now);
+        now.saturating_duration_since(since) >= LEND_AFTER
+    }
+}
+
+/// What a connection has to do, and how fast it is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Busy {
+    /// Bytes asked for and not answered.
+    pub load: u64,
+    /// Bytes per second that it has brought lately.
+    pub pace: u64,
+}
+
+/// Where bulk of `len` bytes would be answered first. A connection that is slow, because its TCP has just
+/// begun or has lost something, would otherwise keep a part of the window to itself. A part of
+/// the mean counts for each, so that those that are as fast as they are used are used alike.
+pub(super) fn quickest(lines: &[Busy], len: u32) -> Option<usize> {
+    let count = u64::try_from(lines.len().max(1)).unwrap_or(1);
+    let mean = lines.iter().map(|line| line.pace).sum::<u64>() / count;
+    let least = (mean / 4).max(LEAST_PACE);
+    let time = |line: &Busy| {
+        let bytes = u128::from(line.load) + u128::from(len);
+        bytes * 1_000_000_000 / u128::from(line.pace.saturating_add(least))
+    };
+    (0..lines.len()).min_by_key(|index| time(&lines[*index]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_lent_after_a_quiet_time_and_taken_back_at_once() {
+        let (mut quiet, start) = (Quiet::default(), Instant::now());
+        let ms = |n| start + Duration::from_millis(n);
+        assert!(!quiet.note(Lane::Bulk, ms(0)));
+        assert!(!quiet.note(Lane::Ahead, ms(499)));
+        assert!(quiet.note(Lane::Bulk, ms(500)));
+        assert!(!quiet.note(Lane::Demand, ms(600)));
+        assert!(!quiet.note(Lane::Bulk, ms(700)));
+        assert!(!quiet.note(Lane::Rest, ms(1099)));
+        assert!(!quiet.note(Lane::Late, ms(1598)));
+        assert!(quiet.note(Lane::Late, ms(1599)));
+    }
+
+    /// How many of 400 pieces each gets, while all of them bring what they can.
+    fn divided(paces: &[u64]) -> Vec<u64> {
+        let mut lines: Vec<Busy> = paces
+            .iter()
+            .map(|pace| Busy {
+                load: 0,
+                pace: *pace,
+            })
+            .collect();
+        for _ in 0..400 {
+            let index = quickest(&lines, 1 << 16).expect("there are some");
+            lines[index].load += 1 << 16;
+        }
+        lines.iter().map(|line| line.load >> 16).collect()
+    }
+
+    #[test]
+    fn equal_connections_get_the_same_and_a_slow_one_little() {
+        assert_eq!(divided(&[10 << 20; 4]), [100; 4]);
+        assert_eq!(divided(&[0; 4]), [100; 4]);
+        let shares = divided(&[10 << 20, 10 << 20, 10 << 20, 1 << 20]);
+        assert!(shares[3] < 40 && shares[3] > 10, "{shares:?}");
+        assert_eq!(quickest(&[], 1), None);
+    }
+}
