@@ -111,10 +111,16 @@ fn what_was_copied_ahead_is_not_fetched_again() {
     let dir = tempfile::tempdir().unwrap();
     let (mut guest, a) = at_home(dir.path(), 2);
     let mut b = prepared(dir.path(), "b", &a, &[]);
-    // Written once and copied again: then all of it is there.
-    guest.work(&mut a.client().unwrap(), 50).unwrap();
     let all = |s: &serde_json::Value| s["ahead_bytes"] == s["size_bytes"];
-    b.daemon().wait_status("copied again", all).unwrap();
+    b.daemon().wait_status("copied", all).unwrap();
+    // Written, told of, and copied again: then all of it is there once more.
+    let mut client = a.client().unwrap();
+    assert_eq!(guest.write(&mut client, 8000, 64).unwrap(), Answer::OK);
+    b.daemon()
+        .wait_status("copied again", |s| {
+            s["repeated_bytes"] == 64 * 512 && all(s)
+        })
+        .unwrap();
     b.daemon().command(&["pause"]).unwrap();
     // What changes now is not copied again, and must be found out at the handoff.
     guest.within = MIB;

@@ -23,11 +23,13 @@ const BLOCK: usize = 4096;
 fn older(disk: &[u8]) -> Vec<u8> {
     let mut old = disk.to_vec();
     let blocks = disk.len() / BLOCK;
-    let mut n = 1;
-    for _ in 0..blocks / 100 {
-        n = (n * 7919 + 13) % blocks;
-        old[n * BLOCK..(n + 1) * BLOCK].fill(0xa5);
+    for n in 0..blocks / 100 {
+        // Odd, so that none comes twice: there are a power of two of them.
+        let at = n * 7919 % blocks * BLOCK;
+        old[at..at + BLOCK].fill(0xa5);
     }
+    let pairs = old.chunks(BLOCK).zip(disk.chunks(BLOCK));
+    assert_eq!(pairs.filter(|(a, b)| a != b).count(), blocks / 100);
     old
 }
 

@@ -378,7 +378,7 @@ fn frames_are_for_those_who_name_them_and_never_listed() {
     assert!(talk.go("disk", &[]).0.speaks_frames());
 
     for wanted in [
-        queries("disk", &["x-hikkoshi:", "x-hikkoshi:transport-2"]),
+        queries("disk", &["x-hikkoshi:", "x-hikkoshi:transport-1"]),
         queries("other", &[wire::TRANSPORT]),
     ] {
         let mut talk = Talk::new();
