@@ -324,7 +324,7 @@ impl HeatMap {
         let start = (region * self.region_bytes).min(self.size_bytes);
         ByteRange {
             start,
-            end: (start + self.region_bytes).min(self.size_bytes),
+            end: (start.saturating_add(self.region_bytes)).min(self.size_bytes),
         }
     }
 

@@ -503,6 +503,10 @@ impl Volume {
         let given_up = lock(&self.departures.given_up).contains(&id);
         match handover::handoff(departed, id, given_up).map_err(|e| e.to_string())? {
             Handoff::Repeat => {}
+            // Every connection that asks for it has attached; anything else is no move.
+            Handoff::Close if self.departures.find(id).is_none() => {
+                return Err("this move has not attached here, so nothing is handed over".to_owned());
+            }
             Handoff::Close => {
                 self.need_state().map_err(|e| e.to_string())?;
                 self.departures.gate.close();

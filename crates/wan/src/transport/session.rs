@@ -184,7 +184,8 @@ impl Tell {
     pub fn decode(payload: &[u8]) -> Option<Self> {
         let mut input = Input(payload);
         let tag = input.byte()?;
-        let id = input.id()?;
+        // The zero id means that there is none.
+        let id = input.id().filter(|id| *id != NO_BASE)?;
         let tell = match tag {
             ATTACH => Self::Attach {
                 id,
@@ -386,7 +387,7 @@ mod tests {
     const DISK: u64 = 1 << 30;
 
     fn a_tell() -> impl Strategy<Value = Tell> {
-        let id = any::<MoveId>;
+        let id = || any::<MoveId>().prop_filter("no id", |id| *id != NO_BASE);
         prop_oneof![
             (id(), any::<bool>(), any::<u64>(), any::<Option<[u8; 16]>>()).prop_map(
                 |(id, arriving, epoch, base)| Tell::Attach {
