@@ -50,9 +50,17 @@ impl Client {
     /// # Errors
     /// Nobody listens there, or it is no NBD server.
     pub fn connect(socket: &Path) -> Result<Self> {
+        Self::connect_within(socket, LONG)
+    }
+
+    /// The same, waiting for an answer no longer than this, now and later.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub fn connect_within(socket: &Path, time: Duration) -> Result<Self> {
         let stream = UnixStream::connect(socket)
             .with_context(|| format!("connect to {}", socket.display()))?;
-        stream.set_read_timeout(Some(LONG))?;
+        stream.set_read_timeout(Some(time))?;
         stream.set_write_timeout(Some(LONG))?;
         let mut client = Self {
             stream,
@@ -177,14 +185,6 @@ impl Client {
             Answer::OK => Ok(()),
             Answer(error) => bail!("a flush failed with {error}"),
         }
-    }
-
-    /// Waits for answers no longer than this from now on.
-    ///
-    /// # Errors
-    /// The connection broke.
-    pub fn set_patience(&self, time: Duration) -> Result<()> {
-        Ok(self.stream.set_read_timeout(Some(time))?)
     }
 
     /// Whether nothing has come on the connection for as long as `time`.

@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, ensure};
-use hikkoshi_testkit::client::Answer;
+use hikkoshi_testkit::client::{Answer, Client};
 use hikkoshi_testkit::moving::{Dice, Guest, Site};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -332,8 +332,9 @@ fn random_move(seed: u64) -> Result<()> {
                 // Until it notices, or for a while.
                 let site = if part == 0 { &a } else { &b };
                 let worked = (|| -> Result<()> {
-                    let mut client = site.client()?;
-                    client.set_patience(Duration::from_millis(300))?;
+                    // One that is frozen accepts connections (the kernel does) and answers none.
+                    let patience = Duration::from_millis(300);
+                    let mut client = Client::connect_within(&site.daemon().socket, patience)?;
                     for _ in 0..30 {
                         guest.write_somewhere(&mut client)?;
                     }
