@@ -254,7 +254,16 @@ impl Bench<'_> {
             Source::Hikkoshi => {
                 let image = self.source.display().to_string();
                 let listen = format!("tcp://{at}");
-                let arguments = ["serve", &image, "--listen", &listen, "--control", "none"];
+                // Many move from it, one after the other: what is read-only has no fence.
+                let arguments = [
+                    "serve",
+                    &image,
+                    "--listen",
+                    &listen,
+                    "--control",
+                    "none",
+                    "--read-only",
+                ];
                 let log = self.dir.join("source.log");
                 let mut process = Process::start(Some(site), program, arguments, &log)?;
                 process.wait_until("listening socket", START_TIMEOUT, |p| {

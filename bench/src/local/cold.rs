@@ -177,7 +177,11 @@ impl Pass {
         let cores = Cores::shared_by(&bench.cores);
         let image = bench.image(bench.dir.path(), &format!("{workload}.img"))?;
         let source_at = Bench::tcp()?;
-        let command = bench.programs.plain(self.source, &image, &source_at);
+        let mut command = bench.programs.plain(self.source, &image, &source_at);
+        if self.source == Kind::Hikkoshi {
+            // Many move from it, one after the other: what is read-only has no fence.
+            command.arg("--read-only");
+        }
         let log = bench.dir.path().join(format!("{workload}.log"));
         let source = Server::start("source", command, source_at, &cores, &log)?;
 
