@@ -125,7 +125,7 @@ fn the_default_is_three_round_trips_and_the_matrix_is_all() {
         [50]
     );
     let all = cases("--matrix");
-    let whole = all.iter().filter(|(_, sections)| sections.len() == 7);
+    let whole = all.iter().filter(|(_, sections)| sections.len() == 8);
     assert_eq!(whole.count(), 16);
     let one = cases("--quick --only trace --rtt 20");
     assert_eq!(one.len(), 1);
