@@ -4,7 +4,7 @@
 //!
 //! The first byte chooses; the rest are bytes of one end, as they are or made by a [`script`] whose
 //! frames have their checksums right, so that what is behind the checksums is reached. What must
-//! hold is told in [`server`] and [`client`].
+//! hold is told in `server` and `client`.
 
 mod client;
 pub mod script;

@@ -2,7 +2,7 @@
 //!
 //! Owns the seed images of a volume and how looking through them stands. After the handoff a thread
 //! of its own asks the source for hashes, ahead of the background copy, and installs what has the
-//! same hash at the same offset of a seed ([`run`]); the rest is fetched as ever. Nothing of it is
+//! same hash at the same offset of a seed (`run`); the rest is fetched as ever. Nothing of it is
 //! durable: after a restart what is still absent is looked for anew.
 
 mod image;
