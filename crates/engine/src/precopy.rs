@@ -155,11 +155,6 @@ impl Precopy {
         self.scanned_to == self.geometry.blocks() && self.find(0, 1).is_none()
     }
 
-    /// From here on also what has changed too often is copied once more.
-    pub fn spare_nothing(&mut self) {
-        self.repeats.clear();
-    }
-
     /// Copies under way.
     pub fn in_flight(&self) -> usize {
         self.flights.len()

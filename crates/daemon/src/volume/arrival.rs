@@ -782,9 +782,6 @@ impl Volume {
         }
         let block = self.geometry.block_bytes();
         let mut state = arrival.state();
-        // The VM has left the source, so what changed too often to be worth it stands still.
-        state.precopy.spare_nothing();
-        state.prepared = false;
         while !(state.prepared && state.precopy.missing() * block <= NEARLY_ALL_BYTES) {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
