@@ -34,7 +34,8 @@ impl Sources {
         let launch = Launch {
             binary: hikkoshi.to_path_buf(),
             dir: dir.to_path_buf(),
-            arguments: Vec::new(),
+            // Many move from it, one after the other: what is read-only has no fence.
+            arguments: vec!["--read-only".to_owned()],
             crash_at: None,
             tracer: Vec::new(),
         };

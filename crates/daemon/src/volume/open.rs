@@ -332,9 +332,11 @@ fn open_new(
     check_state_place(config, state_path)?;
     // What is wrong here is said before anybody else is asked.
     let seeds = open_seeds(wanted, &config.image)?;
-    let existing = match config.image.exists() {
-        true => Some(open_existing(config)?),
-        false => None,
+    // A file of no size is what a power cut leaves of one that was being made.
+    let begun = |meta: &std::fs::Metadata| meta.is_file() && meta.len() == 0;
+    let existing = match std::fs::metadata(&config.image) {
+        Ok(meta) if !begun(&meta) => Some(open_existing(config)?),
+        _ => None,
     };
     if let Some(store) = existing.as_ref().filter(|_| !wanted.overwrite) {
         check_untagged(config, store)?;
