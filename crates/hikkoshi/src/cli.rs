@@ -49,7 +49,7 @@ pub enum Command {
     Handoff(Target),
     /// Give a move up before the handoff: the disk stays at the source, as it was
     Abort(Target),
-    /// Lift the fence of an old copy whose disk has moved on
+    /// Lift the fence of an old copy whose disk has moved on, or end what is kept for a way back
     Release(Release),
     /// Write down how much an export is read and written where: what to copy first when it moves
     Heat(Heat),

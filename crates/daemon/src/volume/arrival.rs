@@ -27,7 +27,7 @@ use crate::config::{Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
 
-/// How often the source is asked what has changed: while copying, and when all is copied.
+/// How often the source is asked what has changed.
 const ASK_AFTER: Duration = Duration::from_millis(250);
 
 /// How long an answer about the move may take. A handoff syncs the source's disk.

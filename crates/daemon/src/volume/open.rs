@@ -347,12 +347,7 @@ fn open_new(
         uri: wanted.uri.clone(),
         source,
     })?;
-    let fenced_source = ticket.attached().is_some();
-    if fenced_source {
-        ticket.require();
-    } else {
-        ticket.fall_silent();
-    }
+    let fenced_source = ticket.settle();
     let geometry = Geometry::new(source.info().size_bytes, config.block_bytes)?;
     let store = match existing {
         Some(store) => fitting(config, store, geometry)?,
@@ -368,12 +363,7 @@ fn open_new(
         volume_id,
         geometry,
         generation: 0,
-        // A source that keeps a fence has to agree first.
-        life: if now && !fenced_source {
-            Life::Arriving
-        } else {
-            Life::Standby
-        },
+        life: first_life(now, fenced_source),
         source_uri: wanted.uri.clone(),
         incarnation: live::random()?,
         image_inode: inode_of(&store)?,
@@ -520,6 +510,16 @@ fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Resul
         // It has moved on by another move, or is another disk: nothing is fenced for this one.
         Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(()),
         told => told.map(drop),
+    }
+}
+
+/// Where a move begins. `now`: nobody uses the disk at the source any more; a source that keeps a
+/// fence has to agree first all the same.
+pub(super) fn first_life(now: bool, fenced_source: bool) -> Life {
+    if now && !fenced_source {
+        Life::Arriving
+    } else {
+        Life::Standby
     }
 }
 

@@ -17,8 +17,8 @@ use hikkoshi_wan::transport::session::Stance;
 use hikkoshi_wan::{Source, Ticket};
 
 use super::open::{
-    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, open_seeds,
-    refuse, seed, set_tag, settle_image, tell_rewritten,
+    OpenError, Running, connect, first_life, fitting, inode_of, move_in, open_existing, open_plain,
+    open_seeds, refuse, seed, set_tag, settle_image, tell_rewritten,
 };
 use super::wayback::{self, NoSource};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
@@ -194,21 +194,12 @@ pub(super) fn open_return(
         base = None;
         (source, ticket) = dial(None)?;
     }
-    let fenced_source = ticket.attached().is_some();
-    if fenced_source {
-        ticket.require();
-    } else {
-        ticket.fall_silent();
-    }
+    let fenced_source = ticket.settle();
     check_size(wanted, &*source, &identity)?;
     let now = wanted.handoff == HandoffPolicy::Now;
     let returning = Identity {
         volume_id,
-        life: if now && !fenced_source {
-            Life::Arriving
-        } else {
-            Life::Standby
-        },
+        life: first_life(now, fenced_source),
         source_uri: wanted.uri.clone(),
         incarnation: live::random()?,
         image_inode: inode_of(&store)?,

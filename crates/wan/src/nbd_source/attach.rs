@@ -78,9 +78,14 @@ impl Ticket {
         self.state().attached
     }
 
-    /// From here on a source that does not know of moves is refused.
-    pub fn require(&self) {
-        self.state().required = true;
+    /// The first connection stands: from here on a source that knows of moves is held to it, and
+    /// with another nothing is said of any. Tells which it is.
+    pub fn settle(&self) -> bool {
+        let mut state = self.state();
+        let knows = state.attached.is_some();
+        state.required |= knows;
+        state.silent = !knows;
+        knows
     }
 
     /// From here on nothing is said of the move.

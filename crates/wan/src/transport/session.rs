@@ -86,7 +86,7 @@ pub enum Tell {
 pub enum Told {
     /// To ATTACH.
     Attached(Attached),
-    /// To CHANGES: what was changed, and whether there is more.
+    /// To CHANGES: what was changed.
     Changes {
         /// Changed since the answer before.
         ranges: Vec<ByteRange>,
