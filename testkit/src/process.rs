@@ -73,6 +73,14 @@ impl Process {
         tail(&self.log)
     }
 
+    /// All that it printed.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn log(&self) -> Result<String> {
+        std::fs::read_to_string(&self.log).with_context(|| self.log.display().to_string())
+    }
+
     /// Fails if the process has ended.
     ///
     /// # Errors

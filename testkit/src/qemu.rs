@@ -15,7 +15,7 @@ use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// The guest's memory: 256 MiB, enough for the workload and little to migrate, and 8 KiB.
 ///
@@ -27,6 +27,8 @@ const MEMORY: &str = "262152k";
 /// How long a state may take to come about that QEMU reaches at once on an idle machine.
 const SOON: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
+/// The same while the guest stands still: the precision of [`Machine::first_write`].
+const QUICK_POLL: Duration = Duration::from_millis(1);
 /// How long QEMU waits for its disk's server to come back, in seconds.
 const RECONNECT_S: u32 = 60;
 /// The pause that a live migration may make at its end.
@@ -81,6 +83,8 @@ pub struct Migration {
     pub downtime: Duration,
     /// Bytes of memory and device state sent.
     pub ram_bytes: u64,
+    /// When the old QEMU stopped it.
+    pub stopped_at: SystemTime,
 }
 
 /// A virtual machine. Its process is killed when dropped.
@@ -246,6 +250,71 @@ impl Machine {
         port: u16,
         timeout: Duration,
     ) -> Result<Migration> {
+        let done = self.send(to, address, port, timeout)?;
+        to.wait_until_running()?;
+        Ok(done)
+    }
+
+    /// The same, and the guest stands still at `to` until [`Machine::go_on`].
+    ///
+    /// # Errors
+    /// As [`Machine::migrate`].
+    pub fn migrate_and_hold(
+        &mut self,
+        to: &mut Machine,
+        address: Ipv4Addr,
+        port: u16,
+        timeout: Duration,
+    ) -> Result<Migration> {
+        to.qmp.execute("stop", json!({}))?;
+        let done = self.send(to, address, port, timeout)?;
+        let start = Instant::now();
+        while to.qmp.execute("query-migrate", json!({}))?["status"] != "completed" {
+            to.check()?;
+            ensure!(start.elapsed() < SOON, "it does not arrive");
+            std::thread::sleep(QUICK_POLL);
+        }
+        Ok(done)
+    }
+
+    /// Lets a guest that stands still go on.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.qmp.execute("cont", json!({}))?;
+        self.wait_until_running()
+    }
+
+    /// Waits until a write of the guest was answered here, and tells when it was and when the guest
+    /// had begun to run here.
+    ///
+    /// # Errors
+    /// It does not come.
+    pub fn first_write(&mut self) -> Result<(SystemTime, SystemTime)> {
+        let start = Instant::now();
+        loop {
+            let answer = self.qmp.execute("query-blockstats", json!({}))?;
+            let disks = answer.as_array().context("no list of disks")?;
+            let writes = disks.iter().map(|d| d["stats"]["wr_operations"].as_u64());
+            if writes.flatten().sum::<u64>() > 0 {
+                let began = self.qmp.resumed_at().context("it never began to run")?;
+                return Ok((SystemTime::now(), began));
+            }
+            self.check()?;
+            ensure!(start.elapsed() < SOON, "no write is answered: {answer}");
+            std::thread::sleep(QUICK_POLL);
+        }
+    }
+
+    /// Waits until all of the guest was sent.
+    fn send(
+        &mut self,
+        to: &mut Machine,
+        address: Ipv4Addr,
+        port: u16,
+        timeout: Duration,
+    ) -> Result<Migration> {
         let uri = format!("tcp:{}", SocketAddr::from((address, port)));
         to.qmp.execute("migrate-incoming", json!({"uri": uri}))?;
         self.qmp.execute(
@@ -262,6 +331,7 @@ impl Machine {
                 self.qmp.execute("migrate-set-parameters", limit)?;
             }
             let state = self.qmp.execute("query-migrate", json!({}))?;
+            let mut pause = QUICK_POLL;
             match state["status"].as_str() {
                 Some("completed") => break,
                 Some("failed" | "cancelled") => {
@@ -271,6 +341,7 @@ impl Machine {
                         to.process.tail()
                     )
                 }
+                Some("setup" | "active") => pause = POLL,
                 _ => {}
             }
             self.check()?;
@@ -279,9 +350,8 @@ impl Machine {
                 start.elapsed() < timeout,
                 "migration not done in {timeout:?}: {state}"
             );
-            std::thread::sleep(POLL);
+            std::thread::sleep(pause);
         }
-        to.wait_until_running()?;
         // Asked again: the times are filled in a moment after the state.
         let done = self.qmp.execute("query-migrate", json!({}))?;
         let millis = |name: &str| Duration::from_millis(done[name].as_u64().unwrap_or_default());
@@ -289,6 +359,7 @@ impl Machine {
             total: millis("total-time"),
             downtime: millis("downtime"),
             ram_bytes: done["ram"]["transferred"].as_u64().unwrap_or_default(),
+            stopped_at: self.qmp.stopped_at().context("it never stood still")?,
         })
     }
 
@@ -305,7 +376,7 @@ impl Machine {
                 "the guest does not run: {state}\n{}",
                 self.process.tail()
             );
-            std::thread::sleep(POLL);
+            std::thread::sleep(QUICK_POLL);
         }
     }
 

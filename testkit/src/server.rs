@@ -118,6 +118,20 @@ impl Hikkoshi {
         from: Option<&str>,
         extra: &[&str],
     ) -> Result<Self> {
+        Self::serve_and_log(site, image, address, (from, extra), None)
+    }
+
+    /// The same with a log of its own choice, in the words of `RUST_LOG`.
+    ///
+    /// # Errors
+    /// As [`Hikkoshi::serve`].
+    pub fn serve_and_log(
+        site: &Namespace,
+        image: &Path,
+        address: SocketAddrV4,
+        (from, extra): (Option<&str>, &[&str]),
+        filter: Option<&str>,
+    ) -> Result<Self> {
         let binary = cache::hikkoshi()?;
         let control = format!("unix:{}", image.with_extension("control").display());
         let listen = format!("tcp://{address}");
@@ -135,7 +149,16 @@ impl Hikkoshi {
         }
         arguments.extend(extra);
         let program = binary.display().to_string();
-        let server = Server::start(site, &program, &arguments, address, &log_of(image))?;
+        let filter = filter.map(|filter| format!("RUST_LOG={filter}"));
+        let program = match &filter {
+            None => program.as_str(),
+            // `env` replaces itself by the program.
+            Some(filter) => {
+                arguments.splice(0..0, [filter.as_str(), &program]);
+                "env"
+            }
+        };
+        let server = Server::start(site, program, &arguments, address, &log_of(image))?;
         Ok(Self {
             server,
             binary,
@@ -223,6 +246,14 @@ impl Hikkoshi {
     /// Its address as an NBD URI.
     pub fn uri(&self) -> String {
         self.server.uri()
+    }
+
+    /// All of its log.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn log(&self) -> Result<String> {
+        self.server.process.log()
     }
 
     /// The end of its log.

@@ -6,11 +6,15 @@
 //! entry's data length is for marks; a write has as much data as it has sectors.)
 
 use anyhow::{Context, Result, bail, ensure};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime};
 
 const MAGIC: u64 = 0x006a_7366_7773_6872;
 const VERSION: u64 = 1;
@@ -18,6 +22,8 @@ const SECTOR: usize = 512;
 const FLAG_DISCARD: u64 = 4;
 /// The longest data of one entry, to notice a log that is not one.
 const MAX_DATA_BYTES: u64 = 64 << 20;
+/// How often a log is looked at whose times are wanted.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// What a log held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +58,95 @@ pub fn blocks_written(log: &Path, size: u64, blocks: &mut BTreeSet<u64>) -> Resu
         Ok(())
     })?;
     Ok(())
+}
+
+/// Which entry of the log at `log` was the last to write to a block of 4096 bytes, by its number;
+/// entries count from 0, and those before `first` are passed over.
+///
+/// # Errors
+/// As [`apply`].
+pub fn last_writes(log: &Path, size: u64, first: u64) -> Result<BTreeMap<u64, u64>> {
+    let mut last = BTreeMap::new();
+    let mut entry = 0;
+    each_write(log, size, |offset, data| {
+        let end = offset + data.len() as u64;
+        if entry >= first {
+            last.extend((offset / 4096..end.div_ceil(4096)).map(|block| (block, entry)));
+        }
+        entry += 1;
+        Ok(())
+    })?;
+    Ok(last)
+}
+
+/// When the entries of a log that grows were made.
+pub struct Times {
+    /// How many entries there were at a time.
+    seen: Arc<Mutex<Vec<(SystemTime, u64)>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Times {
+    /// Follows the log at `log` from now on.
+    ///
+    /// # Errors
+    /// It is no log.
+    pub fn follow(log: &Path) -> Result<Self> {
+        let first = (SystemTime::now(), entries(log).context("no write log")?);
+        let (seen, stop) = (
+            Arc::new(Mutex::new(vec![first])),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (into, stopped) = (Arc::clone(&seen), Arc::clone(&stop));
+        let log: PathBuf = log.to_path_buf();
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let now = SystemTime::now();
+                if let Some(entries) = entries(&log) {
+                    let mut seen = into.lock().unwrap_or_else(PoisonError::into_inner);
+                    seen.push((now, entries));
+                }
+                std::thread::sleep(LOOK_EVERY);
+            }
+        });
+        Ok(Self {
+            seen,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// No entry before this one is younger than the time at which the log was followed.
+    pub fn first_entry(&self) -> u64 {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.first().map_or(0, |(_, entries)| *entries)
+    }
+
+    /// A time at which this entry had not been made yet; `None`: the log was not followed then.
+    pub fn not_before(&self, entry: u64) -> Option<SystemTime> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = seen.iter().rev().find(|(_, entries)| *entries <= entry);
+        before.map(|(at, _)| *at)
+    }
+}
+
+impl Drop for Times {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there was printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// How many entries a log has by its superblock; `None`: it has none yet.
+fn entries(log: &Path) -> Option<u64> {
+    let mut sector = [0; SECTOR];
+    let file = File::open(log).ok()?;
+    file.read_exact_at(&mut sector, 0).ok()?;
+    (field(&sector, 0) == MAGIC).then(|| field(&sector, 16))
 }
 
 /// Calls `write` for each write of a log, of a disk of `size` bytes.

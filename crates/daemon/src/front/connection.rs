@@ -243,6 +243,7 @@ impl Connection {
             return Ok(());
         };
         self.volume.count_read(true);
+        relocation.trace_missing(ByteRange::at(offset, len as u64));
         let volume = Arc::clone(&self.volume);
         let done = move |end: ReadEnd<'_>| match end {
             ReadEnd::Bytes(bytes) => ticket.data(offset, bytes.into_owned()),

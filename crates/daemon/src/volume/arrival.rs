@@ -558,6 +558,10 @@ impl Volume {
         let mut set = overwritten.clone();
         set.extend(ranges.iter().copied());
         let journal = lock(&self.journal);
+        if self.life() != LifeState::Standby {
+            // A handoff has overtaken the answer that told of them, and told them as well.
+            return Ok(());
+        }
         if let Some(state) = journal.state.as_ref() {
             let outcome = state.keep_overwritten(base, &set).map_err(|e| e.into_io());
             self.note_write(outcome)?;

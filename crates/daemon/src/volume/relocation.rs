@@ -225,6 +225,20 @@ impl Relocation {
         self.drive(|m, now, out| m.read(now, reader, range, &self.residency, out));
     }
 
+    /// Tells the log, if it is to have everything, which blocks a guest's read misses here.
+    pub fn trace_missing(&self, bytes: ByteRange) {
+        if !tracing::enabled!(tracing::Level::TRACE) {
+            return;
+        }
+        let range = self.geometry.covering(bytes);
+        for (run, state) in self.residency.runs(range) {
+            if matches!(state, BlockState::Absent | BlockState::Partial) {
+                let missing = self.geometry.bytes(run);
+                tracing::trace!(missing.start, missing.end, "a read misses bytes here");
+            }
+        }
+    }
+
     /// A client reads sequentially and has got on.
     pub fn read_ahead(self: &Arc<Self>, told: Advance) {
         self.drive(|m, now, out| m.read_ahead(now, told, &self.residency, out));

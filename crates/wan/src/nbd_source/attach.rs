@@ -169,10 +169,17 @@ pub(super) fn exchange(
     size_bytes: u64,
     patience: Duration,
 ) -> io::Result<Told> {
-    let deadline = Instant::now() + patience;
+    say(socket, tell)?;
+    hear(socket, size_bytes, Instant::now() + patience)
+}
+
+fn say(socket: &Socket, tell: &Tell) -> io::Result<()> {
     let payload = tell.encode();
     let header = Header::request(Kind::Tell, Priority::DEMAND, 0, 0, 0).with_payload(&payload);
-    send_all(socket, &[&header.encode()[..], &payload].concat())?;
+    send_all(socket, &[&header.encode()[..], &payload].concat())
+}
+
+fn hear(socket: &Socket, size_bytes: u64, deadline: Instant) -> io::Result<Told> {
     let broken = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
     let mut told = Vec::new();
     loop {
@@ -211,8 +218,12 @@ pub trait MoveLink: Send + Sync {
 /// A connection for that, dialled when it is needed.
 pub struct MoveLine {
     config: NbdSourceConfig,
-    /// Held while something is asked: one thing at a time.
+    /// Held while something is said.
     turn: Mutex<()>,
+    /// Held while an answer is awaited. Taken before `turn` is let go of, so that answers are read in
+    /// the order of what was said, and nothing waits for another answer before it is said: a handoff
+    /// takes one round trip, and not also what is left of that of the last question.
+    hearing: Mutex<()>,
     socket: Mutex<Line>,
 }
 
@@ -229,6 +240,7 @@ impl MoveLine {
         Self {
             config: config.clamped(),
             turn: Mutex::new(()),
+            hearing: Mutex::new(()),
             socket: Mutex::default(),
         }
     }
@@ -264,16 +276,30 @@ impl MoveLine {
 
 impl MoveLink for MoveLine {
     fn tell(&self, tell: &Tell, patience: Duration) -> Result<Told, SourceError> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let (socket, size_bytes) = self.connected()?;
-        match exchange(&socket, tell, size_bytes, patience) {
+        let deadline = Instant::now() + patience;
+        let said = say(&socket, tell);
+        // Until the socket is shut where that failed: nobody may take the rest of an answer for theirs.
+        let _hearing = self.hearing.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(turn);
+        match said.and_then(|()| hear(&socket, size_bytes, deadline)) {
             Ok(Told::Refused(why)) => {
                 let message = format!("{}: {why}", self.config.shown_uri());
                 Err(SourceError::new(SourceErrorKind::Refused, message))
             }
             Ok(told) => Ok(told),
             Err(error) => {
-                self.line().socket = None;
+                // Others may have dialled again meanwhile.
+                let mut line = self.line();
+                if line
+                    .socket
+                    .as_ref()
+                    .is_some_and(|s| Arc::ptr_eq(&s.0, &socket))
+                {
+                    line.socket = None;
+                }
+                drop(line);
                 let _ = socket.shutdown(Shutdown::Both);
                 let message = format!("{}: {error}", self.config.shown_uri());
                 Err(SourceError::new(SourceErrorKind::Disconnected, message))
