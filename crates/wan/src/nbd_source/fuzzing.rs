@@ -31,15 +31,15 @@ pub fn converse(
 ) -> Result<(), SourceError> {
     let config = config.clamped();
     let socket = Arc::new(socket);
-    let negotiated = shake_hands(&socket, &config)?;
+    let negotiated = shake_hands(&socket, &config, true).map_err(|(error, _)| error)?;
     let info = info_of(&config.shown_uri(), &negotiated);
     let line = Line::new(Arc::new(SocketWire(socket)), negotiated, &config);
     let id = Shared::fresh_id();
     SOURCE_THREAD.set(id);
     let watcher = Arc::new(Mutex::new(None));
     let (herald, news) = channel();
-    let shared = Shared::new(config, info, Arc::clone(&watcher), herald, id);
-    let agreed = matches!(shared.install(0, &line, false), Installed::Yes);
+    let shared = Shared::new(config, Some(info), Arc::clone(&watcher), herald, id);
+    let agreed = matches!(shared.install(0, &line), Installed::Yes);
     assert!(agreed, "the first connection agrees with itself");
     let source = NbdSource {
         shared: Arc::clone(&shared),
