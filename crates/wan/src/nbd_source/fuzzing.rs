@@ -19,7 +19,7 @@ use super::{NbdSource, NbdSourceConfig, SOURCE_THREAD, herald, keeper};
 use crate::source::SourceError;
 use crate::transport::session::{Tell, Told};
 
-/// Shakes hands with the server at the other end of `socket`, lets `ask` submit requests, and
+/// Shakes hands with the server at the other end of `socket`, with options one by one or `at_once`, lets `ask` submit requests, and
 /// receives until the connection ends. Every completion has run when it returns.
 ///
 /// # Errors
@@ -27,11 +27,12 @@ use crate::transport::session::{Tell, Told};
 pub fn converse(
     socket: Socket,
     config: NbdSourceConfig,
+    at_once: bool,
     ask: impl FnOnce(&NbdSource),
 ) -> Result<(), SourceError> {
     let config = config.clamped();
     let socket = Arc::new(socket);
-    let negotiated = shake_hands(&socket, &config, true).map_err(|(error, _)| error)?;
+    let negotiated = shake_hands(&socket, &config, at_once).map_err(|(error, _)| error)?;
     let info = info_of(&config.shown_uri(), &negotiated);
     let line = Line::new(Arc::new(SocketWire(socket)), negotiated, &config);
     let id = Shared::fresh_id();
