@@ -22,7 +22,7 @@ use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
 use hikkoshi_wan::transport::pack::Packing;
 use hikkoshi_wan::transport::session::{Stance, Tell, Told};
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
-use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind};
+use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind, Ticket};
 use proxy::{Fault, Proxy, Way};
 use site::{On, Site, Wanted};
 use support::{Answer, conforms, outcome, pattern, submit_read, wait_until};
@@ -472,6 +472,19 @@ fn nothing_is_answered_behind_a_refused_attach() {
     assert!(matches!(told, Some(Told::Refused(_))), "{told:?}");
     assert!(raw.frame().is_none(), "the end of the stream");
     drop(raw);
+    site.daemon.shutdown().unwrap();
+}
+
+/// All connections are refused, the one for the move as well: somebody has to say so.
+#[test]
+fn a_source_that_refuses_the_move_says_why() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &pattern(1 << 20), On::Tcp);
+    let mut config = site.client();
+    config.several_without_promise = true;
+    config.ticket = Some(Ticket::new([7; 16], None, Stance::Arriving, true));
+    let error = NbdSource::connect(config).err().unwrap();
+    assert_eq!(error.kind, SourceErrorKind::Untrusted, "{error}");
     site.daemon.shutdown().unwrap();
 }
 

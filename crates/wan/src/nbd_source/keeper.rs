@@ -49,7 +49,7 @@ fn open(shared: &Arc<Shared>, keeper: usize, backoff: &mut Backoff) -> Option<us
     let dialed = match dial_one(shared, keeper) {
         Ok(dialed) => dialed,
         Err(error) => {
-            shared.attempt_failed(&error);
+            shared.attempt_over(Some(&error));
             // Not before: the server may have taken the one connection that it takes, and that is
             // to have a place.
             let slot = shared.wait_for_seat()?;
@@ -62,7 +62,7 @@ fn open(shared: &Arc<Shared>, keeper: usize, backoff: &mut Backoff) -> Option<us
     };
     let outcome = stand(shared, slot, dialed);
     if let Err(error) = &outcome {
-        shared.attempt_failed(error);
+        shared.attempt_over(Some(error));
     }
     go_on(shared, slot, outcome, epoch, backoff).then_some(slot)
 }

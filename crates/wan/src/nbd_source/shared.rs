@@ -240,11 +240,13 @@ impl Shared {
         }
     }
 
-    /// One of the first attempts failed. Once one stands nobody asks any more.
-    pub(super) fn attempt_failed(&self, error: &SourceError) {
-        if let Some(opening) = &mut self.state().opening {
+    /// One of the first attempts failed, or (`None`) will not stand because enough others may. Once
+    /// one stands nobody asks any more.
+    pub(super) fn attempt_over(&self, failed: Option<&SourceError>) {
+        let mut state = self.state();
+        if let Some(opening) = &mut state.opening {
             opening.pending = opening.pending.saturating_sub(1);
-            opening.error.get_or_insert_with(|| error.clone());
+            opening.error = opening.error.take().or_else(|| failed.cloned());
             self.changed.notify_all();
         }
     }
@@ -298,6 +300,7 @@ impl Shared {
     /// A connection more than are wanted to read over, of those that were dialled first: kept for
     /// what there is to say of the move, if the source understands that.
     pub(super) fn keep_spare(&self, dialed: Dialed) {
+        self.attempt_over(None);
         let stands = {
             let mut state = self.state();
             while !state.closed && state.standing == 0 {
