@@ -163,7 +163,9 @@ pub(super) fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
         };
         match outcome {
             Ok(ended) => {
-                answered = ended.answered;
+                // What has come in part is kept, and so the next connection gets further.
+                let parts = ended.unfinished.iter().filter(|job| job.has_part()).count();
+                answered = ended.answered + u64::try_from(parts).unwrap_or(0);
                 jobs = ended.unfinished;
                 let ended = ended.why;
                 if ended.is_checksum() {
