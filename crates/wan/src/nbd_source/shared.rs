@@ -302,7 +302,7 @@ impl Shared {
 
     /// A connection more than are wanted to read over, of those that were dialled first: kept for
     /// what there is to say of the move, if the source understands that.
-    pub(super) fn keep_spare(&self, dialed: Dialed) {
+    pub(super) fn keep_spare(&self, keeper: usize, dialed: Dialed) {
         self.attempt_over(None);
         let stands = {
             let mut state = self.state();
@@ -312,6 +312,8 @@ impl Shared {
                     .wait(state)
                     .unwrap_or_else(PoisonError::into_inner);
             }
+            // It may be needed for longer than the source.
+            state.dialing[keeper] = None;
             !state.closed
         };
         match &self.config.ticket {
