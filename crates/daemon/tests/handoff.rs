@@ -1,0 +1,121 @@
+//! A handoff between two daemons, on a link of which one direction can be held.
+#![allow(clippy::unwrap_used)]
+
+mod site;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hikkoshi_daemon::status::LifeState;
+use site::{On, Site, Wanted};
+
+/// Far more than anything takes here that does not wait for an answer, and less than the 30 s for
+/// which an answer is waited for.
+const SOON: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(5);
+
+/// What passes a link.
+#[derive(Default)]
+struct Held {
+    /// Nothing comes back to the client.
+    answers: AtomicBool,
+    /// Bytes that the client has said.
+    said: AtomicUsize,
+}
+
+/// A link to `to`; returns its port. Its threads end with their connections.
+fn link(to: (String, u16), held: &Arc<Held>) -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let held = Arc::clone(held);
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let (Ok(client), Ok(server)) = (client, TcpStream::connect(&to)) else {
+                return;
+            };
+            client.set_nodelay(true).unwrap();
+            server.set_nodelay(true).unwrap();
+            let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            let (there, home) = (Arc::clone(&held), Arc::clone(&held));
+            thread::spawn(move || {
+                pass(client, server, |n| {
+                    there.said.fetch_add(n, Ordering::SeqCst);
+                });
+            });
+            thread::spawn(move || {
+                pass(back.0, back.1, |_| {
+                    while home.answers.load(Ordering::SeqCst) {
+                        thread::sleep(POLL);
+                    }
+                });
+            });
+        }
+    });
+    port
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, before: impl Fn(usize)) {
+    let mut chunk = vec![0; 32 << 10];
+    while let Ok(n) = from.read(&mut chunk) {
+        before(n);
+        if n == 0 || to.write_all(&chunk[..n]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < SOON, "{what}: not within {SOON:?}");
+        thread::sleep(POLL);
+    }
+}
+
+/// While it stands by, a destination asks four times a second what has changed. A handoff that came
+/// while such an answer was on its way was not said before it had arrived: on a long link nearly
+/// two round trips in which the VM stands still, instead of one.
+#[test]
+fn a_handoff_does_not_wait_for_the_answer_to_another_question() {
+    let dir = tempfile::tempdir().unwrap();
+    let data: Vec<u8> = (0..1_u32 << 20).map(|n| (n % 251) as u8).collect();
+    let old = Site::with(dir.path(), "old", &data, On::Tcp);
+    let hikkoshi_wan::Address::Tcp { host, port } = old.address() else {
+        panic!("it listens on TCP");
+    };
+    let held = Arc::new(Held::default());
+    let uri = format!("nbd://127.0.0.1:{}/", link((host, port), &held));
+    let wanted = Wanted {
+        source: Some(hikkoshi_daemon::config::SourceConfig::new(&uri)),
+        ..Wanted::plain(On::Unix)
+    };
+    let new = Site::start(dir.path(), "new", wanted);
+    wait_until("all is copied ahead", || {
+        new.status().prepared == Some(true)
+    });
+
+    held.answers.store(true, Ordering::SeqCst);
+    let said = held.said.load(Ordering::SeqCst);
+    wait_until("it asks what has changed", || {
+        held.said.load(Ordering::SeqCst) > said
+    });
+    let export = new.export();
+    let handoff = thread::spawn(move || export.handoff());
+    wait_until("the source hears of the handoff", || {
+        old.status().state == LifeState::Departed
+    });
+    assert_eq!(new.status().state, LifeState::Standby);
+
+    held.answers.store(false, Ordering::SeqCst);
+    handoff.join().unwrap().unwrap();
+    wait_until("all is here", || new.status().state == LifeState::Local);
+    new.stop();
+    assert!(std::fs::read(dir.path().join("new")).unwrap() == data);
+    old.stop();
+}
