@@ -12,6 +12,7 @@ pub mod console;
 pub mod crash;
 pub mod cut;
 pub mod daemon;
+pub mod deaf;
 pub mod faults;
 pub mod guest;
 pub mod link;

@@ -2,22 +2,28 @@
 //!
 //! The guest boots at site A and works on both disks all the time. Three moves are tried: in one
 //! the QEMU at the new site is killed, one is interrupted, and each time the VM runs on at A as if
-//! nothing had been. The third goes through. At the end both disks are compared with what QEMU saw
-//! the guest write, byte for byte, and the first with what the guest believes to have written.
+//! nothing had been. The third goes through. It goes back from disks that qemu-nbd serves, by a
+//! command that is killed while the VM is on its way, and that another one takes up; and once more to
+//! B, by one that is killed when the disks have moved and the VM does not run yet, and with the QEMU
+//! at A killed in the same instant. Whatever fails, the last thing said must tell where the VM is.
+//! At the end both disks are compared with what QEMU saw the guest write at all places, byte for
+//! byte, and the first with what the guest believes to have written.
 
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, bail, ensure};
+use hikkoshi_testkit::deaf::Deaf;
 use hikkoshi_testkit::guest::Guest;
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
 use hikkoshi_testkit::process::Process;
 use hikkoshi_testkit::qemu::{Disk, Machine, Start};
-use hikkoshi_testkit::server::Hikkoshi;
+use hikkoshi_testkit::server::{Hikkoshi, Server};
 use hikkoshi_testkit::{cache, offline, writelog};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longer than anything takes that is not stuck.
@@ -25,7 +31,7 @@ const LONG: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(20);
 const PORTS: [u16; 2] = [10809, 10810];
 /// Each attempt has its own: the end of one need not be waited for.
-const MIGRATION_PORTS: [u16; 3] = [4444, 4445, 4446];
+const MIGRATION_PORTS: [u16; 5] = [4444, 4445, 4446, 4447, 4448];
 const SECOND_DISK_BYTES: u64 = 48 << 20;
 /// As little of the VM's memory in a second that an attempt does not come to its end.
 const SLOWLY: &str = "2MB/s";
@@ -42,9 +48,7 @@ impl Servers {
         };
         let servers = Self([serve(0)?, serve(1)?]);
         if from.is_some() {
-            for server in &servers.0 {
-                server.wait_state("standby", LONG)?;
-            }
+            servers.wait("standby")?;
         }
         Ok(servers)
     }
@@ -53,6 +57,17 @@ impl Servers {
         let state =
             |disk: usize| -> Result<String> { Ok(self.0[disk].status()?.state()?.to_owned()) };
         Ok([state(0)?, state(1)?])
+    }
+
+    fn wait(&self, state: &str) -> Result<()> {
+        for server in &self.0 {
+            server.wait_state(state, LONG)?;
+        }
+        Ok(())
+    }
+
+    fn controls(&self) -> [String; 2] {
+        [0, 1].map(|disk| self.0[disk].control().to_owned())
     }
 
     fn kill(self) -> Result<()> {
@@ -115,6 +130,15 @@ impl Command {
         }
     }
 
+    /// Waits for its end, which must be a failure before anything was done; returns what it said.
+    fn refusal(mut self) -> Result<String> {
+        let status = self.process.wait(LONG)?;
+        let said = self.process.tail();
+        ensure!(status.code() == Some(1), "{status}: {said}");
+        ensure!(said.contains("nothing was changed"), "{said}");
+        Ok(said)
+    }
+
     /// Waits for its end; returns its exit status and the last thing it said.
     fn end(mut self) -> Result<(Option<i32>, Value)> {
         let status = self.process.wait(LONG)?;
@@ -127,6 +151,211 @@ impl Command {
         );
         Ok((status.code(), last))
     }
+}
+
+/// `hikkoshi migrate` between two machines, by their QMP sockets, of which the second waits at
+/// `address`, and the control
+/// sockets of the disks at both sites. Those at the old one are empty where it has none.
+fn command(
+    dir: &Path,
+    attempt: usize,
+    address: Ipv4Addr,
+    [from, to]: [&Path; 2],
+    disks: &[[String; 2]; 2],
+    more: &[&str],
+) -> Result<Command> {
+    static COMMANDS: AtomicU32 = AtomicU32::new(0);
+    let qmp = |socket: &Path| format!("unix:{}", socket.display());
+    let mut arguments: Vec<String> = ["migrate", "--json", "--qmp"].map(Into::into).into();
+    arguments.extend([qmp(from), "--to-qmp".into(), qmp(to)]);
+    let uri = format!("tcp:{address}:{}", MIGRATION_PORTS[attempt]);
+    arguments.extend(["--uri".into(), uri]);
+    for (old, new) in disks[0].iter().zip(&disks[1]) {
+        let ends = [old, new].map(|control| match control.as_str() {
+            "" => String::new(),
+            control => format!("{control}#"),
+        });
+        arguments.extend(["--disk".into(), ends.join("=")]);
+    }
+    // QEMU's logs of the writes are this test's own.
+    for log in ["log-file", "log-file2"] {
+        arguments.extend(["--leave-out".into(), log.into()]);
+    }
+    arguments.extend(more.iter().map(|word| (*word).to_owned()));
+    let number = COMMANDS.fetch_add(1, Ordering::Relaxed);
+    Command::start(&arguments, dir.join(format!("migrate-{number}.log")))
+}
+
+/// What `end` tells a person must contain all of these.
+fn says(end: &Value, wanted: &[&str]) -> Result<()> {
+    let said = format!("{} {} {}", end["reason"], end["text"], end["advice"]);
+    for words in wanted {
+        ensure!(said.contains(words), "no {words:?} in {said}");
+    }
+    Ok(())
+}
+
+/// The logs of what a machine's guest wrote to its two disks.
+fn logs_of(machine: &Machine) -> [PathBuf; 2] {
+    [
+        machine.write_log().to_path_buf(),
+        machine.second_write_log(),
+    ]
+}
+
+/// The VM goes from B, where its disks are those `images`, to A, from disks that qemu-nbd serves; the
+/// command is killed while the VM is on its way.
+fn goes_back_from_a_plain_source(
+    dir: &Path,
+    (guest, sites, link): (&Guest, [&Namespace; 2], &Link),
+    (mut vm, servers, images): (Machine, Servers, &[PathBuf; 2]),
+    new: &[PathBuf; 2],
+) -> Result<(Machine, Servers)> {
+    let [a, b] = sites;
+    // The disk of a volume that is whole is a plain image. The VM's client reconnects.
+    servers.kill()?;
+    let plain = [0, 1].map(|disk| {
+        let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORTS[disk]);
+        Server::qemu_nbd(b, &images[disk], address)
+    });
+    let [first, second] = plain;
+    let plain = [first?, second?];
+    vm.console.wait_for_rounds(2, LONG)?;
+
+    let servers = Servers::start(a, new, Some(link.address_b))?;
+    let mut to = machine(a, guest, dir, "vm-a2", true)?;
+    let disks = [<[String; 2]>::default(), servers.controls()];
+    let start = |vm: &Machine, to: &Machine, more: &[&str]| {
+        let more = [&["--plain-source"], more].concat();
+        let machines = [vm.second_qmp(), to.second_qmp()];
+        command(dir, 3, link.address_a, machines, &disks, &more)
+    };
+    let mut moving = start(&vm, &to, &["--bandwidth", SLOWLY])?;
+    moving.wait_until_under_way()?;
+    moving.process.kill()?;
+    // While QEMU sends there is nothing to take up: said, and nothing done.
+    let (status, end) = start(&vm, &to, &["--resume"])?.end()?;
+    ensure!(status == Some(1) && end["vm"] == "old", "{status:?} {end}");
+    says(
+        &end,
+        &["there is nothing to resume: the VM runs at the old site"],
+    )?;
+    ensure!(servers.states()? == ["standby"; 2]);
+
+    let quickly = json!({"max-bandwidth": 1_000_000_000, "downtime-limit": 1000});
+    vm.qmp().execute("migrate-set-parameters", quickly)?;
+    let begun = Instant::now();
+    for machine in [&mut vm, &mut to] {
+        while machine.qmp().execute("query-migrate", json!({}))?["status"] != "completed" {
+            ensure!(begun.elapsed() < LONG, "the VM does not arrive");
+            std::thread::sleep(POLL);
+        }
+    }
+    // It stands still at both sites now, and stays so.
+    let said = start(&vm, &to, &[])?.refusal()?;
+    ensure!(
+        said.contains("it is postmigrate") && said.contains("arrived there already: --resume"),
+        "{said}"
+    );
+    ensure!(servers.states()? == ["standby"; 2]);
+    let (status, end) = start(&vm, &to, &["--resume", "--quit-old"])?.end()?;
+    ensure!(
+        status == Some(0) && end["disks"] == "new",
+        "{status:?} {end}"
+    );
+    says(
+        &end,
+        &["The VM runs at the new site; its disks are there whole"],
+    )?;
+    ensure!(servers.states()? == ["local"; 2]);
+    vm.wait_end()?;
+    for server in plain {
+        server.kill()?;
+    }
+    to.console.wait_for_rounds(2, LONG)?;
+    Ok((to, servers))
+}
+
+/// The VM goes from A to B; when its disks have moved and it does not run yet, the command is killed,
+/// and the QEMU at A.
+fn goes_on_without_the_old_machine(
+    dir: &Path,
+    (guest, sites, link): (&Guest, [&Namespace; 2], &Link),
+    (vm, old_servers): (Machine, Servers),
+    new: &[PathBuf; 2],
+) -> Result<(Machine, Servers)> {
+    let servers = Servers::start(sites[1], new, Some(link.address_a))?;
+    let to = machine(sites[1], guest, dir, "vm-b3", true)?;
+    let old_controls = old_servers.controls();
+    let deaf = [0, 1]
+        .map(|disk| Deaf::before(servers.0[disk].control(), &dir.join(format!("deaf{disk}"))));
+    let [first, second] = deaf;
+    let deaf = [first?, second?];
+    let disks = [
+        old_controls.clone(),
+        [0, 1].map(|disk| deaf[disk].control()),
+    ];
+    let more = ["--bandwidth", "1GB/s", "--downtime", "1s", "--no-prepare"];
+    let moving = command(
+        dir,
+        4,
+        link.address_b,
+        [vm.second_qmp(), to.second_qmp()],
+        &disks,
+        &more,
+    )?;
+    let begun = Instant::now();
+    while servers.states()?.iter().any(|state| state == "standby") {
+        ensure!(
+            begun.elapsed() < LONG,
+            "no handoff: {}",
+            moving.process.tail()
+        );
+        std::thread::sleep(POLL);
+    }
+    moving.process.kill()?;
+    ensure!(to.console.last_tick().is_none(), "it runs already");
+    let old_qmp = vm.second_qmp().to_path_buf();
+    drop(vm);
+    drop(deaf);
+
+    let disks = [old_controls, servers.controls()];
+    let resume = |more: &[&str]| {
+        let more = [&["--resume"], more].concat();
+        command(
+            dir,
+            4,
+            link.address_b,
+            [&old_qmp, to.second_qmp()],
+            &disks,
+            &more,
+        )
+    };
+    let (status, end) = resume(&[])?.end()?;
+    ensure!(
+        status == Some(1) && end["vm"]["unknown"].is_string(),
+        "{status:?} {end}"
+    );
+    says(
+        &end,
+        &[
+            "the QEMU at the old site does not answer",
+            "It is not certain where the VM is (all of it is at the new site, stopped",
+            "if you know it is, add --old-is-gone",
+            "its disks are handed off to the new site",
+        ],
+    )?;
+    ensure!(to.console.last_tick().is_none(), "it runs already");
+    let (status, end) = resume(&["--old-is-gone"])?.end()?;
+    ensure!(status == Some(0) && end["vm"] == "new", "{status:?} {end}");
+    says(
+        &end,
+        &["The VM runs at the new site; its disks are there whole"],
+    )?;
+    ensure!(old_servers.states()? == ["departed"; 2]);
+    old_servers.kill()?;
+    to.console.wait_for_rounds(2, LONG)?;
+    Ok((to, servers))
 }
 
 #[test]
@@ -150,22 +379,9 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
     let given_up = ["b1", "b2"].map(image);
     let servers = Servers::start(&b, &given_up, Some(link.address_a))?;
     let command = |attempt: usize, to: (&Servers, &Machine), more: &[&str]| -> Result<Command> {
-        let (new_servers, to) = to;
-        let qmp = |machine: &Machine| format!("unix:{}", machine.second_qmp().display());
-        let mut arguments: Vec<String> = ["migrate", "--json", "--qmp"].map(Into::into).into();
-        arguments.extend([qmp(&vm), "--to-qmp".into(), qmp(to)]);
-        let uri = format!("tcp:{}:{}", link.address_b, MIGRATION_PORTS[attempt]);
-        arguments.extend(["--uri".into(), uri]);
-        for number in 0..2 {
-            let ends = [&old_servers, new_servers].map(|s| format!("{}#", s.0[number].control()));
-            arguments.extend(["--disk".into(), ends.join("=")]);
-        }
-        // QEMU's logs of the writes are this test's own.
-        for log in ["log-file", "log-file2"] {
-            arguments.extend(["--leave-out".into(), log.into()]);
-        }
-        arguments.extend(more.iter().map(|word| (*word).to_owned()));
-        Command::start(&arguments, dir.join(format!("migrate-{attempt}.log")))
+        let disks = [old_servers.controls(), to.0.controls()];
+        let machines = [vm.second_qmp(), to.1.second_qmp()];
+        command(dir, attempt, link.address_b, machines, &disks, more)
     };
 
     // 0: everything is checked, and nothing is changed.
@@ -190,6 +406,12 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
     let (status, end) = moving.end()?;
     ensure!(status == Some(1) && end["vm"] == "old", "{status:?} {end}");
     ensure!(end["disks"] == "old-standby", "{end}");
+    says(
+        &end,
+        &[
+            "The VM runs at the old site, as before; its disks are at the old site, and the new site stands by for them",
+        ],
+    )?;
     ensure!(servers.states()? == ["standby"; 2]);
     vm.console.wait_for_rounds(2, LONG)?;
 
@@ -204,6 +426,12 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
     let reason = end["reason"].as_str().unwrap_or_default();
     ensure!(reason.contains("interrupted"), "{end}");
     ensure!(end["disks"] == "old-given-up", "{end}");
+    says(
+        &end,
+        &[
+            "The VM runs at the old site, as before; its disks are at the old site, and the new site has given them up",
+        ],
+    )?;
     ensure!(servers.states()? == ["given-up"; 2]);
     vm.console.wait_for_rounds(2, LONG)?;
     drop(to);
@@ -223,8 +451,12 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
         status == Some(0) && end["vm"] == "new" && end["disks"] == "new",
         "{status:?} {end}"
     );
+    says(
+        &end,
+        &["The VM runs at the new site; its disks are there whole: they need the old site no more"],
+    )?;
     ensure!(new_servers.states()? == ["local"; 2]);
-    let old_logs = [vm.write_log().to_path_buf(), vm.second_write_log()];
+    let mut logs = vec![logs_of(&vm)];
     let before = vm.console.longest_silence().context("no tick at A")?;
     vm.wait_end()?;
     old_servers.kill()?;
@@ -238,21 +470,26 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
         after.2
     );
 
-    let new_logs = [to.write_log().to_path_buf(), to.second_write_log()];
-    let (digest, _console) = to.finish(LONG)?;
-    new_servers.kill()?;
+    logs.push(logs_of(&to));
+    let (back, there) = (["d1", "d2"].map(image), ["e1", "e2"].map(image));
+    let world = (&guest, [&a, &b], &link);
+    let (vm, servers) = goes_back_from_a_plain_source(dir, world, (to, new_servers, &new), &back)?;
+    logs.push(logs_of(&vm));
+    let (vm, servers) = goes_on_without_the_old_machine(dir, world, (vm, servers), &there)?;
+    logs.push(logs_of(&vm));
+
+    let (digest, _console) = vm.finish(LONG)?;
+    servers.kill()?;
     for number in 0..2 {
-        let there = writelog::apply(&old_logs[number], &right[number])?;
-        offline::images_are_equal(&right[number], &old[number]).context("at the old site")?;
-        let here = writelog::apply(&new_logs[number], &right[number])?;
-        offline::images_are_equal(&right[number], &new[number]).context("at the new site")?;
-        ensure!(
-            there.bytes > 0 && here.bytes > 0,
-            "disk {number}: {there:?} {here:?}"
-        );
+        for (stay, images) in [&old, &new, &back, &there].into_iter().enumerate() {
+            let written = writelog::apply(&logs[stay][number], &right[number])?;
+            offline::images_are_equal(&right[number], &images[number])
+                .with_context(|| format!("disk {number} after stay {stay}"))?;
+            ensure!(written.bytes > 0, "disk {number}, stay {stay}: {written:?}");
+        }
     }
-    offline::file_system_is_clean(&new[0])?;
-    let verified = offline::content_is_right(&new[0], &guest.tree, &digest)?;
+    offline::file_system_is_clean(&there[0])?;
+    let verified = offline::content_is_right(&there[0], &guest.tree, &digest)?;
     println!("verified: every byte of both disks; {verified:?}");
     Ok(())
 }
