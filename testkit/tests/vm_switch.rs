@@ -14,6 +14,7 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, ensure};
+use hikkoshi_testkit::client::Client;
 use hikkoshi_testkit::guest::Guest;
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
@@ -40,6 +41,7 @@ const LAST_WRITES: Duration = Duration::from_secs(30);
 const ANYWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT);
 const OWN_SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
 const EVERY_MISS: &str = "info,hikkoshi_daemon::volume::relocation=trace";
+const A_MISS: &str = "a read misses bytes here";
 
 fn setting(name: &str, otherwise: u64) -> Result<u64> {
     match std::env::var(name) {
@@ -171,16 +173,20 @@ impl Journey {
             .path()
             .join(format!("disk{}.img", self.machines + 1));
         let times = Times::follow(self.vm.write_log())?;
+        let socket = image.with_extension("nbd");
+        let listen = format!("unix:{}", socket.display());
         let from = format!("nbd://{}", SocketAddrV4::new(self.address(self.at), PORT));
         let new = Hikkoshi::serve_and_log(
             &self.sites[1 - self.at],
             &image,
             ANYWHERE,
-            (Some(&from), &["--prepare", how]),
+            (Some(&from), &["--prepare", how, "--listen", &listen]),
             Some(EVERY_MISS),
         )?;
         let limit = format!("{}s", LONG.as_secs());
         new.command(&["wait", "--for", "prepared", "--timeout", &limit])?;
+        // One that misses something, for `watch_reads` to see that it is told of.
+        Client::connect(&socket)?.read(0, 4096)?;
         Ok((new, image, times))
     }
 
@@ -277,15 +283,12 @@ impl Journey {
         let now = self.vm.console.wait_for_rounds(5, LONG)?;
         ensure!(now.content > before.content, "the guest reads nothing");
         let log = new.log()?;
-        let since = log
+        let (before, since) = log
             .split_once("handoff: the disk lives here")
             .with_context(|| format!("no handoff: {}", new.tail()))?;
-        since
-            .1
-            .lines()
-            .filter(|line| line.contains("a read misses bytes here"))
-            .map(Miss::parse)
-            .collect()
+        ensure!(before.contains(A_MISS), "what reads miss is not told");
+        let lines = since.lines().filter(|line| line.contains(A_MISS));
+        lines.map(Miss::parse).collect()
     }
 }
 
