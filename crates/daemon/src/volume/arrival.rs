@@ -617,10 +617,8 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
-        arrival
-            .state()
-            .precopy
-            .arrived(self.now(), id, outcome.is_ok());
+        let wire_bytes = outcome.as_ref().ok().map(|fetched| fetched.wire_bytes);
+        arrival.state().precopy.arrived(self.now(), id, wire_bytes);
         let Ok(fetched) = outcome else {
             return self.not_copied(arrival, id, false);
         };

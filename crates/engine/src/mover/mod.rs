@@ -329,11 +329,13 @@ impl<W> Mover<W> {
         }
     }
 
-    /// What a kept fetch or a zeroing brought is installed: the residency shows it.
+    /// What a kept fetch or a zeroing brought is installed: the residency shows it. `wire_bytes` of it
+    /// crossed the link.
     pub fn landed(
         &mut self,
         now: Duration,
         flight: FlightId,
+        wire_bytes: u64,
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
@@ -346,7 +348,7 @@ impl<W> Mover<W> {
         if done.is_charged() {
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
-            self.pacer.landed(now, rtt, bytes);
+            self.pacer.landed(now, rtt, bytes, wire_bytes);
         }
         for id in done.waiters {
             self.one_landed(id, out);

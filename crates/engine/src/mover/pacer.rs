@@ -9,6 +9,11 @@
 //!
 //! Demand counts as in flight but never waits for room: what a guest asks for takes the place of
 //! read-ahead and of the background copy.
+//!
+//! Where the source compresses, what is asked for and what crosses the link are not the same. The
+//! path is measured in bytes that cross it; how many of them a byte of the disk will be is taken from
+//! what came last. So the window of disk bytes grows over what compresses well, and shrinks at once over
+//! what does not: what was asked for before that waits at the source, where demand passes it.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -81,18 +86,36 @@ enum Stage {
     Probe { before: u64, rounds: u32 },
 }
 
+/// Part of the window over which the ratio of compression is averaged: what comes within half a round
+/// trip or so tells of what is under way.
+const RATIO_PART: u64 = 2;
+
+/// The least that this is.
+const MIN_RATIO_BYTES: u64 = 256 << 10;
+
+/// The scale of the ratio: this many are one byte on the wire for a byte of the disk.
+const RATIO_ONE: u64 = 1 << 16;
+
+/// The best compression that is reckoned with: beyond it the disk and the memory of both sides count
+/// for more than the link.
+const MIN_RATIO: u64 = RATIO_ONE / 16;
+
+/// Bytes are those of the disk unless they are called wire bytes.
 #[derive(Debug)]
 pub(crate) struct Pacer {
-    window_bytes: u64,
+    /// In wire bytes.
+    window: u64,
     in_flight_bytes: u64,
+    /// Wire bytes for a byte of the disk, by what came last, in parts of [`RATIO_ONE`].
+    ratio: u64,
     /// The shortest round trip of this and of the previous period.
     base: Option<Duration>,
     next_base: Option<Duration>,
     base_since: Duration,
-    /// Bytes landed in this round, and when it began.
+    /// Wire bytes landed in this round, and when it began.
     round_bytes: u64,
     round_started: Duration,
-    /// Rates of the last full rounds, bytes per second.
+    /// Rates of the last full rounds, wire bytes per second.
     rates: VecDeque<u64>,
     stage: Stage,
     drained_at: Duration,
@@ -104,8 +127,9 @@ pub(crate) struct Pacer {
 impl Pacer {
     pub fn new() -> Self {
         Self {
-            window_bytes: FIRST_WINDOW_BYTES,
+            window: FIRST_WINDOW_BYTES,
             in_flight_bytes: 0,
+            ratio: RATIO_ONE,
             base: None,
             next_base: None,
             base_since: Duration::ZERO,
@@ -132,17 +156,27 @@ impl Pacer {
 
     /// How long a chunk of the background copy should be.
     pub fn chunk_bytes(&self) -> u64 {
-        let wanted = if self.draining {
-            self.window_bytes / DRAIN_CHUNKS_IN_WINDOW
-        } else {
-            bytes_in(self.rate(), CHUNK_TIME).max(self.window_bytes / CHUNKS_IN_WINDOW)
-        };
+        let wanted = self.of_disk(self.wire_chunk());
         1 << wanted.clamp(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES).ilog2()
+    }
+
+    fn wire_chunk(&self) -> u64 {
+        let wanted = if self.draining {
+            self.window / DRAIN_CHUNKS_IN_WINDOW
+        } else {
+            bytes_in(self.rate(), CHUNK_TIME).max(self.window / CHUNKS_IN_WINDOW)
+        };
+        wanted.clamp(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES)
     }
 
     /// How much fills the path, as far as it is known.
     pub fn window_bytes(&self) -> u64 {
-        self.window_bytes
+        self.of_disk(self.window)
+    }
+
+    /// How many bytes of the disk are so many on the wire.
+    fn of_disk(&self, wire_bytes: u64) -> u64 {
+        (wire_bytes.saturating_mul(RATIO_ONE) / self.ratio).min(MAX_WINDOW_BYTES)
     }
 
     /// The shortest round trip; zero while there was none.
@@ -160,9 +194,9 @@ impl Pacer {
     /// How much may be in flight now.
     pub fn open_bytes(&self) -> u64 {
         if self.draining {
-            self.window_bytes / 2
+            self.window_bytes() / 2
         } else {
-            self.window_bytes
+            self.window_bytes()
         }
     }
 
@@ -184,16 +218,29 @@ impl Pacer {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(bytes);
     }
 
-    /// A fetch came back after `rtt`. Tells whether a round ended with it.
-    pub fn landed(&mut self, now: Duration, rtt: Duration, bytes: u64) -> bool {
+    /// A fetch of `bytes` came back after `rtt`, and was so many on the wire. Tells whether a round
+    /// ended with it.
+    pub fn landed(&mut self, now: Duration, rtt: Duration, bytes: u64, wire_bytes: u64) -> bool {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(bytes);
         self.learn_base(now, rtt);
-        self.round_bytes += bytes;
+        self.learn_ratio(bytes, wire_bytes);
+        self.round_bytes += wire_bytes;
         let over = now.saturating_sub(self.round_started) >= self.base().max(MIN_ROUND);
         if over {
             self.end_round(now);
         }
         over
+    }
+
+    /// A mean that forgets, over so many bytes: a small read counts for little.
+    fn learn_ratio(&mut self, bytes: u64, wire_bytes: u64) {
+        let memory = (self.window_bytes() / RATIO_PART).max(MIN_RATIO_BYTES);
+        let seen = u128::from(self.ratio) * u128::from(memory)
+            + u128::from(wire_bytes) * u128::from(RATIO_ONE);
+        let ratio = seen.div_ceil(u128::from(memory + bytes).max(1));
+        self.ratio = u64::try_from(ratio)
+            .unwrap_or(RATIO_ONE)
+            .clamp(MIN_RATIO, RATIO_ONE);
     }
 
     /// A chunk's own time on the wire counts as distance. To take it off one would have to know the
@@ -209,7 +256,7 @@ impl Pacer {
         self.next_base = Some(self.next_base.map_or(rtt, |b| b.min(rtt)));
     }
 
-    /// The rate of the path, bytes per second; zero while it is not known.
+    /// The rate of the path, wire bytes per second; zero while it is not known.
     fn rate(&self) -> u64 {
         let (mut best, mut second) = (0, 0);
         for &rate in &self.rates {
@@ -256,13 +303,13 @@ impl Pacer {
         let window = match self.stage {
             Stage::Start { best, .. } => {
                 let product = bytes_in(best, self.base());
-                self.window_bytes.max(product * START_GAIN)
+                self.window.max(product * START_GAIN)
             }
-            Stage::Cruise { .. } => product + (product / SLACK).max(self.chunk_bytes()),
-            Stage::Probe { rounds: 0, .. } => self.window_bytes / 8 * PROBE_GAIN_8TH,
-            Stage::Probe { .. } => self.window_bytes,
+            Stage::Cruise { .. } => product + (product / SLACK).max(self.wire_chunk()),
+            Stage::Probe { rounds: 0, .. } => self.window / 8 * PROBE_GAIN_8TH,
+            Stage::Probe { .. } => self.window,
         };
-        self.window_bytes = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
+        self.window = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
     }
 
     fn next_stage(&self, rate: u64) -> Stage {
@@ -311,12 +358,14 @@ mod tests {
         rate: u64,
         rtt: Duration,
         free_at: Duration,
+        /// What is sent for 16 bytes of the disk.
+        packed_16th: u64,
     }
 
     /// What came of some seconds: the share of the link used, and the mean time that a small read
     /// would have had to wait for the queue.
     fn drive(pacer: &mut Pacer, link: &mut Link, from: Duration, to: Duration) -> (f64, Duration) {
-        let mut under_way: VecDeque<(Duration, Duration, u64)> = VecDeque::new();
+        let mut under_way: VecDeque<(Duration, Duration, u64, u64)> = VecDeque::new();
         let (mut now, mut bytes, mut queue, mut looks) = (from, 0, Duration::ZERO, 0);
         while now < to {
             // Half of what waits before and half of what waits after: the mean over time.
@@ -325,8 +374,9 @@ mod tests {
                 let chunk = pacer.chunk_bytes();
                 pacer.sent(chunk);
                 let there = now + link.rtt / 2;
-                link.free_at = link.free_at.max(there) + time_of(chunk, link.rate);
-                under_way.push_back((link.free_at + link.rtt / 2, now, chunk));
+                let wire = chunk * link.packed_16th / 16;
+                link.free_at = link.free_at.max(there) + time_of(wire, link.rate);
+                under_way.push_back((link.free_at + link.rtt / 2, now, chunk, wire));
             }
             let wait = link.free_at.saturating_sub(now + link.rtt / 2);
             queue += wait / 2;
@@ -334,14 +384,15 @@ mod tests {
             if looks % 32 == 0 {
                 // A guest's small read: what shows how far away the source is.
                 pacer.sent(4096);
-                pacer.landed(now, link.rtt + wait, 4096);
+                pacer.landed(now, link.rtt + wait, 4096, 4096);
             }
-            let (at, sent_at, chunk) = under_way.pop_front().expect("a window has room for one");
+            let (at, sent_at, chunk, wire) =
+                under_way.pop_front().expect("a window has room for one");
             now = now.max(at);
-            bytes += chunk;
-            pacer.landed(now, now - sent_at, chunk);
+            bytes += wire;
+            pacer.landed(now, now - sent_at, chunk, wire);
         }
-        for (_, _, chunk) in under_way {
+        for (_, _, chunk, _) in under_way {
             pacer.lost(chunk);
         }
         let could = link.rate as f64 * (now - from).as_secs_f64();
@@ -353,6 +404,7 @@ mod tests {
             rate: mbit * 125_000,
             rtt: Duration::from_millis(rtt_ms),
             free_at: Duration::ZERO,
+            packed_16th: 16,
         }
     }
 
@@ -398,6 +450,32 @@ mod tests {
         assert!(queue < Duration::from_millis(30), "{queue:?}");
     }
 
+    /// The disk compresses well here and not at all there: the link is full over both.
+    #[test]
+    fn the_link_is_full_whatever_the_source_makes_of_the_bytes() {
+        for rtt_ms in [10, 50, 200] {
+            let (mut pacer, mut link) = (Pacer::new(), link(400, rtt_ms));
+            let piece = link.rtt * 16;
+            let warm = Duration::from_secs(4);
+            drive(&mut pacer, &mut link, Duration::ZERO, warm);
+            let mut from = warm;
+            for packed_16th in [5, 16, 2, 16, 8, 4, 16] {
+                link.packed_16th = packed_16th;
+                let (share, _) = drive(&mut pacer, &mut link, from, from + piece);
+                assert!(share > 0.85, "{rtt_ms} ms, {packed_16th}/16: {share:.2}");
+                let settled = from + piece;
+                let (share, queue) = drive(&mut pacer, &mut link, settled, settled + piece);
+                let told = format!("{rtt_ms} ms, {packed_16th}/16: {share:.2}, {queue:?}");
+                assert!(share > 0.92, "{told}");
+                assert!(
+                    queue < (link.rtt / 5).max(Duration::from_millis(5)),
+                    "{told}"
+                );
+                from += piece * 2;
+            }
+        }
+    }
+
     /// Little is asked for: the window stays, instead of shrinking to what is used.
     #[test]
     fn a_quiet_time_does_not_shrink_the_window() {
@@ -408,7 +486,7 @@ mod tests {
         let before = pacer.window_bytes();
         for n in 0..1000 {
             pacer.sent(4096);
-            pacer.landed(second * 5 + link.rtt * (n + 1), link.rtt, 4096);
+            pacer.landed(second * 5 + link.rtt * (n + 1), link.rtt, 4096, 4096);
         }
         let after = pacer.window_bytes();
         // (It may have been in the middle of a probe.)

@@ -15,7 +15,7 @@ use super::receive::{ReadError, Receiver, size, wire};
 use super::replies::{Begun, Ended, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
-use crate::transport::pack::{Codec, unpack};
+use crate::transport::pack::{Codec, Unpacker};
 use crate::transport::{HEADER_BYTES, Header, Kind};
 
 /// Bytes received at a time while looking for headers: a small answer at once, and a sixteenth of
@@ -53,11 +53,13 @@ impl Begun for Active {
 
 /// Receives and answers until the connection ends.
 pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
-    Ok(Replies::new(line, progress_timeout, BUFFER_BYTES)?.run(frame))
+    let mut unpacker = Unpacker::default();
+    let replies = Replies::new(line, progress_timeout, BUFFER_BYTES)?;
+    Ok(replies.run(|replies| frame(replies, &mut unpacker)))
 }
 
 /// Receives one frame.
-fn frame(replies: &mut Replies<'_, Active>) -> Result<(), ReadError> {
+fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(), ReadError> {
     let (header, _) = replies.receiver.header(HEADER_BYTES, |bytes| {
         let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
@@ -66,7 +68,7 @@ fn frame(replies: &mut Replies<'_, Active>) -> Result<(), ReadError> {
     })?;
     let (active, receiver) = replies.of(header.id)?;
     active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
-    take(receiver, active, &header)?;
+    take(receiver, unpacker, active, &header)?;
     if header.last {
         return finish(replies, header.id);
     }
@@ -106,6 +108,7 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
 /// Takes what belongs to a header, if it is what may come now.
 fn take(
     receiver: &mut Receiver<'_>,
+    unpacker: &mut Unpacker,
     active: &mut Active,
     header: &Header,
 ) -> Result<(), ReadError> {
@@ -132,7 +135,8 @@ fn take(
             };
             receiver.body(payload_len, |payload| {
                 header.check_payload(payload)?;
-                unpack(codec, payload, span, &mut active.data)
+                unpacker
+                    .unpack(codec, payload, span, &mut active.data)
                     .ok_or(ReadError::Answer("compressed data that does not add up"))
             })?
         }

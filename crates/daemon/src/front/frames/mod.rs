@@ -165,10 +165,8 @@ impl FrameSession {
                 }
                 self.refused = !self.batch.send(&self.socket)?;
                 self.telling &= !self.batch.is_empty();
-                if sending {
-                    self.packer.note(woken_at - asked_at, woken_at.elapsed());
-                }
             }
+            self.packer.note(woken_at - asked_at, woken_at.elapsed());
         }
     }
 
