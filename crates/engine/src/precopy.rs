@@ -160,8 +160,9 @@ impl Precopy {
         self.flights.len()
     }
 
-    /// Connections stand (again).
-    pub fn connected(&mut self, now: Duration) {
+    /// Connections stand (again), to a source that sends no more than fills the link, or does.
+    pub fn connected(&mut self, now: Duration, source_paces: bool) {
+        self.pacer.source_paces(source_paces);
         self.pacer.restart(now);
     }
 

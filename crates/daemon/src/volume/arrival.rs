@@ -416,7 +416,7 @@ impl Volume {
                     state.precopy.differs(run);
                 }
             }
-            state.precopy.connected(self.now());
+            state.precopy.connected(self.now(), true);
         }
         Some(all_copied)
     }

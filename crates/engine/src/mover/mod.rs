@@ -238,6 +238,11 @@ impl<W> Mover<W> {
         self.pacer = path.seat(self.pacer.in_flight());
     }
 
+    /// The source sends no more than fills the link, whatever it is asked for; or it does not.
+    pub fn source_paces(&mut self, paces: bool) {
+        self.pacer.source_paces(paces);
+    }
+
     /// Where the relocation stands.
     pub fn phase(&self) -> Phase {
         self.phase

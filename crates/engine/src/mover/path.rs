@@ -158,6 +158,11 @@ impl Seat {
         }
     }
 
+    /// See [`Pacer::source_paces`].
+    pub fn source_paces(&self, paces: bool) {
+        self.state().pacer.source_paces(paces);
+    }
+
     /// See [`Pacer::chunk_bytes`].
     pub fn chunk_bytes(&self) -> u64 {
         self.state().pacer.chunk_bytes()
