@@ -67,11 +67,15 @@ impl Line {
         negotiated: Negotiated,
         config: &NbdSourceConfig,
     ) -> Arc<Self> {
+        let bulk_max = match negotiated.transport {
+            true => config.bulk_in_flight_in_frames,
+            false => config.bulk_in_flight,
+        };
         Arc::new(Self {
             wire,
             negotiated,
             in_flight_max: config.in_flight,
-            bulk_max: config.bulk_in_flight,
+            bulk_max,
             packing: config.packing,
             dead: AtomicBool::new(false),
             load: AtomicU64::new(0),
