@@ -106,7 +106,7 @@ pub fn run(how: u8, input: &mut Input<'_>) {
     theirs.shutdown(Shutdown::Write).unwrap();
     let asked: usize = known.iter().map(|known| known.len as usize).sum();
     memory::within(MEMORY_BOUND + 4 * asked, "a source", || {
-        converse(Socket::from(OwnedFd::from(ours)), config, |source| {
+        converse(Socket::from(OwnedFd::from(ours)), config, true, |source| {
             for (n, question) in questions.iter().enumerate() {
                 ask(source, question, n, &ends);
             }

@@ -23,7 +23,7 @@ use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceEr
 use super::gate::Gate;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
-use crate::config::{Prepare, SourceConfig, SourceLoss};
+use crate::config::{HandoffPolicy, Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
 
@@ -269,12 +269,16 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
-        self.ask_for_heat(arrival);
+        // A handoff that is on its way is not to wait behind an answer that can come later.
+        let at_once = self.handoff_policy == HandoffPolicy::Now;
+        if !at_once {
+            self.ask_for_heat(arrival);
+        }
         while !arrival.is_stopping() && self.life() == LifeState::Standby && !self.has_given_up() {
             let Some(relocation) = self.relocation() else {
                 return;
             };
-            let over = arrival.state().over;
+            let over = at_once || arrival.state().over;
             if (self.copies_ahead(arrival) || arrival.has_base) && !over {
                 self.prepare_some(arrival, &relocation);
             } else {

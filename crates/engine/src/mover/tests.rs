@@ -271,10 +271,11 @@ fn zeroes_that_the_source_tells_are_never_fetched() {
         Action::QueryExtents { range } => Some(*range),
         _ => None,
     });
-    let zero = BlockRange::new(100, 16000);
-    let mut out = Vec::new();
-    mover.extents(MS, asked.unwrap(), &[zero], &r, &mut out);
+    // What was asked for before anything was known is at the disk's start.
+    let blind = BlockRange::new(0, (256 << 10) / 4096);
+    let zero = BlockRange::new(blind.end, 16000);
     let mut queue = out;
+    mover.extents(MS, asked.unwrap(), &[zero], &r, &mut queue);
     while let Some(action) = queue.pop() {
         let (flight, range) = match action {
             Action::Fetch { flight, range, .. } => {

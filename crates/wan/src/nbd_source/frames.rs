@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use hikkoshi_nbd::client::{Hole, StatusExtent};
 
+use super::attach::Ticket;
 use super::job::{Answer, Job};
 use super::line::Line;
 use super::receive::{ReadError, Receiver, size, wire};
@@ -16,7 +17,8 @@ use super::replies::{Begun, Ended, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
 use crate::transport::pack::{Codec, Unpacker};
-use crate::transport::{HEADER_BYTES, Header, Kind};
+use crate::transport::session::Told;
+use crate::transport::{HEADER_BYTES, Header, Kind, limits};
 
 /// Bytes received at a time while looking for headers: a small answer at once, and a sixteenth of
 /// a quantum at most, which is copied a second time.
@@ -53,19 +55,57 @@ impl Begun for Active {
 
 /// Receives and answers until the connection ends.
 pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
+    let mut replies = Replies::<Active>::new(line, progress_timeout, BUFFER_BYTES)?;
+    if let Some(ticket) = &line.attaching {
+        // Before anything that was asked for: what follows a refusal is not even looked at.
+        if let Err(error) = attached(&mut replies.receiver, ticket, line) {
+            return Ok(replies.end(error));
+        }
+    }
     let mut unpacker = Unpacker::default();
-    let replies = Replies::new(line, progress_timeout, BUFFER_BYTES)?;
     Ok(replies.run(|replies| frame(replies, &mut unpacker)))
 }
 
-/// Receives one frame.
-fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(), ReadError> {
-    let (header, _) = replies.receiver.header(HEADER_BYTES, |bytes| {
+fn next_header(receiver: &mut Receiver<'_>) -> Result<Header, ReadError> {
+    let decode = |bytes: &[u8]| {
         let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
         Ok(Some((Header::decode(header)?, HEADER_BYTES)))
-    })?;
+    };
+    Ok(receiver.header(HEADER_BYTES, decode)?.0)
+}
+
+/// Receives what the source has to say to being read from for a move.
+fn attached(receiver: &mut Receiver<'_>, ticket: &Ticket, line: &Line) -> Result<(), ReadError> {
+    let mut told = Vec::new();
+    loop {
+        let header = next_header(receiver)?;
+        let len = size(header.payload_len)?;
+        if header.kind != Kind::Told || told.len() + len > limits::TOLD_BYTES {
+            return Err(ReadError::Answer("an answer to something else was given"));
+        }
+        receiver.body(len, |payload| {
+            header.check_payload(payload)?;
+            told.extend_from_slice(payload);
+            Ok::<_, ReadError>(())
+        })??;
+        if header.last {
+            break;
+        }
+    }
+    match Told::decode(&told, line.negotiated.size_bytes) {
+        Some(Told::Attached(attached)) => ticket.was_told(attached),
+        Some(Told::Refused(why)) => return Err(ReadError::Refused(why)),
+        _ => return Err(ReadError::Answer("an answer that makes no sense")),
+    }
+    line.is_attached();
+    Ok(())
+}
+
+/// Receives one frame.
+fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(), ReadError> {
+    let header = next_header(&mut replies.receiver)?;
     let (active, receiver) = replies.of(header.id)?;
     active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
     take(receiver, unpacker, active, &header)?;

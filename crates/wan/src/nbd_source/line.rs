@@ -13,6 +13,7 @@ use hikkoshi_nbd::client::{Negotiated, encode_request};
 use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
 
 use super::address::NbdSourceConfig;
+use super::attach::Ticket;
 use super::job::Job;
 use super::wire::Wire;
 use crate::source::Lane;
@@ -31,6 +32,8 @@ const PACE_ROUND: Duration = Duration::from_millis(250);
 pub(super) struct Line {
     pub(super) wire: Arc<dyn Wire>,
     pub(super) negotiated: Negotiated,
+    /// What the source has to say to this comes first.
+    pub(super) attaching: Option<Arc<Ticket>>,
     in_flight_max: usize,
     bulk_max: usize,
     packing: Packing,
@@ -67,13 +70,28 @@ impl Line {
         negotiated: Negotiated,
         config: &NbdSourceConfig,
     ) -> Arc<Self> {
+        Self::attaching(wire, negotiated, config, None)
+    }
+
+    /// The same, on which it was said for which move it is, and no answer has come yet.
+    pub(super) fn attaching(
+        wire: Arc<dyn Wire>,
+        negotiated: Negotiated,
+        config: &NbdSourceConfig,
+        attaching: Option<Arc<Ticket>>,
+    ) -> Arc<Self> {
         let bulk_max = match negotiated.transport {
             true => config.bulk_in_flight_in_frames,
             false => config.bulk_in_flight,
         };
+        let state = State {
+            waiting_since: attaching.is_some().then(Instant::now),
+            ..State::default()
+        };
         Arc::new(Self {
             wire,
             negotiated,
+            attaching,
             in_flight_max: config.in_flight,
             bulk_max,
             packing: config.packing,
@@ -81,7 +99,7 @@ impl Line {
             load: AtomicU64::new(0),
             queued_bulk: AtomicU64::new(0),
             pace: AtomicU64::new(0),
-            state: Mutex::new(State::default()),
+            state: Mutex::new(state),
         })
     }
 
@@ -254,6 +272,14 @@ impl Line {
             let pace = u64::try_from(per_second).unwrap_or(u64::MAX);
             self.pace.store(pace, Ordering::Relaxed);
             (state.brought, state.brought_since) = (0, Some(now));
+        }
+    }
+
+    /// The source has said that it may be read from for the move.
+    pub(super) fn is_attached(&self) {
+        let mut state = self.state();
+        if state.in_flight == 0 {
+            state.waiting_since = None;
         }
     }
 

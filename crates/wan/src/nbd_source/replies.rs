@@ -55,11 +55,15 @@ impl<'a, B: Begun> Replies<'a, B> {
 
     /// Receives with `step` until the connection ends.
     pub(super) fn run(mut self, mut step: impl FnMut(&mut Self) -> Result<(), ReadError>) -> Ended {
-        let why = loop {
+        loop {
             if let Err(error) = step(&mut self) {
-                break error;
+                return self.end(error);
             }
-        };
+        }
+    }
+
+    /// The connection has ended.
+    pub(super) fn end(self, why: ReadError) -> Ended {
         // In the order in which they were asked for, so that a simulated world is its seed.
         let mut begun: Vec<(u64, B)> = self.begun.into_iter().collect();
         begun.sort_unstable_by_key(|(id, _)| *id);

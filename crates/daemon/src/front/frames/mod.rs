@@ -16,7 +16,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hikkoshi_engine::geometry::ByteRange;
 use hikkoshi_nbd::server::StatusExtents;
@@ -24,7 +24,7 @@ use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
 use hikkoshi_wan::transport::pack::Packer;
-use hikkoshi_wan::transport::session::Tell;
+use hikkoshi_wan::transport::session::{Tell, Told};
 use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::Socket;
@@ -53,6 +53,9 @@ const FETCH_BYTES: u64 = 8 * limits::QUANTUM_BYTES as u64;
 /// Bytes that a connection may have read elsewhere and not sent, beyond which only a quantum is
 /// read at a time.
 const MAX_FETCHED_BYTES: usize = 16 << 20;
+
+/// How long a client that was refused has to hang up by itself.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What looking for extents counts as, where work between two looks at the socket is bounded.
 const EXTENTS_COST: u32 = 4096;
@@ -97,6 +100,8 @@ pub(super) struct FrameSession {
     /// An answer about the move is on its way. It may be long, so there is one at a time, and
     /// nothing is taken meanwhile.
     telling: bool,
+    /// It is not to read for its move: nothing more is taken, and when it has been told so, this ends.
+    dismissed: bool,
     packer: Packer,
 }
 
@@ -125,6 +130,7 @@ impl FrameSession {
             remote: HashSet::new(),
             bound: Bound::default(),
             telling: false,
+            dismissed: false,
             packer: Packer::default(),
         })
     }
@@ -173,6 +179,9 @@ impl FrameSession {
                 }
                 self.refused = !self.batch.send(&self.socket)?;
                 self.telling &= !self.batch.is_empty();
+                if self.dismissed && self.batch.is_empty() {
+                    return self.see_off();
+                }
             }
             self.packer.note(woken_at - asked_at, woken_at.elapsed());
         }
@@ -275,12 +284,33 @@ impl FrameSession {
     fn tell(&mut self, frame: &Frame) -> io::Result<()> {
         let tell = Tell::decode(&frame.payload)
             .ok_or_else(|| io::Error::other("a message about the move that makes no sense"))?;
-        let told = self.volume.answer(tell, &mut self.bound).encode();
+        let told = self.volume.answer(tell, &mut self.bound);
+        // What was sent behind it counted on another answer.
+        self.dismissed = matches!((tell, &told), (Tell::Attach { .. }, Told::Refused(_)));
+        let told = told.encode();
         let mut pieces = told.chunks(limits::QUANTUM_BYTES as usize).peekable();
         while let Some(piece) = pieces.next() {
             let mut header = Header::request(Kind::Told, Priority::DEMAND, frame.header.id, 0, 0);
             header.last = pieces.peek().is_none();
             self.batch.frame(header, piece.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Ends the stream towards a client that was refused, and waits for it to hang up: if we did while
+    /// something of it is unread, the kernel would take the refusal back.
+    fn see_off(&self) -> io::Result<()> {
+        self.socket.shutdown(std::net::Shutdown::Write)?;
+        self.socket.set_read_timeout(Some(FAREWELL))?;
+        let deadline = Instant::now() + FAREWELL;
+        let mut buffer = [MaybeUninit::<u8>::uninit(); RECEIVE_BYTES];
+        while Instant::now() < deadline {
+            let flags = rustix::net::RecvFlags::empty();
+            match rustix::net::recv(&self.socket, &mut buffer, flags) {
+                Ok((_, 0)) => break,
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
         }
         Ok(())
     }
