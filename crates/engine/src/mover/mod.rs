@@ -190,6 +190,7 @@ pub struct Mover<W> {
     next_waiter: u64,
     /// How much may be in flight.
     pacer: Seat,
+    source_paces: bool,
     bucket: TokenBucket,
     /// Where the background copy looks next.
     order: CopyOrder,
@@ -222,6 +223,7 @@ impl<W> Mover<W> {
             waiters: HashMap::new(),
             next_waiter: 0,
             pacer: Arc::new(Path::default()).seat(0),
+            source_paces: false,
             bucket: TokenBucket::new(policy.max_rate),
             order: CopyOrder::default(),
             streams: Streams::new(),
@@ -236,10 +238,12 @@ impl<W> Mover<W> {
     /// Its bytes come over a link that other disks use, too.
     pub fn share(&mut self, path: &Arc<Path>) {
         self.pacer = path.seat(self.pacer.in_flight());
+        self.pacer.source_paces(self.source_paces);
     }
 
     /// The source sends no more than fills the link, whatever it is asked for; or it does not.
     pub fn source_paces(&mut self, paces: bool) {
+        self.source_paces = paces;
         self.pacer.source_paces(paces);
     }
 

@@ -216,6 +216,7 @@ pub struct Effort {
     step: usize,
     waited: Duration,
     worked: Duration,
+    /// Quanta that compressed: what does not is hardly tried, and costs nothing.
     quanta: u32,
 }
 
@@ -294,8 +295,10 @@ impl Packer {
             self.left_to_pass -= 1;
             return None;
         }
-        self.effort.quanta += 1;
-        let (codec, level) = how?;
+        let Some((codec, level)) = how else {
+            self.effort.quanta += 1;
+            return None;
+        };
         if raw.len() < LEAST_PACKED_BYTES {
             return None;
         }
@@ -308,6 +311,7 @@ impl Packer {
         let pays = packed.as_ref().is_some_and(|packed| packed.len() <= most);
         if pays {
             self.passed_over = 0;
+            self.effort.quanta += 1;
         } else {
             self.passed_over = (self.passed_over * 2 + 1).min(MOST_PASSED_OVER);
             self.left_to_pass = self.passed_over;
