@@ -32,7 +32,7 @@ const FLAT_ROUNDS: u32 = 3;
 /// Once it is found, a larger window is tried after so many full rounds. If more arrives, the rate is
 /// looked for anew: the path has become faster, or it was the source's TCP that was slow before,
 /// and a TCP grows only while somebody asks for more than it can send.
-const CRUISE_ROUNDS: u32 = 8;
+const CRUISE_ROUNDS: u32 = 16;
 
 /// How much larger (in eighths), and how much more must arrive (in sixteenths).
 const PROBE_GAIN_8TH: u64 = 10;
