@@ -59,6 +59,9 @@ pub struct Departure {
 pub struct Ties {
     /// Where the disk has moved on to, and since when nothing is written here.
     pub departed: Option<Departure>,
+    /// The image at this site that it has moved on to, where it did not leave the site. Only with
+    /// a departure.
+    pub moved_to: Option<String>,
     /// What was here when the move began is the old copy that this volume once took over.
     pub base: Option<VolumeId>,
     /// The source keeps a fence: the handoff is not done before it has closed it.
@@ -139,6 +142,9 @@ impl Identity {
         // Only what there is: without ties the file is as it was before there were any.
         if let Some(departure) = ties.departed {
             line("departed", &written(departure));
+        }
+        if let Some(address) = &ties.moved_to {
+            line("moved-to", &escape(address));
         }
         if let Some(base) = ties.base {
             line("base", &hex(&base));
@@ -232,6 +238,9 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("departed", text) => {
                 let departure = departure(text).ok_or(IdentityError::Line("departed"))?;
                 ties.departed = Some(departure);
+            }
+            ("moved-to", text) if ties.departed.is_some() && text.len() <= MAX_URI_BYTES => {
+                ties.moved_to = Some(unescape(text).ok_or(IdentityError::Line("moved-to"))?);
             }
             ("base", text) => {
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
