@@ -5,6 +5,7 @@
 //! for [`Export::volume`] when they begin something, and keeps what they got for as long as that takes.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, RwLock, Weak};
 use std::thread::JoinHandle;
 
@@ -28,6 +29,9 @@ pub struct Export {
     held: Mutex<Held>,
     /// The last change of storage, if there was one.
     transfer: Mutex<Option<Arc<Transfer>>>,
+    /// Volumes that had the disk before, and still have clients that have not asked for anything
+    /// since.
+    before: Mutex<Vec<Weak<Volume>>>,
     /// Held over the beginning of one: one at a time.
     beginning: Mutex<()>,
 }
@@ -50,6 +54,7 @@ impl Export {
             current: RwLock::new(volume),
             held: Mutex::new(held),
             transfer: Mutex::default(),
+            before: Mutex::default(),
             beginning: Mutex::default(),
         })
     }
@@ -132,10 +137,14 @@ impl Export {
     pub(crate) fn replace(&self, running: Running) -> Option<Running> {
         let mut held = lock(&self.held);
         let volume = Arc::clone(running.volume());
-        *self
-            .current
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = volume;
+        let before = {
+            let mut current = self
+                .current
+                .write()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            std::mem::replace(&mut *current, volume)
+        };
+        lock(&self.before).push(Arc::downgrade(&before));
         if let (Some(config), Some(transfer)) = (&mut held.config, self.transfer()) {
             *config = transfer.config_of_new(config);
         }
@@ -202,6 +211,12 @@ impl Export {
 impl Controlled for Export {
     fn status(&self) -> ExportStatus {
         let mut status = self.volume().status();
+        let mut before = lock(&self.before);
+        before.retain(|volume| volume.strong_count() > 0);
+        for volume in before.iter().filter_map(Weak::upgrade) {
+            status.clients += volume.tally.clients.load(Ordering::Relaxed);
+        }
+        drop(before);
         let Some(transfer) = self.transfer() else {
             return status;
         };

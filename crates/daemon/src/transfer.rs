@@ -406,6 +406,7 @@ impl Underway {
         if let Err(error) = new.close() {
             tracing::warn!("{} could not be closed: {error}", self.transfer.to);
         }
+        volume.let_go();
         if let Some(config) = &self.transfer.new_config {
             discard(config, self.made);
         }
