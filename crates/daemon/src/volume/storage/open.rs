@@ -74,6 +74,7 @@ pub fn open_beside(
             Some(store) => fitting(config, store, old.geometry())?,
             None => create_image(config, old.geometry())?,
         };
+        crash_point!("new.image");
         if !made && !overwrite {
             check_blank(config, &store)?;
         }
