@@ -14,10 +14,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use guest::Guest;
-use hikkoshi_daemon::config::{HandoffPolicy, Prepare, StorageOrder};
+use hikkoshi_daemon::config::{
+    Engine, ExportConfig, HandoffPolicy, Packing, Prepare, StorageOrder, Transport,
+};
 use hikkoshi_daemon::events::EventKind;
+use hikkoshi_daemon::export::Export;
 use hikkoshi_daemon::registry::CommandError;
 use hikkoshi_daemon::status::{LifeState, StorageMoveStatus, StoragePhase};
+use hikkoshi_daemon::volume::storage::source::ImageSource;
+use hikkoshi_wan::Source;
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -441,4 +446,29 @@ fn a_way_back_is_kept_over_a_change_of_storage() {
     wait_until("every block is back", || back.is_local());
     assert!(back.contents() == data);
     assert!(back.status().wire_bytes < 1 << 20);
+}
+
+#[test]
+fn the_old_image_conforms_as_a_source() {
+    let dir = TempDir::new().unwrap();
+    let image = dir.path().join("a");
+    let mut data = pattern(SIZE);
+    data[3 << 20..5 << 20].fill(0);
+    std::fs::write(&image, &data).unwrap();
+    let export = Export::open(&ExportConfig {
+        name: String::new(),
+        image,
+        state_dir: None,
+        block_bytes: 4096,
+        read_only: false,
+        engine: Engine::Threads,
+        transport: Transport::Auto,
+        compress: Packing::Auto,
+        source: None,
+    })
+    .unwrap();
+    let source = ImageSource::start(&export.volume(), "image:/a".into()).unwrap();
+    support::conforms(&*source, &data, &|| {});
+    assert!(!source.is_connected(), "it was closed");
+    export.close().unwrap();
 }

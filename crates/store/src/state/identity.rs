@@ -239,8 +239,9 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
                 let departure = departure(text).ok_or(IdentityError::Line("departed"))?;
                 ties.departed = Some(departure);
             }
-            ("moved-to", text) if ties.departed.is_some() && text.len() <= MAX_URI_BYTES => {
-                ties.moved_to = Some(unescape(text).ok_or(IdentityError::Line("moved-to"))?);
+            ("moved-to", text) if ties.departed.is_some() => {
+                let address = unescape(text).filter(|address| address.len() <= MAX_URI_BYTES);
+                ties.moved_to = Some(address.ok_or(IdentityError::Line("moved-to"))?);
             }
             ("base", text) => {
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
