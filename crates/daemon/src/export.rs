@@ -1,7 +1,7 @@
 //! An export: a name, and the volume that has its disk now.
 //!
 //! There is one volume for as long as the disk keeps its storage, and two while that changes
-//! ([`crate::transfer`] drives it). Owns the running volumes, from start to end. Everybody else asks
+//! (`transfer.rs` drives it). Owns the running volumes, from start to end. Everybody else asks
 //! for [`Export::volume`] when they begin something, and keeps what they got for as long as that takes.
 
 use std::io;

@@ -418,7 +418,9 @@ impl Underway {
         let new = Arc::clone(&self.transfer.new);
         loop {
             let state = lock(&self.transfer.state);
-            if state.stopping || new.is_local() {
+            // Its last word is that all has arrived: then it has asked for the older copies, too.
+            let arrived = new.is_local() && self.old_volume.has_arrived_elsewhere();
+            if state.stopping || arrived {
                 break;
             }
             drop(self.transfer.wait(state));

@@ -311,6 +311,11 @@ impl Volume {
         }
     }
 
+    /// Whether the volume that has the disk now has said that all of it is there.
+    pub fn has_arrived_elsewhere(&self) -> bool {
+        self.departures.arrived.load(Ordering::Acquire)
+    }
+
     /// The disk is about to change its storage by the move `id`, to `address`.
     ///
     /// # Errors

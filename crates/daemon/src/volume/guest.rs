@@ -416,7 +416,7 @@ impl Relocation {
     }
 }
 
-/// Whether a change was not let in ([`Volume::begin_change`]), and so has not happened.
+/// Whether a change was not let in (by `begin_change`), and so has not happened.
 pub fn is_not_let_in(error: &io::Error) -> bool {
     error.raw_os_error() == Some(1)
 }

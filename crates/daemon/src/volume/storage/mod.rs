@@ -4,7 +4,7 @@
 //! volume of its own, with residency, journal and all that, which reads what it lacks from the old
 //! volume ([`source`]) and agrees with it on the fence by the same messages ([`link`]). What is of
 //! this kind alone is the switch ([`succession`]): the clients of the old volume go over to the new
-//! one, and notice nothing. How it is opened is in [`open`], who drives it in [`crate::transfer`].
+//! one, and notice nothing. How it is opened is in [`open`], who drives it in `transfer.rs`.
 //! See `docs/design/012-storage-under-a-vm.md`.
 
 pub mod link;

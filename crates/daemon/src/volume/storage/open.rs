@@ -1,8 +1,8 @@
 //! Opening both ends of a move from one image of this machine to another.
 //!
 //! Live, the old volume is served already and the new one is opened beside it ([`open_beside`]). After a
-//! restart the new image is what is served, and brings the old one with it ([`open_old`]), which
-//! nobody else may serve any more ([`check_not_left`]). As in [`super::super::open`], whose steps these
+//! restart the new image is what is served, and brings the old one with it (`open_old`), which
+//! nobody else may serve any more (`check_not_left`). As in [`crate::volume::open`], whose steps these
 //! use: nothing is changed before all of it is known to fit.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
