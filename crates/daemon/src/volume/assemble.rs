@@ -135,6 +135,7 @@ impl Parts<'_> {
         let departed = identity.and_then(|identity| identity.ties.departed);
         let moved_to = identity.and_then(|i| ImageAddress::parse(i.ties.moved_to.as_deref()?));
         let from_image = identity.is_some_and(|i| ImageAddress::parse(&i.source_uri).is_some());
+        let released = identity.and_then(|identity| identity.ties.released);
         let source = self.config.source.as_ref();
         let (way_back, trouble) = WayBack::new(self.state.as_ref(), at_release);
         let volume = Volume {
@@ -166,7 +167,7 @@ impl Parts<'_> {
             tally: Tally::default(),
             heat: Heat::new(self.geometry.size_bytes()),
             heat_place: self.heat_place,
-            departures: Departures::new(departed, moved_to, self.make_state),
+            departures: Departures::new(departed, moved_to, released, self.make_state),
             arrival: None,
             plain: AtomicBool::new(true),
             way_back,

@@ -62,6 +62,9 @@ pub struct Ties {
     /// The image at this site that it has moved on to, where it did not leave the site. Only with
     /// a departure.
     pub moved_to: Option<String>,
+    /// The last move whose fence was lifted by hand: it never gets the disk any more, however late it
+    /// asks.
+    pub released: Option<VolumeId>,
     /// What was here when the move began is the old copy that this volume once took over.
     pub base: Option<VolumeId>,
     /// The source keeps a fence: the handoff is not done before it has closed it.
@@ -145,6 +148,9 @@ impl Identity {
         }
         if let Some(address) = &ties.moved_to {
             line("moved-to", &escape(address));
+        }
+        if let Some(released) = ties.released {
+            line("released", &hex(&released));
         }
         if let Some(base) = ties.base {
             line("base", &hex(&base));
@@ -242,6 +248,9 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("moved-to", text) if ties.departed.is_some() => {
                 let address = unescape(text).filter(|address| address.len() <= MAX_URI_BYTES);
                 ties.moved_to = Some(address.ok_or(IdentityError::Line("moved-to"))?);
+            }
+            ("released", text) => {
+                ties.released = Some(unhex(text).ok_or(IdentityError::Line("released"))?);
             }
             ("base", text) => {
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
