@@ -503,7 +503,11 @@ impl Volume {
                     state.prepared = true;
                     self.event(
                         EventKind::Prepared,
-                        "all that can be copied before the handoff is here",
+                        if self.from_image {
+                            "all that can be copied before the switch is in the new image"
+                        } else {
+                            "all that can be copied before the handoff is here"
+                        },
                     );
                 }
             }
@@ -848,7 +852,11 @@ impl Volume {
         arrival.changed.notify_all();
         self.event(
             EventKind::MoveGivenUp,
-            "the move was given up; the VM goes on at the source",
+            if self.from_image {
+                "the move to another image was given up; the disk stays where it is"
+            } else {
+                "the move was given up; the VM goes on at the source"
+            },
         );
         // The thread that keeps the move says so; where the source can be reached it is quick.
         arrival.link.interrupt();

@@ -169,6 +169,10 @@ impl FrameSession {
             if self.relocation.is_some() && self.volume.is_plain() {
                 self.relocation = None;
             }
+            // The disk has changed its storage. Who connects again reads it there.
+            if self.volume.successor().is_some() {
+                return Ok(());
+            }
             if seen.room || !sending {
                 if self.batch.is_empty() {
                     self.fill();
