@@ -357,7 +357,7 @@ mod tests {
                 let settled = from + piece;
                 let (share, queue) = drive(&mut pacer, &mut link, settled, settled + piece);
                 let told = format!("{rtt_ms} ms, {packed_16th}/16: {share:.2}, {queue:?}");
-                assert!(share > 0.92, "{told}");
+                assert!(share > 0.9, "{told}");
                 assert!(
                     queue < (link.rtt / 5).max(Duration::from_millis(5)),
                     "{told}"
