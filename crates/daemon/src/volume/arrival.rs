@@ -16,6 +16,7 @@ use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
+use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
 use hikkoshi_wan::transport::session::{Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
@@ -181,11 +182,8 @@ impl Arrival {
     }
 
     /// Waits for news, for at most `most`.
-    fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
-        self.changed
-            .wait_timeout(state, most)
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .0
+    fn wait<'a>(&'a self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+        wait_for(&self.changed, &self.state, state, most)
     }
 
     fn pause(&self, pause: Duration) {
