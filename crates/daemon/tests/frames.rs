@@ -22,7 +22,9 @@ use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
 use hikkoshi_wan::transport::pack::Packing;
 use hikkoshi_wan::transport::session::{Stance, Tell, Told};
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
-use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind, Ticket};
+use hikkoshi_wan::{
+    Address, Hashes, Lane, MoveLine, MoveLink, NbdSource, Source, SourceErrorKind, Ticket,
+};
 use proxy::{Fault, Proxy, Way};
 use site::{On, Site, Wanted};
 use support::{Answer, conforms, outcome, pattern, submit_read, wait_until};
@@ -472,6 +474,25 @@ fn nothing_is_answered_behind_a_refused_attach() {
     assert!(matches!(told, Some(Told::Refused(_))), "{told:?}");
     assert!(raw.frame().is_none(), "the end of the stream");
     drop(raw);
+    site.daemon.shutdown().unwrap();
+}
+
+/// What is last to be said of a move is said when the source is needed no more.
+#[test]
+fn the_connection_for_the_move_outlives_the_source() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &pattern(1 << 20), On::Tcp);
+    let mut config = site.client();
+    config.several_without_promise = true;
+    config.ticket = Some(Ticket::new([7; 16], None, Stance::Standby, false));
+    let source = NbdSource::connect(config.clone()).unwrap();
+    wait_until("all connections stand", || source.connections() == 4);
+    let line = MoveLine::new(config);
+    let patience = Duration::from_secs(30);
+    assert!(line.tell(&Tell::Heat { id: [7; 16] }, patience).is_ok());
+    source.close();
+    let told = line.tell(&Tell::Done { id: [7; 16] }, patience);
+    assert_eq!(told.unwrap(), Told::Fine);
     site.daemon.shutdown().unwrap();
 }
 

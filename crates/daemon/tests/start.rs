@@ -13,23 +13,9 @@ use std::time::Duration;
 use hikkoshi_daemon::config::Transport;
 use hikkoshi_wan::Address;
 use rounds::{Rounds, Seen};
-use site::{On, Site, Wanted};
+use site::{On, Site, Wanted, noise};
 use support::wait_until;
 use tempfile::TempDir;
-
-/// Data that is neither zero nor compressible.
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    })
-    .flatten()
-    .take(len)
-    .collect()
-}
 
 /// What is seen of a move that begins at once, until so many connections have brought data.
 fn a_move(transport: Transport, lines: usize, quiet: Duration) -> Vec<Seen> {

@@ -848,6 +848,11 @@ impl Volume {
         arrival.state().over = true;
         drop(deciding);
         arrival.changed.notify_all();
+        if let Some(relocation) = self.relocation() {
+            // What was being copied ahead.
+            let all = self.geometry.size_bytes();
+            relocation.source().cancel(Lane::Bulk, 0, all);
+        }
         self.event(
             EventKind::MoveGivenUp,
             if self.from_image {

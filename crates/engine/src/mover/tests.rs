@@ -33,6 +33,7 @@ struct Seen {
     failed: Vec<(u32, ReadFailure)>,
     complete: bool,
     promoted: Vec<BlockRange>,
+    cancelled: Vec<(BlockRange, Lane)>,
 }
 
 fn sort(actions: Vec<Action<u32>>) -> Seen {
@@ -49,6 +50,7 @@ fn sort(actions: Vec<Action<u32>>) -> Seen {
             Action::Fail(who, why) => seen.failed.push((who, why)),
             Action::Complete => seen.complete = true,
             Action::Promote { range } => seen.promoted.push(range),
+            Action::Cancel { range, lane } => seen.cancelled.push((range, lane)),
             Action::InstallZero { .. } | Action::QueryExtents { .. } => {}
         }
     }
@@ -60,6 +62,89 @@ fn arriving(g: Geometry, r: &Residency, policy: Policy) -> (Mover<u32>, Seen) {
     let mut out = Vec::new();
     mover.source_up(Duration::ZERO, r, &mut out);
     (mover, sort(out))
+}
+
+/// A guest has written all of one fetch, part of another, and waits for a third.
+#[test]
+fn what_a_guest_has_written_meanwhile_is_taken_back_once() {
+    let (g, r) = disk(4);
+    let (mut mover, begun) = arriving(g, &r, policy());
+    let [(written, range, lane), (_, partly, _), (_, awaited, _)] = begun.fetches[..3] else {
+        panic!("{:?}", begun.fetches);
+    };
+    let mut out = Vec::new();
+    mover.read(
+        MS,
+        1,
+        BlockRange::one(BlockIndex(awaited.start)),
+        &r,
+        &mut out,
+    );
+    r.mark_owned(range);
+    r.mark_owned(BlockRange::new(partly.start + 1, partly.end));
+    r.mark_owned(awaited);
+    mover.tick(MS, &r, &mut out);
+    assert_eq!(sort(std::mem::take(&mut out)).cancelled, [(range, lane)]);
+    mover.tick(MS * 2, &r, &mut out);
+    assert!(sort(std::mem::take(&mut out)).cancelled.is_empty());
+    // It makes room for something else, and is not asked for again.
+    mover.failed(MS * 3, written, FetchFailure::Cancelled, &r, &mut out);
+    mover.tick(MS * 4, &r, &mut out);
+    let seen = sort(out);
+    assert!(!seen.fetches.is_empty() && seen.failed.is_empty());
+    assert!(
+        seen.fetches
+            .iter()
+            .all(|(_, again, _)| !again.overlaps(range))
+    );
+}
+
+/// A reader may come to what was taken back: over a gap of what is here.
+#[test]
+fn a_reader_of_what_was_taken_back_is_woken() {
+    let (g, r) = disk(4);
+    let (mut mover, begun) = arriving(g, &r, policy());
+    let (flight, range, _) = begun.fetches[1];
+    let mut out = Vec::new();
+    r.mark_owned(BlockRange::new(range.start, range.end));
+    mover.tick(MS, &r, &mut out);
+    let around = BlockRange::new(range.start - 1, range.end + 1);
+    mover.read(MS, 7, around, &r, &mut out);
+    let all: Vec<FlightId> = begun.fetches.iter().map(|(id, ..)| *id).collect();
+    mover.failed(MS, flight, FetchFailure::Cancelled, &r, &mut out);
+    for (id, range, _) in begun.fetches {
+        r.mark_clean(range);
+        mover.landed(MS, id, &r, &mut out);
+    }
+    assert!(all.contains(&flight));
+    assert_eq!(sort(out).woken, [7]);
+}
+
+/// Of a fetch that a reader waits for, a part had come before the connection was lost.
+#[test]
+fn only_what_has_not_come_is_asked_for_again() {
+    let (g, r) = disk(4);
+    let quiet = Policy {
+        background: false,
+        ..policy()
+    };
+    let (mut mover, _) = arriving(g, &r, quiet);
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(0, 256), &r, &mut out);
+    let (flight, range, _) = sort(std::mem::take(&mut out)).fetches[0];
+    assert_eq!(range, BlockRange::new(0, 256));
+    r.mark_clean(BlockRange::new(0, 96));
+    mover.failed(MS, flight, FetchFailure::Disconnected, &r, &mut out);
+    mover.tick(MS * 2, &r, &mut out);
+    let again = sort(std::mem::take(&mut out)).fetches;
+    let [(flight, range, Lane::Demand)] = again[..] else {
+        panic!("{again:?}");
+    };
+    assert_eq!(range, BlockRange::new(96, 256));
+    // All the rest has come, and the connection is lost before the end is told.
+    r.mark_clean(range);
+    mover.failed(MS * 3, flight, FetchFailure::Disconnected, &r, &mut out);
+    assert_eq!(sort(out).woken, [1]);
 }
 
 #[test]

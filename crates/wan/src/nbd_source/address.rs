@@ -55,7 +55,7 @@ pub struct NbdSourceConfig {
 pub const MAX_CONNECTIONS: usize = 16;
 /// So many requests, of 28 bytes in NBD and at most 44 in frames, fit into any socket's send buffer
 /// (4608 bytes at the least, 16 KiB and more unless somebody wanted it so), so that sending one never
-/// waits for the peer. A promotion takes 40 bytes more.
+/// waits for the peer. A promotion or a cancellation takes 40 bytes more.
 pub const MAX_IN_FLIGHT: usize = 104;
 
 impl NbdSourceConfig {

@@ -28,6 +28,8 @@ const BUFFER_BYTES: usize = 4096 + 2 * HEADER_BYTES;
 struct Active {
     job: Job,
     data: Vec<u8>,
+    /// So much of it has its checksum right.
+    checked: usize,
     holes: Vec<Hole>,
     extents: Vec<StatusExtent>,
     hashes: Vec<Hash>,
@@ -41,6 +43,7 @@ impl Begun for Active {
             wire_bytes: wire(job.frame_bytes()),
             job,
             data: Vec::new(),
+            checked: 0,
             holes: Vec::new(),
             extents: Vec::new(),
             hashes: Vec::new(),
@@ -48,7 +51,11 @@ impl Begun for Active {
         }
     }
 
-    fn give_up(self) -> Job {
+    fn give_up(mut self) -> Job {
+        if self.checked > 0 {
+            self.data.truncate(self.checked);
+            self.job.has_come(self.data, self.holes, self.wire_bytes);
+        }
         self.job
     }
 }
@@ -109,6 +116,7 @@ fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(
     let (active, receiver) = replies.of(header.id)?;
     active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
     take(receiver, unpacker, active, &header)?;
+    active.checked = active.data.len();
     if header.last {
         return finish(replies, header.id);
     }
@@ -125,17 +133,26 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
         hashes,
         error,
         wire_bytes,
+        ..
     } = replies.take(id)?;
     let whole = match job.answer() {
         Answer::Data => wire(data.len()) == u64::from(job.len),
         Answer::Extents => !extents.is_empty(),
         Answer::Hashes { .. } => !hashes.is_empty(),
     };
+    if error.is_none() && !whole && job.is_read() && replies.line.is_cancelled(id) {
+        let missing = u64::from(job.len).saturating_sub(wire(data.len()));
+        replies.line.count_cancelled(missing);
+        replies.answered(id, &job);
+        let message = format!("{} bytes at {}: cancelled", job.len, job.offset);
+        job.fail(SourceError::new(SourceErrorKind::Cancelled, message));
+        return Ok(());
+    }
     if error.is_none() && !whole {
         let why = "an answer was called done with something missing";
         return replies.broke(job, ReadError::Answer(why));
     }
-    replies.answered(&job);
+    replies.answered(id, &job);
     match (error, job.answer()) {
         (Some(error), _) => job.fail(error),
         (None, Answer::Data) => job.deliver_data(data, holes, wire_bytes),

@@ -35,7 +35,8 @@ pub(super) fn keep(shared: &Arc<Shared>, keeper: usize, opening: bool) {
     };
     while shared.wait_for_turn(slot) {
         let epoch = shared.epoch();
-        let outcome = dial_one(shared, keeper).and_then(|dialed| stand(shared, slot, dialed));
+        let outcome =
+            dial_one(shared, keeper).and_then(|dialed| stand(shared, keeper, slot, dialed));
         if !go_on(shared, slot, outcome, epoch, &mut backoff) {
             return;
         }
@@ -57,10 +58,10 @@ fn open(shared: &Arc<Shared>, keeper: usize, backoff: &mut Backoff) -> Option<us
         }
     };
     let Some(slot) = shared.take_seat() else {
-        shared.keep_spare(dialed);
+        shared.keep_spare(keeper, dialed);
         return None;
     };
-    let outcome = stand(shared, slot, dialed);
+    let outcome = stand(shared, keeper, slot, dialed);
     if let Err(error) = &outcome {
         shared.attempt_over(Some(error));
     }
@@ -98,7 +99,12 @@ fn dial_one(shared: &Shared, keeper: usize) -> Result<Dialed, SourceError> {
 }
 
 /// Puts a connection to work that has shaken hands; `None`: the source was closed.
-fn stand(shared: &Shared, slot: usize, dialed: Dialed) -> Result<Option<Arc<Line>>, SourceError> {
+fn stand(
+    shared: &Shared,
+    keeper: usize,
+    slot: usize,
+    dialed: Dialed,
+) -> Result<Option<Arc<Line>>, SourceError> {
     let turn = shared.wait_to_stand();
     let outcome = match turn {
         Turn::Closed => return Ok(None),
@@ -115,6 +121,7 @@ fn stand(shared: &Shared, slot: usize, dialed: Dialed) -> Result<Option<Arc<Line
             Installed::Differs(error) => Err(error),
         }
     });
+    shared.dialed(keeper);
     if turn == Turn::First {
         shared.has_led();
     }
@@ -163,7 +170,9 @@ pub(super) fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
         };
         match outcome {
             Ok(ended) => {
-                answered = ended.answered;
+                // What has come in part is kept, and so the next connection gets further.
+                let parts = ended.unfinished.iter().filter(|job| job.has_part()).count();
+                answered = ended.answered + u64::try_from(parts).unwrap_or(0);
                 jobs = ended.unfinished;
                 let ended = ended.why;
                 if ended.is_checksum() {

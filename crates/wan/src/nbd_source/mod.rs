@@ -12,6 +12,8 @@ mod attach;
 #[cfg(test)]
 mod attach_tests;
 mod bare;
+#[cfg(test)]
+mod cancel_tests;
 mod choice;
 mod dial;
 mod frames;
@@ -24,6 +26,9 @@ mod line;
 mod reader;
 mod receive;
 mod replies;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod script;
 mod shared;
 mod wire;
 
@@ -258,6 +263,14 @@ impl Source for NbdSource {
 
     fn promote(&self, offset: u64, len: u64) {
         self.shared.promote(offset, len);
+    }
+
+    fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        self.shared.cancel(lane, offset, len);
+    }
+
+    fn cancelled_bytes(&self) -> u64 {
+        self.shared.cancelled_bytes()
     }
 
     fn speaks_frames(&self) -> bool {

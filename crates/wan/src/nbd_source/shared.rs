@@ -20,7 +20,7 @@ use super::dial::{Dialed, Manners};
 use super::herald::{News, WatcherSlot};
 use super::job::Job;
 use super::line::Line;
-use crate::source::{SourceError, SourceErrorKind, SourceInfo};
+use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
 
 /// Shared by the source, its keepers and their connections.
 pub(super) struct Shared {
@@ -33,6 +33,8 @@ pub(super) struct Shared {
     pub(super) id: u64,
     /// Connections that were given up because bytes were changed on their way.
     checksum_failures: AtomicU64,
+    /// Of connections that are gone: bytes that were not sent because they were cancelled.
+    cancelled_bytes: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -146,6 +148,7 @@ impl Shared {
             herald,
             id,
             checksum_failures: AtomicU64::new(0),
+            cancelled_bytes: AtomicU64::new(0),
             state: Mutex::new(State {
                 info,
                 opening,
@@ -299,7 +302,7 @@ impl Shared {
 
     /// A connection more than are wanted to read over, of those that were dialled first: kept for
     /// what there is to say of the move, if the source understands that.
-    pub(super) fn keep_spare(&self, dialed: Dialed) {
+    pub(super) fn keep_spare(&self, keeper: usize, dialed: Dialed) {
         self.attempt_over(None);
         let stands = {
             let mut state = self.state();
@@ -309,6 +312,8 @@ impl Shared {
                     .wait(state)
                     .unwrap_or_else(PoisonError::into_inner);
             }
+            // It may be needed for longer than the source.
+            state.dialing[keeper] = None;
             !state.closed
         };
         match &self.config.ticket {
@@ -395,6 +400,26 @@ impl Shared {
         for line in lines {
             line.promote(offset, len);
         }
+    }
+
+    /// Takes reads back, on whichever connection they are.
+    pub(super) fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        let lines: Vec<_> = self.state().lines.iter().flatten().cloned().collect();
+        for line in lines {
+            let unsent = line.cancel(lane, offset, len);
+            if !unsent.is_empty() {
+                let error = SourceError::new(SourceErrorKind::Cancelled, "cancelled");
+                self.tell(News::Failed(unsent, error));
+            }
+        }
+    }
+
+    /// Bytes that were asked for and, being cancelled, not sent.
+    pub(super) fn cancelled_bytes(&self) -> u64 {
+        let state = self.state();
+        let lines = state.lines.iter().flatten();
+        let now: u64 = lines.map(|line| line.cancelled_bytes()).sum();
+        now + self.cancelled_bytes.load(Ordering::Relaxed)
     }
 
     /// Remembers a socket being connected, so that closing can interrupt it; `false`: closed.
@@ -495,7 +520,9 @@ impl Shared {
     pub(super) fn remove(&self, slot: usize, jobs: Vec<Job>, error: &SourceError) {
         let mut state = self.state();
         self.tell(News::Failed(jobs, error.clone()));
-        if state.lines[slot].take().is_some() {
+        if let Some(line) = state.lines[slot].take() {
+            self.cancelled_bytes
+                .fetch_add(line.cancelled_bytes(), Ordering::Relaxed);
             state.standing -= 1;
             if state.standing == 0 && !state.closed {
                 state.epoch += 1;
