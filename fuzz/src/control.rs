@@ -260,6 +260,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     eta_s: Some(3600),
     limit_bytes_per_s: None,
     image: "/srv/disk.img".into(),
+    storage_move: None,
     source: Some("nbd://old-site.example/".into()),
     notes: vec!["waiting for \"something\"\n".into()],
     clients: 1,

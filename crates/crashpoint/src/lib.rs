@@ -95,6 +95,8 @@ pub const MOVE_NAMES: &[&str] = &[
     "give-up.recorded",
     "way-back.ended",
     "return.begun",
+    "storage.switched",
+    "storage.released",
 ];
 
 /// Whether there is a point of this name.

@@ -131,6 +131,21 @@ impl SourceConfig {
     }
 }
 
+/// A move of a disk to another image of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StorageOrder {
+    /// The new image file or block device; a file is made when there is none.
+    pub image: PathBuf,
+    /// Where its state lives; `IMAGE.hikkoshi` when not given.
+    pub state_dir: Option<PathBuf>,
+    /// What is copied before the switch.
+    pub prepare: Prepare,
+    /// The cap on the copy, bytes per second.
+    pub max_rate: Option<u64>,
+    /// What is in the new image may be overwritten.
+    pub overwrite: bool,
+}
+
 /// One export: a disk image, maybe with a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportConfig {

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use crate::config::{DaemonConfig, Listen};
 use crate::control;
+use crate::export::Export;
 use crate::front::{Front, Table};
 use crate::heat::Keeper;
 use crate::links::Links;
 use crate::registry::{CommandError, Controlled, Exports};
-use crate::volume::Volume;
-use crate::volume::open::{OpenError, Running};
+use crate::volume::open::OpenError;
 
 /// How long clients may take to receive what is in flight when the daemon ends.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
@@ -60,7 +60,6 @@ pub struct Daemon {
     front: Front,
     control: Option<control::Server>,
     metrics: Option<control::Server>,
-    running: Vec<Running>,
     table: Arc<Table>,
     /// Ended before the volumes are closed, which write their heat down for the last time.
     heat: Option<Keeper>,
@@ -81,17 +80,16 @@ impl Daemon {
     /// Anything of that fails; nothing is served then.
     pub fn start(config: DaemonConfig) -> Result<Self, DaemonError> {
         check(&config)?;
-        let (mut running, mut links) = (Vec::new(), Links::default());
+        let (mut exports, mut links) = (Vec::new(), Links::default());
         for export in &config.exports {
-            let opened = Running::open(export).map_err(|e| DaemonError::Export {
+            let opened = Export::open(export).map_err(|e| DaemonError::Export {
                 image: export.image.display().to_string(),
                 source: Box::new(e),
             })?;
-            links.join(opened.volume());
-            running.push(opened);
+            links.join(&opened.volume());
+            exports.push(opened);
         }
-        let volumes: Vec<_> = running.iter().map(|r| Arc::clone(r.volume())).collect();
-        let table = Arc::new(Table { volumes });
+        let table = Arc::new(Table { exports });
         let mut front = Front::start(Arc::clone(&table), &config.listen, config.max_clients)
             .map_err(|(address, source)| DaemonError::Listen {
                 address: address.to_string(),
@@ -107,7 +105,7 @@ impl Daemon {
                 }
             },
         };
-        let heat = match Keeper::start(table.volumes.clone()) {
+        let heat = match Keeper::start(table.exports.clone()) {
             Ok(keeper) => Some(keeper),
             Err(error) => {
                 tracing::warn!("reads and writes are not kept count of over a restart: {error}");
@@ -131,7 +129,6 @@ impl Daemon {
             front,
             control,
             metrics,
-            running,
             table,
             heat,
         })
@@ -159,8 +156,8 @@ impl Daemon {
     pub fn shutdown(mut self) -> Result<(), DaemonError> {
         drop(self.control.take());
         drop(self.metrics.take());
-        let hopeless = |volume: &Arc<Volume>| volume.waits_in_vain();
-        let patience = if self.table.volumes.iter().any(hopeless) {
+        let hopeless = |export: &Arc<Export>| export.volume().waits_in_vain();
+        let patience = if self.table.exports.iter().any(hopeless) {
             HOPELESS_PATIENCE
         } else {
             STOP_PATIENCE
@@ -168,9 +165,9 @@ impl Daemon {
         self.front.stop(patience);
         drop(self.heat.take());
         let mut outcome = Ok(());
-        for running in self.running.drain(..) {
-            let export = running.volume().name().to_owned();
-            if let Err(source) = running.close() {
+        for export in &self.table.exports {
+            if let Err(source) = export.close() {
+                let export = export.volume().name().to_owned();
                 outcome = Err(DaemonError::Close { export, source });
             }
         }
@@ -201,15 +198,15 @@ fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
 
 impl Exports for Table {
     fn all(&self) -> Vec<Arc<dyn Controlled>> {
-        self.volumes
+        self.exports
             .iter()
-            .map(|v| Arc::clone(v) as Arc<dyn Controlled>)
+            .map(|export| Arc::clone(export) as Arc<dyn Controlled>)
             .collect()
     }
 
     fn find(&self, name: &str) -> Result<Arc<dyn Controlled>, CommandError> {
-        Table::find(self, name)
-            .map(|v| Arc::clone(v) as Arc<dyn Controlled>)
+        self.export(name)
+            .map(|export| Arc::clone(export) as Arc<dyn Controlled>)
             .ok_or_else(|| CommandError::NoSuchExport(name.to_owned()))
     }
 }

@@ -5,7 +5,7 @@
 //! do no harm to tests that own the clock.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -110,10 +110,22 @@ pub struct Event {
     pub text: String,
 }
 
+impl Ring {
+    fn push(&mut self, mut event: Event) {
+        self.last += 1;
+        event.number = self.last;
+        if self.events.len() == MAX_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+}
+
 /// The last events of an export.
 #[derive(Debug, Default)]
 pub struct EventLog {
-    ring: Mutex<Ring>,
+    /// Shared by two volumes of one export, while the disk changes its storage and after.
+    ring: Mutex<Arc<Mutex<Ring>>>,
 }
 
 #[derive(Debug, Default)]
@@ -154,24 +166,39 @@ impl EventLog {
         }
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let ms = since_1970.map_or(0, |time| time.as_millis());
-        let mut ring = lock(&self.ring);
-        ring.last += 1;
         let event = Event {
-            number: ring.last,
+            number: 0,
             unix_ms: u64::try_from(ms).unwrap_or(u64::MAX),
             export: export.to_owned(),
             kind,
             text,
         };
-        if ring.events.len() == MAX_EVENTS {
-            ring.events.pop_front();
+        // Held while it is added, so that nothing is added to a log that was joined to another.
+        let ring = lock(&self.ring);
+        lock(&ring).push(event);
+    }
+
+    fn ring(&self) -> Arc<Mutex<Ring>> {
+        Arc::clone(&lock(&self.ring))
+    }
+
+    /// From here on both are one log; what was in this one comes behind what is in the other.
+    pub fn join(&self, other: &Self) {
+        let shared = other.ring();
+        let own = std::mem::replace(&mut *lock(&self.ring), Arc::clone(&shared));
+        if Arc::ptr_eq(&own, &shared) {
+            return;
         }
-        ring.events.push_back(event);
+        let events = std::mem::take(&mut lock(&own).events);
+        for event in events {
+            lock(&shared).push(event);
+        }
     }
 
     /// Those with a number above `since`, oldest first.
     pub fn since(&self, since: u64) -> Vec<Event> {
-        let ring = lock(&self.ring);
+        let ring = self.ring();
+        let ring = lock(&ring);
         let newer = |event: &&Event| event.number > since;
         ring.events.iter().filter(newer).cloned().collect()
     }
@@ -193,6 +220,24 @@ mod tests {
         assert!(all.windows(2).all(|w| w[0].number + 1 == w[1].number));
         assert_eq!(log.since(298).len(), 2);
         assert!(log.since(300).is_empty());
+    }
+
+    #[test]
+    fn two_logs_that_join_are_one_with_numbers_that_grow() {
+        let (old, new) = (EventLog::default(), EventLog::default());
+        old.add("web", EventKind::Opened, "1");
+        old.add("web", EventKind::Departing, "2");
+        new.add("web", EventKind::Opened, "3");
+        new.join(&old);
+        new.join(&old);
+        new.add("web", EventKind::Handoff, "4");
+        old.add("web", EventKind::Departed, "5");
+        for log in [&old, &new] {
+            let all = log.since(0);
+            let texts: Vec<_> = all.iter().map(|e| e.text.as_str()).collect();
+            assert_eq!(texts, ["1", "2", "3", "4", "5"]);
+            assert!(all.iter().zip(1..).all(|(event, n)| event.number == n));
+        }
     }
 
     #[test]

@@ -18,6 +18,7 @@ use hikkoshi_engine::heat::{Heat, HeatError, HeatMap, MAX_MAP_BYTES};
 use hikkoshi_engine::mover::CopyOrder;
 
 use crate::config::ExportConfig;
+use crate::export::Export;
 use crate::status::LifeState;
 use crate::volume::Volume;
 
@@ -138,12 +139,12 @@ impl Keeper {
     ///
     /// # Errors
     /// The system refuses a thread.
-    pub fn start(volumes: Vec<Arc<Volume>>) -> io::Result<Self> {
+    pub fn start(exports: Vec<Arc<Export>>) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("heat".into())
-            .spawn(move || keep(&volumes, &stopping))?;
+            .spawn(move || keep(&exports, &stopping))?;
         Ok(Self {
             stop,
             thread: Some(thread),
@@ -162,9 +163,9 @@ impl Drop for Keeper {
     }
 }
 
-fn keep(volumes: &[Arc<Volume>], stop: &AtomicBool) {
-    let mut orders: Vec<Option<CopyOrder>> = vec![None; volumes.len()];
-    let mut warned = vec![false; volumes.len()];
+fn keep(exports: &[Arc<Export>], stop: &AtomicBool) {
+    let mut orders: Vec<Option<CopyOrder>> = vec![None; exports.len()];
+    let mut warned = vec![false; exports.len()];
     let mut saved = Instant::now();
     while !stop.load(Ordering::Acquire) {
         std::thread::park_timeout(ORDER_EVERY);
@@ -172,12 +173,13 @@ fn keep(volumes: &[Arc<Volume>], stop: &AtomicBool) {
         if due {
             saved = Instant::now();
         }
-        for (n, volume) in volumes.iter().enumerate() {
+        for (n, export) in exports.iter().enumerate() {
             if stop.load(Ordering::Acquire) {
                 return;
             }
+            let volume = export.volume();
             volume.heat().decay_to(unix_seconds());
-            adapt_order(volume, &mut orders[n]);
+            adapt_order(&volume, &mut orders[n]);
             if due && let Err(error) = volume.save_heat() {
                 // Once is enough: nobody has to act, and it is tried again.
                 if !std::mem::replace(&mut warned[n], true) {

@@ -4,11 +4,13 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod events;
+pub mod export;
 pub mod front;
 mod heat;
 mod links;
 pub mod registry;
 pub mod status;
+mod transfer;
 pub mod verification;
 pub mod volume;
 

@@ -2,6 +2,7 @@
 
 use hikkoshi_engine::heat::HeatMap;
 
+use crate::config::StorageOrder;
 use crate::events::Event;
 use crate::status::ExportStatus;
 use crate::verification::VerifyStatus;
@@ -57,6 +58,18 @@ pub trait Controlled: Send + Sync {
     /// # Errors
     /// There is none, it could not be recorded, or `force` is missing.
     fn release(&self, force: bool) -> Result<(), CommandError>;
+    /// Begins to move the disk to another image of this machine; clients stay. Returns once the copy
+    /// has begun. The rest is in the status.
+    ///
+    /// # Errors
+    /// The export's disk, or that image, makes it impossible; nothing has changed then.
+    fn move_storage(&self, order: &StorageOrder) -> Result<(), CommandError> {
+        let _ = order;
+        Err(CommandError::Conflict(
+            "this export cannot change its storage".to_owned(),
+        ))
+    }
+
     /// What has happened to it, with numbers above `since`, as far as it is kept. Never waits.
     fn events(&self, since: u64) -> Vec<Event>;
 

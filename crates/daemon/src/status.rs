@@ -30,6 +30,39 @@ pub struct WayBackStatus {
     pub changed_bytes: u64,
 }
 
+/// How far a move to another image of the same machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoragePhase {
+    /// The disk is in the old image, and is copied ahead.
+    Preparing,
+    /// Clients are about to go over.
+    Switching,
+    /// The disk is in the new image, which still lacks something.
+    Copying,
+    /// All of it is in the new image.
+    Done,
+    /// It was given up or failed before the switch: the disk is in the old image.
+    Failed,
+}
+
+/// The last move to another image of the same machine, since the daemon started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageMoveStatus {
+    /// The old image.
+    pub from: String,
+    /// The new image.
+    pub to: String,
+    /// How far it is.
+    pub phase: StoragePhase,
+    /// Bytes that are in the new image.
+    pub copied_bytes: u64,
+    /// How long writes were held up at the switch, in microseconds; `null` before it.
+    pub switch_us: Option<u64>,
+    /// Why it failed; empty otherwise.
+    pub message: String,
+}
+
 /// What the background copy does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -102,6 +135,10 @@ pub struct ExportStatus {
     pub limit_bytes_per_s: Option<u64>,
     /// The image file or block device.
     pub image: String,
+    /// The last move to another image of this machine; `null` if there was none since the daemon
+    /// started.
+    #[serde(default)]
+    pub storage_move: Option<StorageMoveStatus>,
     /// The source's address; `null` when there is none.
     pub source: Option<String>,
     /// What a person should know: what is waited for, or what is wrong. Empty when all is well.

@@ -148,6 +148,7 @@ pub(crate) mod tests {
             eta_s: Some(200),
             limit_bytes_per_s: None,
             image: "disk.img".into(),
+            storage_move: None,
             source: Some("nbd://old/".into()),
             notes: vec![],
             clients: 1,

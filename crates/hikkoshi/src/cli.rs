@@ -55,6 +55,8 @@ pub enum Command {
     Heat(Heat),
     /// Compare a disk that moves here with its source
     Verify(Verify),
+    /// Move a disk to another image of this machine (another disk or array) under a VM that stays
+    Move(Move),
     /// Move a VM that QEMU runs to another site, and its disks with it
     Migrate(Box<Migrate>),
     /// Show a whole move on this machine: no root, no set-up, about a minute
@@ -192,6 +194,36 @@ pub struct Limit {
     /// The export, if not the one that is moving, and the cap: 40MB/s, 10MiB/s, 200Mbit/s or none
     #[arg(num_args = 1..=2, required = true, value_name = "[EXPORT] RATE")]
     pub words: Vec<String>,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+/// `move`. As with `limit`, the export comes first and may be left out.
+#[derive(Args, Debug)]
+#[command(override_usage = "hikkoshi move [OPTIONS] [EXPORT] <NEWIMAGE>")]
+pub struct Move {
+    /// The export, if not the only one, and the image file or block device that its disk moves to:
+    /// a file is made when there is none
+    #[arg(num_args = 1..=2, required = true, value_name = "[EXPORT] NEWIMAGE")]
+    pub words: Vec<PathBuf>,
+    /// Where the durable state of the new image lives [default: NEWIMAGE.hikkoshi]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// What is copied before the clients go over to the new image
+    #[arg(long, value_enum, default_value_t)]
+    pub prepare: PrepareName,
+    /// Cap on the copy, e.g. 40MB/s; `hikkoshi limit` changes it
+    #[arg(long, value_name = "RATE", value_parser = MaxRate::parse)]
+    pub max_rate: Option<MaxRate>,
+    /// Let the disk overwrite what the new image holds already
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Do not wait for the end of it
+    #[arg(long)]
+    pub detach: bool,
+    /// Print the export's status as JSON at the end
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub control: Control,
 }

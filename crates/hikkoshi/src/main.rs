@@ -20,6 +20,7 @@ mod quantity;
 mod serve;
 mod signals;
 mod status;
+mod storage;
 mod supervisor;
 mod verify;
 mod wait;
@@ -74,6 +75,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Heat(args) => heat::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Limit(args) => command::limit(args),
+        Command::Move(args) => storage::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Completions(args) => pages::completions(&args),

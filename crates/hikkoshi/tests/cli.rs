@@ -127,6 +127,9 @@ fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
         (&["serve", "--config", &config], "blocksize"),
         (&["limit"], "RATE"),
         (&["limit", "fast"], "40MB/s"),
+        (&["move"], "NEWIMAGE"),
+        (&["move", "a", "b", "c"], "NEWIMAGE"),
+        (&["move", "a", "--max-rate", "fast"], "40MB/s"),
         (&["wait", "--timeout", "soon"], "30s"),
         (&["status", "--control", "/x"], "unix:PATH"),
         (&["nonsense"], "--help"),
@@ -707,4 +710,63 @@ fn the_hook_for_libvirt_lets_a_vm_in_only_if_its_disks_stand_by() {
     // No program.
     let (let_in, said) = hook(&dir.join("nothing"), &web, &incoming);
     assert!(!let_in && said.contains("remove this hook"), "{said}");
+}
+
+#[test]
+fn a_disk_moves_to_another_image_and_the_old_one_says_where_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (old_disk(dir.path()), path(dir.path(), "new.img"));
+    let listen = format!("unix:{}", path(dir.path(), "nbd.sock"));
+    let words = [old.as_str(), "--export", "web", "--listen", &listen];
+    let served = Served::start(dir.path(), "old", &words);
+    let refused = served.ask(&["move", "web", &old]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("already"), "{}", stderr(&refused));
+    // Without a cap on it that would be over at once.
+    let state = path(dir.path(), "state");
+    let begun = served.json(&[
+        "move",
+        "web",
+        &new,
+        "--state",
+        &state,
+        "--max-rate",
+        "100kB/s",
+        "--detach",
+        "--json",
+    ]);
+    assert_eq!(begun["storage_move"]["phase"], "preparing");
+    assert_eq!(begun["limit_bytes_per_s"], 100_000);
+    let shown = stdout(&served.ask(&["status"]));
+    assert!(shown.contains("hikkoshi abort"), "{shown}");
+    assert!(served.ask(&["abort"]).status.success());
+    assert!(!Path::new(&new).exists() && !Path::new(&state).exists());
+
+    let moved = served.ask(&["move", &new, "--state", &state]);
+    assert!(moved.status.success(), "{}", stderr(&moved));
+    let said = stdout(&moved);
+    assert!(
+        said.contains(&new) && said.contains("needed no more"),
+        "{said}"
+    );
+    let status = served.json(&["status", "web", "--json"]);
+    assert_eq!(status["storage_move"]["phase"], "done");
+    assert_eq!(status["image"], new.as_str());
+    assert_eq!(status["state"], "local");
+    assert_eq!(served.end(), Some(0));
+    assert!(std::fs::read(&old).unwrap() == std::fs::read(&new).unwrap());
+
+    // A file of several exports that still names the old one.
+    let config = path(dir.path(), "hikkoshi.toml");
+    let text = format!("listen = ['{listen}']\n[[export]]\nname = 'web'\nimage = '{old}'\n");
+    std::fs::write(&config, text).unwrap();
+    let output = run(&["serve", "--config", &config]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    let command = format!("hikkoshi serve {new} --state {state}");
+    assert!(text.contains(&command), "{text}");
+    let words = [new.as_str(), "--state", &state, "--listen", &listen];
+    let served = Served::start(dir.path(), "new", &words);
+    assert!(served.ready.contains("16.0 MiB"), "{}", served.ready);
+    assert_eq!(served.end(), Some(0));
 }

@@ -227,6 +227,10 @@ impl Store for FileStore {
         })
     }
 
+    fn let_go(&self) -> io::Result<()> {
+        self.image.let_go()
+    }
+
     fn modified(&self) -> io::Result<Option<i64>> {
         if self.image.medium == Medium::Block {
             return Ok(None);

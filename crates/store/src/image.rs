@@ -4,11 +4,13 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::buffer::spare_capacity;
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::{DupFlags, Errno, ReadWriteFlags};
 
 use crate::range::len_u64;
 
@@ -121,6 +123,17 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    /// Puts nothing in the place of the image, in one step: what is read from here on has come to its
+    /// end, and what is written fails. The lock goes with what was open.
+    pub(crate) fn let_go(&self) -> io::Result<()> {
+        let nothing = File::open("/dev/null")?;
+        // SAFETY: the descriptor is ours and open for as long as `self.file` lives, which goes on
+        // owning it: this other owner of it is never dropped. dup3 replaces what it refers to
+        // atomically, so that nobody who uses it meanwhile meets a closed one.
+        let mut held = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(self.file.as_raw_fd()) });
+        Ok(rustix::io::dup3(&nothing, &mut held, DupFlags::CLOEXEC)?)
     }
 
     pub(crate) fn unexpected_end(&self, offset: u64) -> io::Error {

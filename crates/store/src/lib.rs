@@ -129,6 +129,15 @@ pub trait Store: Send + Sync + 'static {
     /// not call again and believe the answer.
     fn sync(&self) -> io::Result<()>;
 
+    /// Lets go of the medium, and of its lock, while others may still hold this. Whatever is asked of
+    /// it from then on fails; nobody may rely on it any more.
+    ///
+    /// # Errors
+    /// It is still held.
+    fn let_go(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// When it was written last, in nanoseconds since 1970; `None` where that cannot be told.
     ///
     /// # Errors

@@ -190,9 +190,7 @@ impl Disk {
             }
         };
         Self {
-            table: Arc::new(Table {
-                volumes: vec![Arc::clone(&volume), Arc::clone(&READ_ONLY.0)],
-            }),
+            table: Arc::new(Table::of([Arc::clone(&volume), Arc::clone(&READ_ONLY.0)])),
             kind,
             volume,
             store,

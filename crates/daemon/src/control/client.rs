@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use hikkoshi_engine::heat::HeatMap;
 
 use super::dial;
+use crate::config::{Prepare, StorageOrder};
 use crate::events::Event;
 use crate::status::ExportStatus;
 use crate::verification::VerifyStatus;
@@ -189,6 +190,39 @@ impl ControlClient {
         };
         let target = format!("/v1/{route}?name={}{more}", encode(name));
         let body = self.request("POST", &target, timeout)?;
+        self.parse(&body)
+    }
+
+    /// Begins to move an export's disk to another image of the daemon's machine, and tells how it
+    /// stands then. Relative paths are the daemon's.
+    ///
+    /// # Errors
+    /// As [`Self::command`], and where a path is no text.
+    pub fn move_storage(
+        &self,
+        name: &str,
+        order: &StorageOrder,
+    ) -> Result<ExportStatus, ClientError> {
+        let path = |path: &Path| match path.to_str() {
+            Some(text) => Ok(encode(text)),
+            None => Err(self.garbled(format!("{} is no text", path.display()))),
+        };
+        let mut target = format!("/v1/move?name={}&to={}", encode(name), path(&order.image)?);
+        if let Some(dir) = &order.state_dir {
+            target.push_str(&format!("&state={}", path(dir)?));
+        }
+        target.push_str(match order.prepare {
+            Prepare::None => "&prepare=none",
+            Prepare::Ahead => "",
+            Prepare::Full => "&prepare=full",
+        });
+        if let Some(rate) = order.max_rate {
+            target.push_str(&format!("&bytes_per_s={rate}"));
+        }
+        if order.overwrite {
+            target.push_str("&overwrite=yes");
+        }
+        let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
         self.parse(&body)
     }
 

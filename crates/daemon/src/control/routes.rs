@@ -1,5 +1,6 @@
 //! The routes of the control interface. `docs/control-api.md` describes them for users.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
@@ -12,6 +13,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{MAX_BODY_BYTES, metrics};
+use crate::config::{Prepare, StorageOrder};
 use crate::events::Event;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::status::ExportStatus;
@@ -32,6 +34,7 @@ POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts
 POST /v1/handoff?name=NAME               from here on the VM runs here
 POST /v1/abort?name=NAME                 give the move here up, before the handoff
 POST /v1/release?name=NAME&force=yes     lift the fence of an old copy
+POST /v1/move?name=NAME&to=PATH          move the disk to another image here; clients stay
 POST /v1/verify?name=NAME                compare with the source; &accept=yes lets it go anyway
 GET  /v1/verify?name=NAME                how that stands
 
@@ -56,6 +59,7 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/v1/abort", post(abort))
         .route("/v1/release", post(release))
         .route("/v1/limit", post(limit))
+        .route("/v1/move", post(move_storage))
         .route("/v1/verify", get(verification).post(verify))
         .fallback(async || {
             Refusal::new(
@@ -150,6 +154,18 @@ struct Release {
     #[serde(default)]
     name: String,
     force: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Move {
+    #[serde(default)]
+    name: String,
+    to: PathBuf,
+    state: Option<PathBuf>,
+    prepare: Option<String>,
+    bytes_per_s: Option<String>,
+    overwrite: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -254,22 +270,61 @@ async fn limit(
     query: Result<Query<Limit>, QueryRejection>,
 ) -> Result<Json<ExportStatus>, Refusal> {
     let Query(query) = query?;
-    let rate = match query.bytes_per_s.as_str() {
-        "none" => None,
+    let rate = said_rate(&query.bytes_per_s)?;
+    command(exports, query.name, move |export| export.set_limit(rate)).await
+}
+
+fn said_rate(text: &str) -> Result<Option<u64>, Refusal> {
+    match text {
+        "none" => Ok(None),
         text => match text.parse::<u64>() {
-            Ok(rate) if rate > 0 => Some(rate),
-            _ => {
-                return Err(Refusal::new(
-                    StatusCode::BAD_REQUEST,
-                    format!(
-                        "bytes_per_s is {text:?}; it must be a whole number above 0, or none \
-                         (to stop the background copy, POST /v1/pause)"
-                    ),
-                ));
+            Ok(rate) if rate > 0 => Ok(Some(rate)),
+            _ => Err(bad(format!(
+                "bytes_per_s is {text:?}; it must be a whole number above 0, or none (to stop the \
+                 background copy, POST /v1/pause)"
+            ))),
+        },
+    }
+}
+
+fn bad(why: impl Into<String>) -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, why)
+}
+
+async fn move_storage(
+    State(exports): State<Shared>,
+    query: Result<Query<Move>, QueryRejection>,
+) -> Result<Json<ExportStatus>, Refusal> {
+    let Query(query) = query?;
+    let relative = |path: &&PathBuf| !path.is_absolute();
+    if let Some(path) = [Some(&query.to), query.state.as_ref()]
+        .into_iter()
+        .flatten()
+        .find(relative)
+    {
+        let path = path.display();
+        return Err(bad(format!("{path:?} must be an absolute path")));
+    }
+    let order = StorageOrder {
+        image: query.to,
+        state_dir: query.state,
+        prepare: match query.prepare.as_deref() {
+            None | Some("ahead") => Prepare::Ahead,
+            Some("none") => Prepare::None,
+            Some("full") => Prepare::Full,
+            Some(other) => {
+                return Err(bad(format!(
+                    "prepare is {other:?}; it must be none, ahead or full"
+                )));
             }
         },
+        max_rate: query.bytes_per_s.as_deref().map_or(Ok(None), said_rate)?,
+        overwrite: said_yes("overwrite", query.overwrite.as_deref())?,
     };
-    command(exports, query.name, move |export| export.set_limit(rate)).await
+    command(exports, query.name, move |export| {
+        export.move_storage(&order)
+    })
+    .await
 }
 
 async fn verification(

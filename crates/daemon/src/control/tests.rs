@@ -51,6 +51,7 @@ impl Pretend {
                 eta_s: None,
                 limit_bytes_per_s: None,
                 image: "disk.img".into(),
+                storage_move: None,
                 source: source.then(|| "nbd://old/".into()),
                 notes: vec![],
                 clients: 0,

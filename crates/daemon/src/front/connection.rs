@@ -20,7 +20,7 @@ use socket2::Socket;
 use super::inbox::Inbox;
 use super::outbox::{Outbox, Ticket, errno_of};
 use crate::volume::Volume;
-use crate::volume::guest::{ReadNow, read_error};
+use crate::volume::guest::{ReadNow, is_not_let_in, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
 
 /// Replies are gathered up to this before they are sent; also the most a read in one piece has.
@@ -49,9 +49,7 @@ const STREAM_IDS: u64 = 1 << 40;
 static NEXT_STREAM_ID: AtomicU64 = AtomicU64::new(0);
 
 pub(super) struct Connection {
-    volume: Arc<Volume>,
-    /// Let go of as soon as the volume is local.
-    relocation: Option<Arc<Relocation>>,
+    place: Place,
     /// Recognises what is read sequentially. Asked only while there is a relocation.
     detector: Detector,
     session: Session,
@@ -64,6 +62,44 @@ pub(super) struct Connection {
     /// Counted here and added to the volume's once a batch.
     reads: u64,
     writes: u64,
+}
+
+/// Where the disk is.
+struct Place {
+    volume: Arc<Volume>,
+    /// Let go of as soon as the volume is local.
+    relocation: Option<Arc<Relocation>>,
+}
+
+impl Place {
+    /// Goes over to where the disk is now, if it has changed its storage. Looked at when a request
+    /// begins: one that began before may end at the old image, which has all that was answered until
+    /// then.
+    #[inline]
+    fn follow(&mut self) {
+        while let Some(next) = self.volume.successor() {
+            let next = Arc::clone(next);
+            self.volume.tally.clients.fetch_sub(1, Ordering::Relaxed);
+            next.tally.clients.fetch_add(1, Ordering::Relaxed);
+            self.relocation = next.relocation();
+            self.volume = next;
+        }
+    }
+
+    /// Makes a change where the disk is. One that is not let in because the disk is just changing its
+    /// storage has not happened, and is made again when that is settled.
+    fn change(
+        &mut self,
+        make: impl Fn(&Volume, Option<&Arc<Relocation>>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        loop {
+            let outcome = make(&self.volume, self.relocation.as_ref());
+            match &outcome {
+                Err(e) if is_not_let_in(e) && self.volume.awaits_switch() => self.follow(),
+                _ => return outcome,
+            }
+        }
+    }
 }
 
 /// Why a connection ends.
@@ -89,9 +125,11 @@ impl Connection {
         outbox: Arc<Outbox>,
     ) -> Self {
         Self {
-            relocation: volume.relocation(),
             detector: Detector::new(NEXT_STREAM_ID.fetch_add(STREAM_IDS, Ordering::Relaxed)),
-            volume,
+            place: Place {
+                relocation: volume.relocation(),
+                volume,
+            },
             style: outbox.style(),
             rules: Rules::new(&session),
             session,
@@ -106,13 +144,21 @@ impl Connection {
 
     /// Serves until the client or the daemon ends it.
     pub fn run(mut self) {
-        self.volume.tally.clients.fetch_add(1, Ordering::Relaxed);
+        self.place
+            .volume
+            .tally
+            .clients
+            .fetch_add(1, Ordering::Relaxed);
         if let Err(End::Disconnect) = self.serve() {
             let _ = self.flush_out();
             self.outbox.settle(SETTLE);
         }
         self.publish_counts();
-        self.volume.tally.clients.fetch_sub(1, Ordering::Relaxed);
+        self.place
+            .volume
+            .tally
+            .clients
+            .fetch_sub(1, Ordering::Relaxed);
         self.outbox.close();
     }
 
@@ -128,8 +174,8 @@ impl Connection {
                 // The daemon hangs up like this as well: what is in flight is still answered.
                 return Err(End::Disconnect);
             }
-            if self.relocation.is_some() && self.volume.is_plain() {
-                self.relocation = None;
+            if self.place.relocation.is_some() && self.place.volume.is_plain() {
+                self.place.relocation = None;
             }
         }
     }
@@ -151,21 +197,22 @@ impl Connection {
     }
 
     fn run_command(&mut self, cookie: u64, command: Command) -> Result<(), End> {
+        self.place.follow();
         match command {
             Command::Read { offset, len, .. } => {
-                self.volume.heat().read(offset, len.into());
+                self.place.volume.heat().read(offset, len.into());
                 self.read(cookie, offset, len)
             }
             Command::Write { offset, len, fua } => {
-                self.volume.heat().written(offset, len.into());
+                self.place.volume.heat().written(offset, len.into());
                 self.write(cookie, offset, len as usize, fua)
             }
             Command::Flush => self.make_durable(cookie),
             Command::Trim { offset, len, fua } => {
-                self.volume.heat().written(offset, len.into());
+                self.place.volume.heat().written(offset, len.into());
                 let done = self
-                    .volume
-                    .trim(self.relocation.as_ref(), offset, len.into());
+                    .place
+                    .change(|volume, relocation| volume.trim(relocation, offset, len.into()));
                 self.finish_zero(cookie, done, fua)
             }
             Command::WriteZeroes {
@@ -175,15 +222,15 @@ impl Connection {
                 no_hole,
                 fast,
             } => {
-                self.volume.heat().written(offset, len.into());
+                self.place.volume.heat().written(offset, len.into());
                 let mode = match (no_hole, fast) {
                     (_, true) => ZeroMode::FastOnly,
                     (true, false) => ZeroMode::Allocate,
                     (false, false) => ZeroMode::MayPunch,
                 };
                 let done = self
-                    .volume
-                    .zero(self.relocation.as_ref(), offset, len.into(), mode);
+                    .place
+                    .change(|volume, relocation| volume.zero(relocation, offset, len.into(), mode));
                 self.finish_zero(cookie, done, fua)
             }
             Command::Cache { offset, len } => self.cache(cookie, offset, len.into()),
@@ -203,7 +250,11 @@ impl Connection {
         self.make_room(header + wanted)?;
         let at = self.out_len + header;
         let buf = &mut self.out[at..at + wanted];
-        match self.volume.read_now(self.relocation.as_ref(), offset, buf) {
+        match self
+            .place
+            .volume
+            .read_now(self.place.relocation.as_ref(), offset, buf)
+        {
             Ok(ReadNow::Done) => {
                 self.style
                     .put_read_header(&mut self.out[self.out_len..], cookie, offset, len);
@@ -216,7 +267,7 @@ impl Connection {
                 self.reads += 1;
                 self.watch(offset, len, false);
                 let ticket = self.ticket(cookie, wanted)?;
-                read_elsewhere(&self.volume, ticket, offset, wanted);
+                read_elsewhere(&self.place.volume, ticket, offset, wanted);
                 Ok(())
             }
             Ok(ReadNow::Missing) => self.read_missing(cookie, offset, len),
@@ -228,8 +279,8 @@ impl Connection {
     /// reach nobody else, and yet the rest of the stream is to be here in time.
     #[inline]
     fn watch(&mut self, offset: u64, len: u32, missing: bool) {
-        if let Some(relocation) = &self.relocation
-            && !self.volume.is_local()
+        if let Some(relocation) = &self.place.relocation
+            && !self.place.volume.is_local()
             && let Some(told) = self.detector.note(offset, len, missing)
         {
             relocation.read_ahead(told);
@@ -239,12 +290,12 @@ impl Connection {
     fn read_missing(&mut self, cookie: u64, offset: u64, wanted: u32) -> Result<(), End> {
         let len = wanted as usize;
         let ticket = self.ticket(cookie, len)?;
-        let Some(relocation) = &self.relocation else {
+        let Some(relocation) = &self.place.relocation else {
             return Ok(());
         };
-        self.volume.count_read(true);
+        self.place.volume.count_read(true);
         relocation.trace_missing(ByteRange::at(offset, len as u64));
-        let volume = Arc::clone(&self.volume);
+        let volume = Arc::clone(&self.place.volume);
         let done = move |end: ReadEnd<'_>| match end {
             ReadEnd::Bytes(bytes) => ticket.data(offset, bytes.into_owned()),
             ReadEnd::Failed(why) => ticket.fail(Errno::Io, &read_error(why).to_string()),
@@ -268,9 +319,9 @@ impl Connection {
     /// A long read: in pieces, in order, if all is here.
     fn read_long(&mut self, cookie: u64, offset: u64, len: u32) -> Result<(), End> {
         let bytes = ByteRange::at(offset, len.into());
-        let here = self.relocation.as_ref().is_none_or(|r| {
+        let here = self.place.relocation.as_ref().is_none_or(|r| {
             r.residency
-                .all_resident(self.volume.geometry().covering(bytes))
+                .all_resident(self.place.volume.geometry().covering(bytes))
         });
         if !here {
             return self.read_missing(cookie, offset, len);
@@ -292,7 +343,7 @@ impl Connection {
         }
         let failure = self.send_pieces(bytes)?;
         if let Some(error) = &failure {
-            self.volume.note_disk_error("read", error);
+            self.place.volume.note_disk_error("read", error);
         }
         match (self.style, failure) {
             (ReplyStyle::Simple, None) => Ok(()),
@@ -317,7 +368,7 @@ impl Connection {
         // Straight from the page cache to the socket, where that can be: half of a long read's
         // cost is copying it once more than needed.
         while at < bytes.end && failure.is_none() {
-            match sending.send_from(&**self.volume.store(), at, bytes.end - at) {
+            match sending.send_from(&**self.place.volume.store(), at, bytes.end - at) {
                 Ok(sent) => at += sent,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::Unsupported => break,
@@ -330,7 +381,7 @@ impl Connection {
             let len = room.min(usize::try_from(bytes.end - at).unwrap_or(room));
             let buf = &mut self.out[self.out_len..self.out_len + len];
             if failure.is_none() {
-                let store = self.volume.store();
+                let store = self.place.volume.store();
                 let outcome = match store.try_read(at, buf) {
                     Ok(true) => Ok(()),
                     Ok(false) => store.read(at, buf),
@@ -350,13 +401,13 @@ impl Connection {
     }
 
     fn cache(&mut self, cookie: u64, offset: u64, len: u64) -> Result<(), End> {
-        let Some(relocation) = self.relocation.clone().filter(|r| r.is_arriving()) else {
+        let Some(relocation) = self.place.relocation.clone().filter(|r| r.is_arriving()) else {
             return self.answer(cookie, Ok(()));
         };
         let bytes = ByteRange::at(offset, len.min(MAX_CACHE_BYTES));
         if relocation
             .residency
-            .all_resident(self.volume.geometry().covering(bytes))
+            .all_resident(self.place.volume.geometry().covering(bytes))
         {
             return self.answer(cookie, Ok(()));
         }
@@ -375,7 +426,7 @@ impl Connection {
     /// buffer, so that the whole of it never has to be in memory.
     fn write(&mut self, cookie: u64, offset: u64, len: usize, fua: bool) -> Result<(), End> {
         self.writes += 1;
-        let block = self.volume.geometry().block_bytes();
+        let block = self.place.volume.geometry().block_bytes();
         let (mut at, mut left, mut outcome) = (offset, len, Ok(()));
         if len > self.inbox.buffered() && self.out_len > 0 {
             // The client may be waiting for these answers before it sends on.
@@ -388,9 +439,10 @@ impl Connection {
                 usable = cut_at_block(at, usable, block);
             }
             if outcome.is_ok() {
+                let piece = &piece[..usable];
                 outcome = self
-                    .volume
-                    .write(self.relocation.as_ref(), at, &piece[..usable]);
+                    .place
+                    .change(|volume, relocation| volume.write(relocation, at, piece));
             }
             self.inbox.consume(usable);
             at += usable as u64;
@@ -403,7 +455,11 @@ impl Connection {
     }
 
     fn finish_zero(&mut self, cookie: u64, done: io::Result<()>, fua: bool) -> Result<(), End> {
-        self.volume.tally.zeroes.fetch_add(1, Ordering::Relaxed);
+        self.place
+            .volume
+            .tally
+            .zeroes
+            .fetch_add(1, Ordering::Relaxed);
         match done {
             Ok(()) if fua => self.make_durable(cookie),
             done => self.answer(cookie, done),
@@ -411,12 +467,17 @@ impl Connection {
     }
 
     fn make_durable(&mut self, cookie: u64) -> Result<(), End> {
-        self.volume.tally.flushes.fetch_add(1, Ordering::Relaxed);
-        if let Some(outcome) = self.volume.flush_inline() {
+        self.place
+            .volume
+            .tally
+            .flushes
+            .fetch_add(1, Ordering::Relaxed);
+        if let Some(outcome) = self.place.volume.flush_inline() {
             return self.answer(cookie, outcome);
         }
         let ticket = self.ticket(cookie, 0)?;
-        self.volume
+        self.place
+            .volume
             .flush(Box::new(move |outcome| ticket.outcome(outcome)));
         Ok(())
     }
@@ -428,13 +489,15 @@ impl Connection {
         let contexts = self.session.contexts.clone();
         for (n, context) in contexts.iter().enumerate() {
             let mut extents = StatusExtents::with_limit(len, if one { 1 } else { MAX_EXTENTS });
-            let relocation = self.relocation.as_ref();
+            let relocation = self.place.relocation.as_ref();
             let outcome = if context.name == wire::RESIDENCY {
-                self.volume
+                self.place
+                    .volume
                     .residency_extents(relocation, offset, len, &mut extents);
                 Ok(())
             } else {
-                self.volume
+                self.place
+                    .volume
                     .allocation_extents(relocation, offset, len, &mut extents)
             };
             if let Err(e) = outcome {
@@ -502,7 +565,7 @@ impl Connection {
     }
 
     fn publish_counts(&mut self) {
-        let tally = &self.volume.tally;
+        let tally = &self.place.volume.tally;
         tally
             .reads_local
             .fetch_add(std::mem::take(&mut self.reads), Ordering::Relaxed);

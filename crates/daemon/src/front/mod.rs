@@ -22,6 +22,7 @@ use hikkoshi_nbd::wire::{self, export};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Listen;
+use crate::export::Export;
 use crate::volume::{Volume, lock};
 use connection::Connection;
 use frames::FrameSession;
@@ -40,30 +41,43 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// The exports, as the handshake asks for them.
 pub struct Table {
     /// All of them, in the order of the configuration.
-    pub volumes: Vec<Arc<Volume>>,
+    pub exports: Vec<Arc<Export>>,
 }
 
 impl Table {
-    /// The volume of this name. The empty name also finds the only one there is.
-    pub fn find(&self, name: &str) -> Option<&Arc<Volume>> {
+    /// Of volumes that somebody else opened.
+    pub fn of(volumes: impl IntoIterator<Item = Arc<Volume>>) -> Self {
+        Self {
+            exports: volumes.into_iter().map(Export::of).collect(),
+        }
+    }
+
+    /// The export of this name. The empty name also finds the only one there is.
+    pub fn export(&self, name: &str) -> Option<&Arc<Export>> {
         let only = || {
-            self.volumes
+            self.exports
                 .first()
-                .filter(|_| name.is_empty() && self.volumes.len() == 1)
+                .filter(|_| name.is_empty() && self.exports.len() == 1)
         };
-        self.volumes.iter().find(|v| v.name() == name).or_else(only)
+        let named = |export: &&Arc<Export>| export.volume().name() == name;
+        self.exports.iter().find(named).or_else(only)
+    }
+
+    /// The volume that has its disk now.
+    pub fn find(&self, name: &str) -> Option<Arc<Volume>> {
+        self.export(name).map(|export| export.volume())
     }
 }
 
 impl Exports for Table {
     fn find(&self, name: &str) -> Option<ExportInfo> {
-        Table::find(self, name).map(|volume| export_info(volume))
+        Table::find(self, name).map(|volume| export_info(&volume))
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        self.volumes
+        self.exports
             .iter()
-            .map(|v| (v.name().to_owned(), String::new()))
+            .map(|export| (export.volume().name().to_owned(), String::new()))
             .collect()
     }
 }
@@ -75,7 +89,7 @@ fn export_info(volume: &Volume) -> ExportInfo {
         | export::SEND_DF
         | export::CAN_MULTI_CONN
         | export::SEND_CACHE;
-    if volume.is_read_only() || volume.has_departed() {
+    if volume.is_read_only() || volume.has_departed() && !volume.hands_on() {
         flags |= export::READ_ONLY;
     } else {
         flags |= export::SEND_TRIM | export::SEND_WRITE_ZEROES | export::SEND_FAST_ZERO;
@@ -335,7 +349,7 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
         if shared.stopping.load(Ordering::Acquire) {
             return Ok(());
         }
-        return FrameSession::new(Arc::clone(volume), socket, &early)?.run();
+        return FrameSession::new(volume, socket, &early)?.run();
     }
     let outbox = Outbox::new(socket.try_clone()?, ReplyStyle::from(&session));
     if let Some(client) = lock(&shared.clients).get_mut(&id) {
@@ -344,7 +358,7 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
     if shared.stopping.load(Ordering::Acquire) {
         return Ok(());
     }
-    Connection::new(Arc::clone(volume), session, socket, &early, outbox).run();
+    Connection::new(volume, session, socket, &early, outbox).run();
     Ok(())
 }
 

@@ -16,6 +16,7 @@ use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
+use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
 use hikkoshi_wan::transport::session::{Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
@@ -181,11 +182,8 @@ impl Arrival {
     }
 
     /// Waits for news, for at most `most`.
-    fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
-        self.changed
-            .wait_timeout(state, most)
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .0
+    fn wait<'a>(&'a self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+        wait_for(&self.changed, &self.state, state, most)
     }
 
     fn pause(&self, pause: Duration) {
@@ -420,7 +418,7 @@ impl Volume {
                     state.precopy.differs(run);
                 }
             }
-            state.precopy.connected(self.now());
+            state.precopy.connected(self.now(), true);
         }
         Some(all_copied)
     }
@@ -503,7 +501,11 @@ impl Volume {
                     state.prepared = true;
                     self.event(
                         EventKind::Prepared,
-                        "all that can be copied before the handoff is here",
+                        if self.from_image {
+                            "all that can be copied before the switch is in the new image"
+                        } else {
+                            "all that can be copied before the handoff is here"
+                        },
                     );
                 }
             }
@@ -625,10 +627,8 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
-        arrival
-            .state()
-            .precopy
-            .arrived(self.now(), id, outcome.is_ok());
+        let wire_bytes = outcome.as_ref().ok().map(|fetched| fetched.wire_bytes);
+        arrival.state().precopy.arrived(self.now(), id, wire_bytes);
         let Ok(fetched) = outcome else {
             return self.not_copied(arrival, id, false);
         };
@@ -859,7 +859,11 @@ impl Volume {
         }
         self.event(
             EventKind::MoveGivenUp,
-            "the move was given up; the VM goes on at the source",
+            if self.from_image {
+                "the move to another image was given up; the disk stays where it is"
+            } else {
+                "the move was given up; the VM goes on at the source"
+            },
         );
         // The thread that keeps the move says so; where the source can be reached it is quick.
         arrival.link.interrupt();

@@ -24,6 +24,8 @@ use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::seeding::Seeding;
 use super::space::DiskTrouble;
+use super::storage::ImageAddress;
+use super::storage::succession::Succession;
 use super::verify::Verification;
 use super::wayback::WayBack;
 use super::{AtCompletion, Clock, Tally, Volume};
@@ -131,6 +133,8 @@ impl Parts<'_> {
     fn volume(self, life: LifeState, at_release: Option<AtCompletion>) -> Volume {
         let identity = self.state.as_ref().map(StateDir::identity);
         let departed = identity.and_then(|identity| identity.ties.departed);
+        let moved_to = identity.and_then(|i| ImageAddress::parse(i.ties.moved_to.as_deref()?));
+        let from_image = identity.is_some_and(|i| ImageAddress::parse(&i.source_uri).is_some());
         let released = identity.and_then(|identity| identity.ties.released);
         let source = self.config.source.as_ref();
         let (way_back, trouble) = WayBack::new(self.state.as_ref(), at_release);
@@ -163,10 +167,12 @@ impl Parts<'_> {
             tally: Tally::default(),
             heat: Heat::new(self.geometry.size_bytes()),
             heat_place: self.heat_place,
-            departures: Departures::new(departed, released, self.make_state),
+            departures: Departures::new(departed, moved_to, released, self.make_state),
             arrival: None,
             plain: AtomicBool::new(true),
             way_back,
+            from_image,
+            succession: Succession::default(),
         };
         if let Some(trouble) = trouble {
             volume.event(

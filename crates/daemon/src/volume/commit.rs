@@ -313,7 +313,11 @@ impl Volume {
         }
         self.event(
             EventKind::Complete,
-            "every block is here; the source is no longer needed",
+            if self.from_image {
+                "every block is in the new image; the old one is no longer needed"
+            } else {
+                "every block is here; the source is no longer needed"
+            },
         );
         Ok(())
     }

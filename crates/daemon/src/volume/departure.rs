@@ -20,6 +20,7 @@ use hikkoshi_wan::transport::limits;
 use hikkoshi_wan::transport::session::{Attached, MoveId, Stance, Tell, Told};
 
 use super::gate::{Gate, Inside};
+use super::storage::ImageAddress;
 use super::{Volume, lock};
 use crate::events::EventKind;
 use crate::status::LifeState;
@@ -85,6 +86,8 @@ pub struct Departures {
     slowed_for: Mutex<Option<(MoveId, Duration)>>,
     /// Until when what was changed has used the rate up.
     owed_until: Mutex<Duration>,
+    /// The move of this site's own to another image, while there is one: no other may begin.
+    storage: Mutex<Option<(MoveId, ImageAddress)>>,
 }
 
 /// A client of ours, as far as it has said who it is.
@@ -95,14 +98,18 @@ pub struct Bound {
 }
 
 impl Departures {
-    /// Those of a volume that has departed, or not. `released`: the move that was released by hand.
+    /// Those of a volume that has departed, or not: `moved_to` another image of this machine.
+    /// `released`: the move that was released by hand.
     pub fn new(
         departed: Option<Departure>,
+        moved_to: Option<ImageAddress>,
         released: Option<MoveId>,
         make_state: Option<MakeState>,
     ) -> Self {
+        let storage = departed.map(|d| d.to).zip(moved_to);
         let this = Self {
             departed: Mutex::new(departed),
+            storage: Mutex::new(storage),
             given_up: Mutex::new(released.into_iter().collect()),
             has_departed: AtomicBool::new(departed.is_some()),
             make_state,
@@ -196,13 +203,15 @@ impl Session {
         runs.iter().map(|run| geometry.bytes(*run)).collect()
     }
 
-    /// The answer to question `number`: the one before, if that was lost, or the news.
-    fn changes(&self, number: u64) -> Vec<ByteRange> {
+    /// The answer to question `number`: the one before, if that was lost, or the news. `None` to a
+    /// question that comes late, from a connection that was given up: nobody hears that answer, and
+    /// what it told would be told to nobody else.
+    fn changes(&self, number: u64) -> Option<Vec<ByteRange>> {
         let mut told = lock(&self.told);
-        if told.0 != number {
+        if told.0.checked_add(1) == Some(number) {
             *told = (number, coarsened(self.map.take(), limits::TOLD_RANGES));
         }
-        self.bytes_of(&told.1)
+        (told.0 == number).then(|| self.bytes_of(&told.1))
     }
 
     /// All that it may not know. Nothing changes any more.
@@ -318,8 +327,108 @@ impl Volume {
         }
     }
 
+    /// Whether the volume that has the disk now has said that all of it is there.
+    pub fn has_arrived_elsewhere(&self) -> bool {
+        self.departures.arrived.load(Ordering::Acquire)
+    }
+
+    /// The disk is about to change its storage by the move `id`, to `address`.
+    ///
+    /// # Errors
+    /// Others copy it away already, or it cannot be now; the text says what to do.
+    pub fn expect_storage_move(&self, id: MoveId, address: ImageAddress) -> Result<(), String> {
+        // What begins at the same moment may slip through; the fence is closed for one of them.
+        if let Some(why) = self.holds_storage() {
+            return Err(why);
+        }
+        *lock(&self.departures.storage) = Some((id, address));
+        Ok(())
+    }
+
+    /// That move was given up: the fence is lifted, if it was closed already.
+    pub fn take_back_storage_move(&self) {
+        let known = lock(&self.departures.storage).clone();
+        if let Some((id, _)) = known
+            && let Err(why) = self.abort_departure(id)
+        {
+            self.event(
+                EventKind::StateTrouble,
+                format!(
+                    "it could not be recorded that the disk stays in {}: nothing is written to it; \
+                     check the medium and restart the daemon: {why}",
+                    self.image.display()
+                ),
+            );
+        }
+        self.forget_storage_move();
+    }
+
+    /// That move is over before anything was fenced.
+    pub fn forget_storage_move(&self) {
+        let known = lock(&self.departures.storage).take();
+        if let Some((id, _)) = known {
+            self.departures.close(id);
+            self.speed_up(id);
+        }
+    }
+
+    /// Where the disk is going at this site, for people.
+    fn storage_move(&self) -> Option<String> {
+        let storage = lock(&self.departures.storage);
+        storage
+            .as_ref()
+            .map(|(_, to)| to.image.display().to_string())
+    }
+
+    /// Why the disk cannot change its storage now.
+    pub(crate) fn holds_storage(&self) -> Option<String> {
+        let name = &self.name;
+        if self.read_only {
+            return Some(format!(
+                "export {name:?} is read-only: nobody writes to it, so copy its image and serve the copy"
+            ));
+        }
+        if let Some(to) = self.storage_move() {
+            return Some(format!(
+                "export {name:?} is on its way to {to} already: `hikkoshi abort` gives that up before \
+                 the switch, and `hikkoshi wait` waits for its end"
+            ));
+        }
+        match self.stands() {
+            LifeState::Local if self.is_poisoned() => Some(
+                "an earlier sync failed, so nothing is known of what is durable; check the medium \
+                 and restart the daemon first"
+                    .to_owned(),
+            ),
+            LifeState::Local => None,
+            LifeState::Departing => Some(format!(
+                "a new site prepares to take export {name:?} over; complete that move or give it up \
+                 there (`hikkoshi abort`), and restart this daemon if that site is gone"
+            )),
+            LifeState::Arriving => Some(format!(
+                "export {name:?} is still arriving; wait until all of it is here (`hikkoshi wait`)"
+            )),
+            LifeState::Standby => Some(format!(
+                "the VM does not run here yet: change the storage of export {name:?} after the \
+                 handoff, once all of it is here (`hikkoshi wait`), or at the source"
+            )),
+            LifeState::Departed | LifeState::GivenUp => Some(format!(
+                "the disk of export {name:?} is not here: change its storage where it is"
+            )),
+        }
+    }
+
     /// What a person should know of its departure.
     pub(super) fn departure_note(&self) -> Option<String> {
+        if let Some(to) = self.storage_move() {
+            return self.has_departed().then(|| {
+                format!(
+                    "the disk has moved on to {to}, and this old image of it takes no writes; if it \
+                     is still shown here, the switch could not be completed: restart the daemon \
+                     with {to}"
+                )
+            });
+        }
         if self.has_departed() {
             return Some(if self.departures.arrived.load(Ordering::Acquire) {
                 "the disk has moved on, and all of it has arrived: this old copy is needed no \
@@ -358,12 +467,13 @@ impl Volume {
                 epoch,
                 base,
             } => self.attach(id, stance, epoch, base, bound),
-            Tell::Changes { id, epoch, number } => match self.departures.find(id) {
-                Some(session) if session.epoch == epoch => Ok(Told::Changes {
-                    ranges: session.changes(number),
-                }),
-                _ => Err("these changes are not tracked any more".to_owned()),
-            },
+            Tell::Changes { id, epoch, number } => {
+                let session = self.departures.find(id).filter(|s| s.epoch == epoch);
+                let ranges = session.and_then(|session| session.changes(number));
+                ranges
+                    .map(|ranges| Told::Changes { ranges })
+                    .ok_or_else(|| "these changes are not tracked any more".to_owned())
+            }
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
             Tell::Bases { id } => self.tell_bases(id),
@@ -375,6 +485,8 @@ impl Volume {
             Tell::Done { id } => {
                 if self.departures.departed().is_some_and(|d| d.to == id)
                     && !self.departures.arrived.swap(true, Ordering::AcqRel)
+                    // Of its own storage the export says so, once it has let go of the old.
+                    && self.storage_move().is_none()
                 {
                     self.event(
                         EventKind::Departed,
@@ -421,6 +533,13 @@ impl Volume {
     ) -> Result<Told, String> {
         let version = self.departures.version.load(Ordering::Acquire);
         self.may_attach(id, stance).map_err(|e| e.to_string())?;
+        let other = |storage: &Option<(MoveId, _)>| storage.as_ref().is_some_and(|s| s.0 != id);
+        if stance == Stance::Standby && other(&lock(&self.departures.storage)) {
+            return Err(
+                "the disk is changing its storage at its own site; begin this move when that is done"
+                    .to_owned(),
+            );
+        }
         *bound = Bound {
             who: Some((id, stance)),
             version,
@@ -488,7 +607,13 @@ impl Volume {
         if !known {
             self.event(
                 EventKind::Departing,
-                "a new site prepares to take the disk over; the VM still runs here",
+                match self.storage_move() {
+                    None => "a new site prepares to take the disk over; the VM still runs here"
+                        .to_owned(),
+                    Some(to) => format!(
+                        "the disk is being copied to {to}; until the switch it is here as before"
+                    ),
+                },
             );
         }
         Ok(session)
@@ -536,7 +661,15 @@ impl Volume {
                 crash_point!("fence.recorded");
                 self.event(
                     EventKind::Departed,
-                    "handoff: the disk has moved on; nothing is written here from now on",
+                    match self.storage_move() {
+                        None => "handoff: the disk has moved on; nothing is written here from now on"
+                            .to_owned(),
+                        Some(to) => format!(
+                            "the switch: the disk is in {to} from now on; nothing is written to {} any \
+                             more",
+                            self.image.display()
+                        ),
+                    },
                 );
                 if let Some(relocation) = self.relocation() {
                     // What the new site needs it asks for.
@@ -565,7 +698,12 @@ impl Volume {
             intact: true,
         };
         if let Some(state) = journal.state.as_mut() {
-            let outcome = state.change(|identity| identity.ties.departed = Some(departure));
+            let storage = lock(&self.departures.storage).clone();
+            let moved_to = storage.filter(|s| s.0 == id).map(|s| s.1.to_string());
+            let outcome = state.change(|identity| {
+                identity.ties.departed = Some(departure);
+                identity.ties.moved_to = moved_to;
+            });
             self.note_state("recording the departure", outcome)?;
         }
         self.set_departed(Some(departure));
@@ -601,10 +739,13 @@ impl Volume {
             self.departures.version.fetch_add(1, Ordering::AcqRel);
         }
         if known || departed == Some(id) {
-            self.event(
-                EventKind::MoveGivenUp,
-                "the new site has given the move up; the disk stays here, as before",
-            );
+            // Of a move at this site the new volume says so, in the same place.
+            if self.storage_move().is_none() {
+                self.event(
+                    EventKind::MoveGivenUp,
+                    "the new site has given the move up; the disk stays here, as before",
+                );
+            }
         }
         Ok(Told::Fine)
     }
@@ -619,6 +760,7 @@ impl Volume {
             if let Some(state) = journal.state.as_mut() {
                 let outcome = state.change(|identity| {
                     identity.ties.departed = None;
+                    identity.ties.moved_to = None;
                     identity.ties.released = released.or(identity.ties.released);
                 });
                 self.note_state("recording that the fence is lifted", outcome)?;
@@ -676,5 +818,33 @@ impl Volume {
             .state
             .as_ref()
             .map_or(0, |state| state.identity().generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use hikkoshi_engine::geometry::BlockIndex;
+
+    /// A question waited in the network while the connection it went over was given up and the next
+    /// two were asked over another. It took away what the one after these was to be told, and the
+    /// destination kept a block that had changed.
+    #[test]
+    fn a_question_that_comes_late_takes_no_changes_away() {
+        let geometry = Geometry::new(1 << 20, 4096).unwrap();
+        let session = Session::new([1; 16], geometry).unwrap();
+        let change = |block| session.map.mark(BlockRange::one(BlockIndex(block)));
+        change(1);
+        assert_eq!(session.changes(1).unwrap().len(), 1);
+        // Its answer was lost: the same again.
+        assert_eq!(session.changes(1).unwrap().len(), 1);
+        assert_eq!(session.changes(2).unwrap(), []);
+        change(2);
+        assert_eq!(session.changes(1), None);
+        assert_eq!(session.changes(4), None);
+        let told = session.changes(3).unwrap();
+        assert_eq!(told, [geometry.bytes(BlockRange::one(BlockIndex(2)))]);
     }
 }

@@ -214,7 +214,11 @@ impl Volume {
         drop(journal);
         self.event(
             EventKind::Handoff,
-            "handoff: the disk lives here from now on",
+            if self.from_image {
+                "the switch: the disk is in its new image from now on"
+            } else {
+                "handoff: the disk lives here from now on"
+            },
         );
         Ok(())
     }
@@ -410,6 +414,11 @@ impl Relocation {
             result = wait(&outcome.1, &outcome.0, result);
         }
     }
+}
+
+/// Whether a change was not let in (by `begin_change`), and so has not happened.
+pub fn is_not_let_in(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(1)
 }
 
 /// The error of a read that the source could not serve.

@@ -28,6 +28,7 @@ pub mod relocation;
 mod report;
 pub mod seeding;
 mod space;
+pub mod storage;
 #[cfg(test)]
 mod tests;
 pub mod verify;
@@ -36,7 +37,7 @@ pub mod wayback;
 mod wayback_tests;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
@@ -56,6 +57,7 @@ use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use seeding::Seeding;
 use space::DiskTrouble;
+use storage::succession::Succession;
 use verify::Verification;
 use wayback::WayBack;
 
@@ -94,6 +96,25 @@ pub struct Tally {
     pub source_refusals: AtomicU64,
     /// Reads that failed because the source was away, by policy.
     pub reads_failed: AtomicU64,
+}
+
+impl Tally {
+    /// Goes on from what another has counted, but for those who are connected.
+    pub(crate) fn take_over(&self, other: &Self) {
+        for (to, from) in [
+            (&self.reads_local, &other.reads_local),
+            (&self.reads_remote, &other.reads_remote),
+            (&self.writes, &other.writes),
+            (&self.flushes, &other.flushes),
+            (&self.zeroes, &other.zeroes),
+            (&self.disk_errors, &other.disk_errors),
+            (&self.source_losses, &other.source_losses),
+            (&self.source_refusals, &other.source_refusals),
+            (&self.reads_failed, &other.reads_failed),
+        ] {
+            to.fetch_add(from.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
 }
 
 /// A disk that is served.
@@ -148,6 +169,10 @@ pub struct Volume {
     plain: AtomicBool,
     /// In what older copies of this disk differ.
     way_back: WayBack,
+    /// It moves here, or moved, from another image of this machine.
+    from_image: bool,
+    /// Who takes its place when the disk changes its storage.
+    succession: Succession,
 }
 
 const LIFE_LOCAL: u8 = 0;
@@ -257,6 +282,33 @@ impl Volume {
     /// The local image.
     pub fn store(&self) -> &Arc<dyn Store> {
         &self.store
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Path {
+        &self.image
+    }
+
+    /// Whether what is written is recorded for a way back.
+    pub(crate) fn keeps_way_back(&self) -> bool {
+        self.way_back.is_kept()
+    }
+
+    /// Lets go of the image and its state, although somebody may still hold the volume. Nobody may use
+    /// it any more.
+    pub(crate) fn let_go(&self) {
+        lock(&self.journal).state.take();
+        if let Err(error) = self.store.let_go() {
+            tracing::warn!(
+                "the old image {} is still open until the daemon ends: {error}",
+                self.image.display()
+            );
+        }
+    }
+
+    /// What happened to it is kept with what happened to `other` from now on.
+    pub(crate) fn share_events(&self, other: &Self) {
+        self.events.join(&other.events);
     }
 
     /// Tells everybody what happened.

@@ -32,6 +32,7 @@ use super::open_tied::{
     open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
 };
 use super::seeding::SeedImage;
+use super::storage::{self, ImageAddress};
 use super::{Volume, system_clock};
 use crate::config::{
     Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, SourceConfig, SourceLoss, Transport,
@@ -107,6 +108,8 @@ pub struct Running {
     live: Option<Arc<LiveFile>>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
+    /// The image at this site that the disk leaves, while it is still needed.
+    old: Option<Box<Self>>,
 }
 
 impl Running {
@@ -172,7 +175,13 @@ impl Running {
             live,
             stop,
             threads,
+            old: None,
         })
+    }
+
+    /// The image at this site that the disk leaves, if it was opened together with this one.
+    pub(crate) fn take_old(&mut self) -> Option<Self> {
+        self.old.take().map(|old| *old)
     }
 
     /// Makes everything durable and lets go of it.
@@ -180,6 +189,14 @@ impl Running {
     /// # Errors
     /// It could not be made durable. What a guest flushed before is.
     pub fn close(mut self) -> io::Result<()> {
+        let old = self.take_old();
+        let closed = self.close_alone();
+        // After the one that reads it.
+        let old_closed = old.map_or(Ok(()), Self::close);
+        closed.and(old_closed)
+    }
+
+    fn close_alone(mut self) -> io::Result<()> {
         self.stop.store(true, Ordering::Release);
         self.volume.stop();
         for thread in self.threads.drain(..) {
@@ -213,7 +230,7 @@ fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
     }
 }
 
-fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
+pub(super) fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
     if let Some(path) = &config.state_dir {
         return Ok(path.clone());
     }
@@ -378,7 +395,7 @@ fn open_new(
     set_tag(&store, &tag)?;
     crash_point!("new.tagged");
     let kept = (map, Witnesses::new(seed()?), seeds);
-    let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
+    let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
     if now {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
@@ -399,23 +416,17 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let mut state = StateDir::open(state_path)?;
     let identity = state.identity().clone();
     if identity.life == Life::Local {
-        let had_source = !identity.source_uri.is_empty();
         let returns = config.source.as_ref().filter(|source| source.comes_back);
         if let (Some(_), Some(wanted)) = (identity.ties.departed, returns) {
             return open_return(config, wanted, state, state_path);
         }
+        storage::open::check_not_left(config, &identity, state_path)?;
         check_complete(config, &identity, state_path)?;
-        if identity.ties.departed.is_some_and(|d| !d.intact) {
-            return refuse(format!(
-                "{} is partly overwritten by a return that was given up, and so no copy of anything; \
-                 the disk can still come back into it: give --from and --return",
-                config.image.display()
-            ));
-        }
-        if identity.ties.way_back && !config.read_only {
-            return open_recorded(config, state, state_path);
-        }
-        return open_plain(config, Some(state), had_source);
+        return open_complete(config, state, state_path);
+    }
+    let origin = ImageAddress::parse(&identity.source_uri);
+    if let Some(origin) = &origin {
+        storage::open::check_begun(config, &identity, origin, state_path)?;
     }
     if identity.life == Life::GivenUp {
         return open_given_up(config, state, state_path);
@@ -443,7 +454,17 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         };
         Ticket::new(identity.volume_id, base, stance, true)
     });
-    let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
+    let mut old = match &origin {
+        Some(origin) => Some(storage::open::open_old(config, &identity, origin)?),
+        None => None,
+    };
+    let (source, refused, link) = match &old {
+        Some(old) => storage::open::reach(old.volume(), &identity, ticket.as_ref())?,
+        None => {
+            let (source, refused) = reconnect(&wanted, config, identity.geometry, ticket.as_ref())?;
+            (source, refused, None)
+        }
+    };
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
     let rewritten = settle_image(config, &store)?;
@@ -453,16 +474,39 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
     let kept = (map, witnesses, seeds);
-    let running = move_in(config, &wanted, store, source, kept, ticket)?;
+    let mut running = move_in(config, &wanted, store, source, kept, ticket, link)?;
     tell_doubt(&running, doubt);
     tell_rewritten(&running, rewritten);
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
     }
-    if wanted.handoff == HandoffPolicy::Now {
+    // What was fenced for this image is to be had here and nowhere else.
+    if wanted.handoff == HandoffPolicy::Now || origin.is_some() {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
+    running.old = old.take().map(Box::new);
     Ok(running)
+}
+
+/// An image with a state of which every block is here.
+pub(super) fn open_complete(
+    config: &ExportConfig,
+    state: StateDir,
+    state_path: &Path,
+) -> Result<Running, OpenError> {
+    let identity = state.identity();
+    if identity.ties.departed.is_some_and(|d| !d.intact) {
+        return refuse(format!(
+            "{} is partly overwritten by a return that was given up, and so no copy of anything; the \
+             disk can still come back into it: give --from and --return",
+            config.image.display()
+        ));
+    }
+    if identity.ties.way_back && !config.read_only {
+        return open_recorded(config, state, state_path);
+    }
+    let had_source = !identity.source_uri.is_empty();
+    open_plain(config, Some(state), had_source)
 }
 
 /// A move that was given up before the handoff: nothing here is worth anything.
@@ -538,6 +582,7 @@ pub(super) fn move_in(
     source: Arc<dyn Source>,
     (map, witnesses, seeds): (OpenedMap, Witnesses, Vec<SeedImage>),
     ticket: Option<Arc<Ticket>>,
+    link: Option<Arc<dyn MoveLink>>,
 ) -> Result<Running, OpenError> {
     tracing::debug!("residency found: {:?}", map.recovered);
     let OpenedMap {
@@ -560,7 +605,10 @@ pub(super) fn move_in(
     let overwritten = parts.state.as_ref().map(overwritten_of).unwrap_or_default();
     let arrival = match ticket.filter(|_| parts.fenced_source()) {
         Some(ticket) => {
-            let arrival = arrival(config, wanted, ticket, parts.geometry)?;
+            let arrival = match link {
+                Some(link) => Arrival::new(ticket, link, wanted, parts.geometry),
+                None => arrival(config, wanted, ticket, parts.geometry)?,
+            };
             Some(arrival.with_overwritten(overwritten))
         }
         None => None,
@@ -638,7 +686,10 @@ pub(super) fn open_existing(config: &ExportConfig) -> Result<FileStore, OpenErro
     Ok(FileStore::open(&config.image, options)?)
 }
 
-fn create_image(config: &ExportConfig, geometry: Geometry) -> Result<FileStore, OpenError> {
+pub(super) fn create_image(
+    config: &ExportConfig,
+    geometry: Geometry,
+) -> Result<FileStore, OpenError> {
     let options = OpenOptions {
         read_only: false,
         create_with_size: Some(geometry.size_bytes()),
@@ -699,7 +750,7 @@ pub(super) fn tell_rewritten(running: &Running, bytes: Option<u64>) {
     }
 }
 
-fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
+pub(super) fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     if tag_of(store)?.is_some() {
         return refuse(format!(
             "{} is only partly here: a move into it has begun, and its state directory is gone; \
@@ -711,7 +762,7 @@ fn check_untagged(config: &ExportConfig, store: &FileStore) -> Result<(), OpenEr
     Ok(())
 }
 
-fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
+pub(super) fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError> {
     let blank = store.looks_blank().map_err(|source| OpenError::Image {
         what: "looking for data in",
         source,
@@ -727,7 +778,7 @@ fn check_blank(config: &ExportConfig, store: &FileStore) -> Result<(), OpenError
 }
 
 /// The state must outlive a power cut, which nothing below /dev does.
-fn check_state_place(config: &ExportConfig, state_path: &Path) -> Result<(), OpenError> {
+pub(super) fn check_state_place(config: &ExportConfig, state_path: &Path) -> Result<(), OpenError> {
     if config.state_dir.is_none()
         && state_path.starts_with("/dev")
         && !state_path.starts_with("/dev/shm")

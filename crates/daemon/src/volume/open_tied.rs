@@ -41,7 +41,7 @@ pub(super) fn open_recorded(
             let wanted = config.source.clone().unwrap_or(SourceConfig::new(uri));
             let source = Arc::new(NoSource { size_bytes });
             let kept = (map, Witnesses::new(seed()?), Vec::new());
-            let running = move_in(config, &wanted, store, source, kept, None)?;
+            let running = move_in(config, &wanted, store, source, kept, None, None)?;
             tell_rewritten(&running, rewritten);
             Ok(running)
         }
@@ -218,7 +218,7 @@ pub(super) fn open_return(
     set_tag(&store, &volume_id)?;
     crash_point!("new.tagged");
     let kept = (map, Witnesses::new(seed()?), seeds);
-    let running = move_in(config, wanted, store, source, kept, Some(ticket))?;
+    let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
     if now {
         running.volume().hand_off().map_err(OpenError::Handoff)?;

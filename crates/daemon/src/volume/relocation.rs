@@ -426,7 +426,8 @@ impl Relocation {
         match installed {
             Ok(whole) => {
                 let mut actions = Vec::new();
-                lock(&self.mover).landed((self.clock)(), flight, &self.residency, &mut actions);
+                let (now, wire_bytes) = ((self.clock)(), fetched.wire_bytes);
+                lock(&self.mover).landed(now, flight, wire_bytes, &self.residency, &mut actions);
                 if whole {
                     self.answer_from(fetched, &mut actions);
                 }
@@ -698,7 +699,7 @@ impl Relocation {
         let mut mover = lock(&self.mover);
         let now = (self.clock)();
         match outcome {
-            Ok(()) => mover.landed(now, flight, &self.residency, &mut out),
+            Ok(()) => mover.landed(now, flight, 0, &self.residency, &mut out),
             Err(error) => {
                 tracing::debug!("zeroing blocks that are zero at the source failed: {error}");
                 let why = FetchFailure::StoreFailed;

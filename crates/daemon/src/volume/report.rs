@@ -209,6 +209,7 @@ impl Controlled for Volume {
             eta_s: (rate > 0 && absent_bytes > 0).then(|| absent_bytes.div_ceil(rate)),
             limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.limit())),
             image: self.image.display().to_string(),
+            storage_move: None,
             source: r.map(|r| r.source.info().uri),
             notes: self.notes(r),
             way_back: self.way_back_status(),

@@ -96,7 +96,8 @@ impl World {
         };
         self.now = self.now.max(at);
         self.residency.mark_clean(range);
-        self.tell(|m, now, r, out| m.landed(now, flight, r, out));
+        let bytes = self.geometry.bytes(range).len();
+        self.tell(|m, now, r, out| m.landed(now, flight, bytes, r, out));
         true
     }
 

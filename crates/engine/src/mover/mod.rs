@@ -199,6 +199,7 @@ pub struct Mover<W> {
     next_waiter: u64,
     /// How much may be in flight.
     pacer: Seat,
+    source_paces: bool,
     bucket: TokenBucket,
     /// Where the background copy looks next.
     order: CopyOrder,
@@ -231,6 +232,7 @@ impl<W> Mover<W> {
             waiters: HashMap::new(),
             next_waiter: 0,
             pacer: Arc::new(Path::default()).seat(0),
+            source_paces: false,
             bucket: TokenBucket::new(policy.max_rate),
             order: CopyOrder::default(),
             streams: Streams::new(),
@@ -245,6 +247,13 @@ impl<W> Mover<W> {
     /// Its bytes come over a link that other disks use, too.
     pub fn share(&mut self, path: &Arc<Path>) {
         self.pacer = path.seat(self.pacer.in_flight());
+        self.pacer.source_paces(self.source_paces);
+    }
+
+    /// The source sends no more than fills the link, whatever it is asked for; or it does not.
+    pub fn source_paces(&mut self, paces: bool) {
+        self.source_paces = paces;
+        self.pacer.source_paces(paces);
     }
 
     /// Where the relocation stands.
@@ -362,11 +371,13 @@ impl<W> Mover<W> {
         }
     }
 
-    /// What a kept fetch or a zeroing brought is installed: the residency shows it.
+    /// What a kept fetch or a zeroing brought is installed: the residency shows it. `wire_bytes` of it
+    /// crossed the link.
     pub fn landed(
         &mut self,
         now: Duration,
         flight: FlightId,
+        wire_bytes: u64,
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
@@ -379,7 +390,7 @@ impl<W> Mover<W> {
         if done.is_charged() {
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
-            self.pacer.landed(now, rtt, bytes);
+            self.pacer.landed(now, rtt, bytes, wire_bytes);
         }
         for id in done.waiters {
             self.one_landed(id, out);

@@ -189,10 +189,10 @@ fn two_readers_of_a_block_make_one_fetch() {
 
     let mut out = Vec::new();
     r.mark_clean(BlockRange::new(4, 8));
-    mover.landed(MS * 2, seen.fetches[0].0, &r, &mut out);
+    mover.landed(MS * 2, seen.fetches[0].0, 4096, &r, &mut out);
     assert_eq!(sort(std::mem::take(&mut out)).woken, [1]);
     r.mark_clean(BlockRange::new(8, 10));
-    mover.landed(MS * 2, seen.fetches[1].0, &r, &mut out);
+    mover.landed(MS * 2, seen.fetches[1].0, 4096, &r, &mut out);
     assert_eq!(sort(out).woken, [2]);
 }
 
@@ -211,7 +211,7 @@ fn the_background_covers_every_block_once() {
         r.mark_clean(range);
         now += MS;
         let mut out = Vec::new();
-        mover.landed(now, flight, &r, &mut out);
+        mover.landed(now, flight, 4096, &r, &mut out);
         let seen = sort(out);
         complete |= seen.complete;
         under_way.extend(seen.fetches);
@@ -242,7 +242,7 @@ fn a_lost_connection_keeps_readers_waiting_and_asks_again() {
     let seen = sort(std::mem::take(&mut out));
     assert_eq!(seen.fetches.len(), 1);
     r.mark_clean(BlockRange::new(0, 1));
-    mover.landed(MS * 950, seen.fetches[0].0, &r, &mut out);
+    mover.landed(MS * 950, seen.fetches[0].0, 4096, &r, &mut out);
     assert_eq!(sort(out).woken, [1]);
 }
 
@@ -296,7 +296,7 @@ fn a_pause_stops_the_background_and_not_demand() {
     let mut out = Vec::new();
     for (flight, range, _) in first.fetches {
         r.mark_clean(range);
-        mover.landed(MS * 30, flight, &r, &mut out);
+        mover.landed(MS * 30, flight, 4096, &r, &mut out);
     }
     assert!(
         out.is_empty(),
@@ -328,7 +328,7 @@ fn the_cap_holds_the_background_to_its_rate() {
         for (flight, range, _) in std::mem::take(&mut under_way) {
             bytes += g.bytes(range).len();
             r.mark_clean(range);
-            mover.landed(now, flight, &r, &mut out);
+            mover.landed(now, flight, 4096, &r, &mut out);
         }
         mover.tick(now, &r, &mut out);
         under_way = sort(out).fetches;
@@ -375,7 +375,7 @@ fn zeroes_that_the_source_tells_are_never_fetched() {
             _ => continue,
         };
         r.mark_clean(range);
-        mover.landed(MS * 2, flight, &r, &mut queue);
+        mover.landed(MS * 2, flight, 4096, &r, &mut queue);
     }
     assert_eq!(mover.phase(), Phase::Complete);
 }
@@ -437,7 +437,7 @@ fn the_background_rests_while_the_store_takes_nothing() {
             assert!(mover.unkept(now, flight, &r, &mut out).is_empty());
         } else {
             r.mark_clean(range);
-            mover.landed(now + MS, flight, &r, &mut out);
+            mover.landed(now + MS, flight, 4096, &r, &mut out);
         }
     }
     assert!(!mover.store_rests());

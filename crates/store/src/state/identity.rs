@@ -59,6 +59,9 @@ pub struct Departure {
 pub struct Ties {
     /// Where the disk has moved on to, and since when nothing is written here.
     pub departed: Option<Departure>,
+    /// The image at this site that it has moved on to, where it did not leave the site. Only with
+    /// a departure.
+    pub moved_to: Option<String>,
     /// The last move whose fence was lifted by hand: it never gets the disk any more, however late it
     /// asks.
     pub released: Option<VolumeId>,
@@ -142,6 +145,9 @@ impl Identity {
         // Only what there is: without ties the file is as it was before there were any.
         if let Some(departure) = ties.departed {
             line("departed", &written(departure));
+        }
+        if let Some(address) = &ties.moved_to {
+            line("moved-to", &escape(address));
         }
         if let Some(released) = ties.released {
             line("released", &hex(&released));
@@ -238,6 +244,10 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("departed", text) => {
                 let departure = departure(text).ok_or(IdentityError::Line("departed"))?;
                 ties.departed = Some(departure);
+            }
+            ("moved-to", text) if ties.departed.is_some() => {
+                let address = unescape(text).filter(|address| address.len() <= MAX_URI_BYTES);
+                ties.moved_to = Some(address.ok_or(IdentityError::Line("moved-to"))?);
             }
             ("released", text) => {
                 ties.released = Some(unhex(text).ok_or(IdentityError::Line("released"))?);

@@ -37,6 +37,8 @@ const LOCK: &str = "lock";
 const WITNESSES: &str = "witnesses";
 const BASES: &str = "bases";
 const OVERWRITTEN: &str = "overwritten";
+/// Not kept here; but it goes with the state.
+const HEAT: &str = "heat";
 
 /// Bounds of the log, in bytes. It may grow to a quarter of the map before a snapshot is written,
 /// so that snapshots cost at most a few times what the commits do.
@@ -199,6 +201,42 @@ impl StateDir {
             }
         };
         Ok(if is_empty { Found::Begun } else { Found::State })
+    }
+
+    /// Whose state is at `path`, without opening it: nothing of it is kept from others.
+    ///
+    /// # Errors
+    /// The medium fails, or it cannot be believed.
+    pub fn whose(path: &Path) -> Result<Option<Identity>, StateError> {
+        let dir = FsDirectory::new(path);
+        let content = dir.read(VOLUME).map_err(|source| StateError::Io {
+            what: "reading",
+            path: dir.path(VOLUME),
+            source,
+        })?;
+        let decode = |content: Vec<u8>| {
+            Identity::decode(&content).map_err(|source| StateError::Identity {
+                path: dir.path(VOLUME),
+                source,
+            })
+        };
+        content.map(decode).transpose()
+    }
+
+    /// Removes the state at `path`, and the directory if nothing else is in it. Nobody may have it
+    /// open.
+    ///
+    /// # Errors
+    /// The medium fails; what is left is refused, or begun anew.
+    pub fn discard(path: &Path) -> Result<(), StateError> {
+        let dir = FsDirectory::new(path);
+        // Whose it is goes last: anything without it counts as damaged.
+        for name in [MAP, LOG, WITNESSES, BASES, OVERWRITTEN, HEAT, VOLUME, LOCK] {
+            remove(&dir, name)?;
+        }
+        // Not empty, it is somebody else's as well.
+        let _ = std::fs::remove_dir(path);
+        Ok(())
     }
 
     /// Makes the state of a plain image, all of which is here: its identity and nothing else.

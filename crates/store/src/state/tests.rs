@@ -439,3 +439,44 @@ fn every_flipped_bit_of_a_state_is_refused_or_harmless() {
         }
     }
 }
+
+#[test]
+fn where_a_disk_has_moved_to_is_kept_with_its_departure() {
+    let mut departed = Identity {
+        ties: Ties {
+            departed: Some(Departure {
+                to: [9; 16],
+                image_mtime: None,
+                intact: true,
+            }),
+            moved_to: Some("image:/a%3F\n?state=/%25".into()),
+            ..Ties::default()
+        },
+        ..identity()
+    };
+    let decoded = Identity::decode(&departed.encode()).unwrap();
+    assert_eq!(decoded, departed);
+    departed.ties.departed = None;
+    assert!(
+        Identity::decode(&departed.encode()).is_err(),
+        "a place without a departure"
+    );
+}
+
+#[test]
+fn what_is_discarded_leaves_nothing_but_what_is_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk.hikkoshi");
+    assert_eq!(StateDir::whose(&path).unwrap(), None);
+    drop(StateDir::create(&path, identity()).unwrap());
+    assert_eq!(StateDir::whose(&path).unwrap(), Some(identity()));
+    std::fs::write(path.join("notes"), "mine").unwrap();
+    StateDir::discard(&path).unwrap();
+    let left: Vec<_> = std::fs::read_dir(&path).unwrap().flatten().collect();
+    assert!(left.len() == 1 && left[0].file_name() == "notes");
+    assert_eq!(StateDir::look(&path).unwrap(), Found::Nothing);
+    std::fs::remove_file(path.join("notes")).unwrap();
+    drop(StateDir::create(&path, identity()).unwrap());
+    StateDir::discard(&path).unwrap();
+    assert!(!path.exists());
+}

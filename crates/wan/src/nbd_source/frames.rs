@@ -16,7 +16,7 @@ use super::receive::{ReadError, Receiver, size, wire};
 use super::replies::{Begun, Ended, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
-use crate::transport::pack::{Codec, unpack};
+use crate::transport::pack::{Codec, Unpacker};
 use crate::transport::session::Told;
 use crate::transport::{HEADER_BYTES, Header, Kind, limits};
 
@@ -69,7 +69,8 @@ pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Resul
             return Ok(replies.end(error));
         }
     }
-    Ok(replies.run(frame))
+    let mut unpacker = Unpacker::default();
+    Ok(replies.run(|replies| frame(replies, &mut unpacker)))
 }
 
 fn next_header(receiver: &mut Receiver<'_>) -> Result<Header, ReadError> {
@@ -110,11 +111,11 @@ fn attached(receiver: &mut Receiver<'_>, ticket: &Ticket, line: &Line) -> Result
 }
 
 /// Receives one frame.
-fn frame(replies: &mut Replies<'_, Active>) -> Result<(), ReadError> {
+fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(), ReadError> {
     let header = next_header(&mut replies.receiver)?;
     let (active, receiver) = replies.of(header.id)?;
     active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
-    take(receiver, active, &header)?;
+    take(receiver, unpacker, active, &header)?;
     active.checked = active.data.len();
     if header.last {
         return finish(replies, header.id);
@@ -164,6 +165,7 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
 /// Takes what belongs to a header, if it is what may come now.
 fn take(
     receiver: &mut Receiver<'_>,
+    unpacker: &mut Unpacker,
     active: &mut Active,
     header: &Header,
 ) -> Result<(), ReadError> {
@@ -190,7 +192,8 @@ fn take(
             };
             receiver.body(payload_len, |payload| {
                 header.check_payload(payload)?;
-                unpack(codec, payload, span, &mut active.data)
+                unpacker
+                    .unpack(codec, payload, span, &mut active.data)
                     .ok_or(ReadError::Answer("compressed data that does not add up"))
             })?
         }

@@ -86,6 +86,10 @@ impl Line {
         config: &NbdSourceConfig,
         attaching: Option<Arc<Ticket>>,
     ) -> Arc<Self> {
+        let bulk_max = match negotiated.transport {
+            true => config.bulk_in_flight_in_frames,
+            false => config.bulk_in_flight,
+        };
         let state = State {
             waiting_since: attaching.is_some().then(Instant::now),
             ..State::default()
@@ -95,7 +99,7 @@ impl Line {
             negotiated,
             attaching,
             in_flight_max: config.in_flight,
-            bulk_max: config.bulk_in_flight,
+            bulk_max,
             packing: config.packing,
             dead: AtomicBool::new(false),
             load: AtomicU64::new(0),

@@ -55,7 +55,7 @@ impl<'a, B: Begun> Replies<'a, B> {
     }
 
     /// Receives with `step` until the connection ends.
-    pub(super) fn run(mut self, step: impl Fn(&mut Self) -> Result<(), ReadError>) -> Ended {
+    pub(super) fn run(mut self, mut step: impl FnMut(&mut Self) -> Result<(), ReadError>) -> Ended {
         loop {
             if let Err(error) = step(&mut self) {
                 return self.end(error);

@@ -7,6 +7,7 @@
 
 mod backlog;
 mod batch;
+mod pace;
 mod post;
 
 use std::collections::{HashMap, HashSet};
@@ -35,6 +36,7 @@ use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
 use backlog::Backlog;
 use batch::{Batch, Bytes, Place};
+use pace::Pace;
 use post::{Letter, Outcome, Post};
 
 /// What the kernel may hold of this connection that it has not sent: enough to be sending on
@@ -78,6 +80,8 @@ pub(super) struct FrameSession {
     relocation: Option<Arc<Relocation>>,
     socket: Socket,
     over_tcp: bool,
+    /// How much may be on its way, where TCP tells.
+    pace: Option<Pace>,
     /// The socket said that there is room, and took nothing.
     refused: bool,
     decoder: Decoder,
@@ -113,6 +117,7 @@ impl FrameSession {
             relocation: volume.relocation(),
             scheduler: Scheduler::new(volume.geometry().size_bytes()),
             volume,
+            pace: Pace::of(&socket),
             socket,
             over_tcp,
             refused: false,
@@ -147,9 +152,12 @@ impl FrameSession {
             self.take_requests()?;
             // Only the kernel knows whether there is room for more, and it is asked at the same
             // time as for what is new, so that this is seen before the next quantum is chosen.
-            let sending = !self.batch.is_empty() || self.scheduler.peek().is_some();
             let asked_at = Instant::now();
-            let seen = self.wait(sending)?;
+            let next = self.scheduler.peek();
+            let held_back = self.batch.is_empty()
+                && next.is_some_and(|step| !self.may_go(step.priority, asked_at));
+            let sending = !held_back && (!self.batch.is_empty() || next.is_some());
+            let seen = self.wait(sending, held_back)?;
             let woken_at = Instant::now();
             if seen.letters {
                 self.take_letters();
@@ -160,6 +168,10 @@ impl FrameSession {
             self.take_requests()?;
             if self.relocation.is_some() && self.volume.is_plain() {
                 self.relocation = None;
+            }
+            // The disk has changed its storage. Who connects again reads it there.
+            if self.volume.successor().is_some() {
+                return Ok(());
             }
             if seen.room || !sending {
                 if self.batch.is_empty() {
@@ -174,14 +186,18 @@ impl FrameSession {
                 if self.dismissed && self.batch.is_empty() {
                     return self.see_off();
                 }
-                if sending {
-                    self.packer.note(woken_at - asked_at, woken_at.elapsed());
-                }
             }
+            self.packer.note(woken_at - asked_at, woken_at.elapsed());
         }
     }
 
-    fn wait(&self, sending: bool) -> io::Result<Seen> {
+    /// Whether a step may go now: whatever a guest waits for, and the rest while the path has room.
+    fn may_go(&self, priority: Priority, now: Instant) -> bool {
+        let waited_for = priority.level() <= Priority::REST.level();
+        waited_for || self.pace.as_ref().is_none_or(|pace| pace.admits(now))
+    }
+
+    fn wait(&self, sending: bool, held_back: bool) -> io::Result<Seen> {
         let mut wanted = PollFlags::empty();
         if !self.scheduler.is_full() && !self.telling {
             wanted |= PollFlags::IN;
@@ -194,7 +210,11 @@ impl FrameSession {
         } else {
             Backlog::Short
         };
-        let patience = backlog.patience().map(|wait| Timespec {
+        let patience = match held_back {
+            true => Some(pace::LOOK_AGAIN),
+            false => backlog.patience(),
+        };
+        let patience = patience.map(|wait| Timespec {
             tv_sec: 0,
             tv_nsec: wait.subsec_nanos().into(),
         });
@@ -305,7 +325,11 @@ impl FrameSession {
     /// sends: hashing takes its time, too.
     fn fill(&mut self) {
         let mut spent = 0;
+        let now = Instant::now();
         while let Some(step) = self.scheduler.peek() {
+            if !self.may_go(step.priority, now) {
+                return;
+            }
             let cost = match step.work {
                 Work::Wish(Wish::Extents) => EXTENTS_COST,
                 _ => step.len,
