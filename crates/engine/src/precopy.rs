@@ -59,6 +59,9 @@ struct Flight {
 pub struct Precopy {
     geometry: Geometry,
     copied: Vec<u64>,
+    /// What was asked for once at least: of a region that is left for after the handoff the rest is
+    /// copied all the same, for it is what does not change.
+    asked: Vec<u64>,
     flights: BTreeMap<CopyId, Flight>,
     next_id: u64,
     /// Before this block it is known what reads as zeroes.
@@ -81,6 +84,7 @@ impl Precopy {
         let mut this = Self {
             geometry,
             copied: vec![0; words],
+            asked: vec![0; words],
             flights: BTreeMap::new(),
             next_id: 0,
             scanned_to: 0,
@@ -112,6 +116,7 @@ impl Precopy {
             }
         }
         self.copied.fill(0);
+        self.asked.fill(0);
         self.scanning = false;
         self.scanned_to = 0;
         self.cursor = 0;
@@ -222,7 +227,10 @@ impl Precopy {
         levels.sort_unstable();
         levels.dedup();
         let worth_it = levels.into_iter().take_while(|l| *l <= self.most_repeats);
-        let range = worth_it.into_iter().find_map(|l| self.find(l, chunk))?;
+        let range = worth_it
+            .into_iter()
+            .find_map(|l| self.find(l, chunk))
+            .or_else(|| self.find_never_asked(chunk))?;
         self.cursor = range.end;
         Some(Wanted::Data(self.take_off(range, false), range))
     }
@@ -230,6 +238,11 @@ impl Precopy {
     fn take_off(&mut self, range: BlockRange, scans: bool) -> CopyId {
         let id = CopyId(self.next_id);
         self.next_id += 1;
+        if !scans {
+            for (word, mask) in masks(range) {
+                self.asked[word] |= mask;
+            }
+        }
         let flight = Flight {
             range,
             scans,
@@ -265,8 +278,30 @@ impl Precopy {
         None
     }
 
+    /// What was not even asked for of the regions that are not worth it any more.
+    fn find_never_asked(&self, chunk: u64) -> Option<BlockRange> {
+        let region = (REGION_BYTES / self.geometry.block_bytes()).max(1);
+        let left = self.repeats.iter().filter(|(_, l)| **l > self.most_repeats);
+        let runs = left.filter_map(|(at, _)| {
+            let end = ((at + 1) * region).min(self.scanned_to);
+            self.first_clear(
+                |word| self.copied[word] | self.asked[word],
+                at * region,
+                end,
+            )
+        });
+        let run = runs.min_by_key(|run| run.start)?;
+        let end = run.end.min(run.start + chunk.max(1));
+        Some(BlockRange::new(run.start, end))
+    }
+
     /// The first run that is neither copied nor under way.
     fn first_missing(&self, from: u64, to: u64) -> Option<BlockRange> {
+        self.first_clear(|word| self.copied[word], from, to)
+    }
+
+    /// The first run that is neither under way nor set in a map, by its words.
+    fn first_clear(&self, set: impl Fn(usize) -> u64, from: u64, to: u64) -> Option<BlockRange> {
         let flying = |block: u64| {
             let data = self.flights.values().filter(|f| !f.scans);
             data.map(|f| f.range)
@@ -274,7 +309,7 @@ impl Precopy {
         };
         let mut at = from;
         while at < to {
-            let word = self.copied[usize::try_from(at / BITS).ok()?] >> (at % BITS);
+            let word = set(usize::try_from(at / BITS).ok()?) >> (at % BITS);
             if word & 1 == 1 {
                 at += u64::from(word.trailing_ones());
                 continue;
@@ -284,19 +319,15 @@ impl Precopy {
                 continue;
             }
             let mut end = at + 1;
-            while end < to && !self.is_copied(end) && flying(end).is_none() {
+            let is_set = |block: u64| {
+                usize::try_from(block / BITS).is_ok_and(|word| set(word) >> (block % BITS) & 1 == 1)
+            };
+            while end < to && !is_set(end) && flying(end).is_none() {
                 end += 1;
             }
             return Some(BlockRange::new(at, end.min(to)));
         }
         None
-    }
-
-    fn is_copied(&self, block: u64) -> bool {
-        usize::try_from(block / BITS)
-            .ok()
-            .and_then(|word| self.copied.get(word))
-            .is_some_and(|word| word >> (block % BITS) & 1 == 1)
     }
 
     /// The source's bytes are in the image. What has not changed meanwhile is copied.
@@ -327,8 +358,14 @@ impl Precopy {
 
     /// It came to nothing.
     pub fn failed(&mut self, id: CopyId) {
-        if self.take_down(id).is_some_and(|flight| flight.scans) {
-            self.scanning = false;
+        match self.take_down(id) {
+            Some(flight) if flight.scans => self.scanning = false,
+            Some(flight) => {
+                for (word, mask) in masks(flight.range) {
+                    self.asked[word] &= !mask;
+                }
+            }
+            None => {}
         }
     }
 
@@ -611,5 +648,36 @@ mod tests {
         }
         assert_eq!(copies, 1 + MAX_REPEATS);
         world.check();
+    }
+
+    /// Four blocks of a region changed while most of it was still to be copied. It was left for after
+    /// the handoff as one that changes for ever, with blocks in it that nobody had written for
+    /// years: a guest that read these then waited for the link.
+    #[test]
+    fn what_never_changes_is_copied_also_beside_what_does() {
+        let blocks = REGION_BYTES / 4096;
+        let geometry = Geometry::new(REGION_BYTES, 4096).expect("a good shape");
+        let mut precopy = Precopy::new(geometry, false);
+        let Some(Wanted::Extents(scan, all)) = precopy.next(16) else {
+            panic!("it is scanned first");
+        };
+        precopy.scanned(scan, all.end, &[]);
+        let Some(Wanted::Data(id, first)) = precopy.next(16) else {
+            panic!("it is to be copied");
+        };
+        precopy.landed(id);
+        for block in 0..=u64::from(MAX_REPEATS) {
+            precopy.changed([BlockRange::new(block, block + 1)]);
+        }
+        let mut asked: Vec<u64> = Vec::new();
+        while let Some(Wanted::Data(id, range)) = precopy.next(16) {
+            asked.extend(range.start..range.end);
+            precopy.landed(id);
+        }
+        asked.sort_unstable();
+        assert_eq!(asked, (first.end..blocks).collect::<Vec<_>>());
+        // What was copied and changes now is left like all that changes here.
+        precopy.changed([BlockRange::new(20, 21)]);
+        assert_eq!(precopy.next(16), None);
     }
 }

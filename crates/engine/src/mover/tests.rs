@@ -114,7 +114,7 @@ fn a_reader_of_what_was_taken_back_is_woken() {
     mover.failed(MS, flight, FetchFailure::Cancelled, &r, &mut out);
     for (id, range, _) in begun.fetches {
         r.mark_clean(range);
-        mover.landed(MS, id, &r, &mut out);
+        mover.landed(MS, id, 4096, &r, &mut out);
     }
     assert!(all.contains(&flight));
     assert_eq!(sort(out).woken, [7]);
