@@ -112,7 +112,7 @@ impl Side {
 }
 
 /// Whether a side accepts writes: something is written that is there already.
-fn accepts_writes(daemon: &Daemon) -> Result<bool> {
+pub(super) fn accepts_writes(daemon: &Daemon) -> Result<bool> {
     let mut client = Client::connect(&daemon.socket)?;
     let data = client.read(0, PROBE_BYTES)?;
     let write = Request::Write {
@@ -134,7 +134,7 @@ fn state(daemon: &Daemon) -> Result<String> {
 }
 
 /// As if a file of these bytes had been there for ever.
-fn there_before(root: &Path, image: &Path) -> Result<Vec<Call>> {
+pub(super) fn there_before(root: &Path, image: &Path) -> Result<Vec<Call>> {
     let path = image.to_path_buf();
     let changes = [
         Change::Open {
@@ -387,7 +387,7 @@ impl<'a> Session<'a> {
 
 /// An instant within or between calls of either side, from `began_ns` on; mostly at calls on the
 /// states.
-fn instant(media: &[Medium; 2], began_ns: u64, random: &mut Random) -> Result<u64> {
+pub(super) fn instant(media: &[Medium; 2], began_ns: u64, random: &mut Random) -> Result<u64> {
     let of_state = random.below(4) > 0;
     let all: Vec<_> = media
         .iter()
