@@ -419,7 +419,7 @@ impl Underway {
             let state = lock(&self.transfer.state);
             // Its last word is that all has arrived: then it has asked for the older copies, too.
             let arrived = new.is_local() && self.old_volume.has_arrived_elsewhere();
-            if arrived {
+            if arrived && self.old_volume.is_deserted() {
                 break;
             }
             if state.stopping {
