@@ -172,6 +172,9 @@ pub struct Counters {
     /// Connections to the source given up because bytes were changed on their way.
     #[serde(default)]
     pub checksum_failures: u64,
+    /// Bytes that were asked for and then not sent, because they were wanted no more.
+    #[serde(default)]
+    pub cancelled_bytes: u64,
     /// The longest a guest read waited for the source, in microseconds.
     pub longest_remote_read_us: u64,
     /// Times that the source was lost.

@@ -20,8 +20,11 @@ use hikkoshi_nbd::client::{Handshake, HandshakeConfig, Progress};
 use hikkoshi_wan::transport::frame::Side;
 use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
 use hikkoshi_wan::transport::pack::Packing;
+use hikkoshi_wan::transport::session::{Stance, Tell, Told};
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
-use hikkoshi_wan::{Address, Hashes, Lane, NbdSource, Source, SourceErrorKind};
+use hikkoshi_wan::{
+    Address, Hashes, Lane, MoveLine, MoveLink, NbdSource, Source, SourceErrorKind, Ticket,
+};
 use proxy::{Fault, Proxy, Way};
 use site::{On, Site, Wanted};
 use support::{Answer, conforms, outcome, pattern, submit_read, wait_until};
@@ -436,6 +439,73 @@ fn nonsense_costs_a_client_its_connection_and_nobody_else() {
         let answer = good.frame().unwrap();
         assert!(answer.header.last, "{number}: {answer:?}");
     }
+    site.daemon.shutdown().unwrap();
+}
+
+/// Requests may be sent behind ATTACH. Whoever is refused gets the reason, and nothing else.
+#[test]
+fn nothing_is_answered_behind_a_refused_attach() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &pattern(1 << 20), On::Tcp);
+    let mut raw = Raw::connect(&site);
+    // The disk was never handed over to it, so its fence is gone, or there never was one.
+    let attach = Tell::Attach {
+        id: [7; 16],
+        stance: Stance::Arriving,
+        epoch: 0,
+        base: None,
+    };
+    let payload = attach.encode();
+    let header = Header::request(Kind::Tell, Priority::DEMAND, 0, 0, 0).with_payload(&payload);
+    let read = Request::Wish {
+        id: 0,
+        priority: Priority::DEMAND,
+        wish: Wish::Read {
+            packing: Packing::None,
+        },
+        offset: 0,
+        len: 65536,
+    };
+    let sent = [&header.encode()[..], &payload, &read.encode()].concat();
+    raw.stream.write_all(&sent).unwrap();
+    let told = raw.frame().unwrap();
+    assert_eq!(told.header.kind, Kind::Told);
+    let told = Told::decode(&told.payload, 1 << 20);
+    assert!(matches!(told, Some(Told::Refused(_))), "{told:?}");
+    assert!(raw.frame().is_none(), "the end of the stream");
+    drop(raw);
+    site.daemon.shutdown().unwrap();
+}
+
+/// What is last to be said of a move is said when the source is needed no more.
+#[test]
+fn the_connection_for_the_move_outlives_the_source() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &pattern(1 << 20), On::Tcp);
+    let mut config = site.client();
+    config.several_without_promise = true;
+    config.ticket = Some(Ticket::new([7; 16], None, Stance::Standby, false));
+    let source = NbdSource::connect(config.clone()).unwrap();
+    wait_until("all connections stand", || source.connections() == 4);
+    let line = MoveLine::new(config);
+    let patience = Duration::from_secs(30);
+    assert!(line.tell(&Tell::Heat { id: [7; 16] }, patience).is_ok());
+    source.close();
+    let told = line.tell(&Tell::Done { id: [7; 16] }, patience);
+    assert_eq!(told.unwrap(), Told::Fine);
+    site.daemon.shutdown().unwrap();
+}
+
+/// All connections are refused, the one for the move as well: somebody has to say so.
+#[test]
+fn a_source_that_refuses_the_move_says_why() {
+    let dir = TempDir::new().unwrap();
+    let site = Site::with(dir.path(), "disk", &pattern(1 << 20), On::Tcp);
+    let mut config = site.client();
+    config.several_without_promise = true;
+    config.ticket = Some(Ticket::new([7; 16], None, Stance::Arriving, true));
+    let error = NbdSource::connect(config).err().unwrap();
+    assert_eq!(error.kind, SourceErrorKind::Untrusted, "{error}");
     site.daemon.shutdown().unwrap();
 }
 

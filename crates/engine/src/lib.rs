@@ -16,4 +16,5 @@ pub mod readahead;
 pub mod residency;
 pub mod seeding;
 pub mod sync;
+pub mod window;
 pub mod witness;

@@ -160,8 +160,9 @@ impl Precopy {
         self.flights.len()
     }
 
-    /// Connections stand (again).
-    pub fn connected(&mut self, now: Duration) {
+    /// Connections stand (again), to a source that sends no more than fills the link, or does.
+    pub fn connected(&mut self, now: Duration, source_paces: bool) {
+        self.pacer.source_paces(source_paces);
         self.pacer.restart(now);
     }
 
@@ -189,17 +190,19 @@ impl Precopy {
         Some(wanted)
     }
 
-    /// Something that was paced has come, or will not.
-    pub fn arrived(&mut self, now: Duration, id: CopyId, whole: bool) {
+    /// Something that was paced has come, and was so many bytes on the wire, or will not.
+    pub fn arrived(&mut self, now: Duration, id: CopyId, wire_bytes: Option<u64>) {
         let Some(flight) = self.flights.get_mut(&id) else {
             return;
         };
         let bytes = self.geometry.bytes(flight.range).len();
         if let Some(sent_at) = flight.sent_at.take() {
-            if whole {
-                self.pacer.landed(now, now.saturating_sub(sent_at), bytes);
-            } else {
-                self.pacer.lost(bytes);
+            match wire_bytes {
+                Some(wire) => {
+                    let rtt = now.saturating_sub(sent_at);
+                    self.pacer.landed(now, rtt, bytes, wire);
+                }
+                None => self.pacer.lost(bytes),
             }
         }
     }

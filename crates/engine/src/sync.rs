@@ -88,3 +88,21 @@ pub fn wait<'a, T>(
         .wait(guard)
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
+
+/// The same, for at most `most`. A scheduler has its own time, and may return sooner.
+#[cfg_attr(loom, allow(unused_variables))]
+pub fn wait_for<'a, T>(
+    changed: &Condvar,
+    mutex: &'a Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    most: std::time::Duration,
+) -> MutexGuard<'a, T> {
+    #[cfg(not(loom))]
+    if SCHEDULER.get().is_some() {
+        return wait(changed, mutex, guard);
+    }
+    changed
+        .wait_timeout(guard, most)
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .0
+}

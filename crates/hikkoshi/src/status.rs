@@ -124,6 +124,7 @@ fn describe(one: &Found, with_daemon: bool) -> String {
         let saved = [
             (counters.packed_bytes_saved, "saved by compression"),
             (counters.zero_bytes_skipped, "of zeroes not sent"),
+            (counters.cancelled_bytes, "taken back in time"),
         ];
         let saved: String = saved
             .iter()

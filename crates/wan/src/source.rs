@@ -115,6 +115,8 @@ pub enum SourceErrorKind {
     Refused,
     /// The source broke the protocol, or is not the disk it was. Nothing of it is to be believed.
     Untrusted,
+    /// [`Source::cancel`] took it back.
+    Cancelled,
 }
 
 /// Why a request to the source failed.
@@ -124,6 +126,9 @@ pub struct SourceError {
     pub kind: SourceErrorKind,
     /// What was tried and what happened, for people.
     pub message: Arc<str>,
+    /// Of a read whose connection was lost: what had come of it from its beginning on, each piece with
+    /// its checksum. It is what the source had when it was asked.
+    pub come: Option<Arc<Fetched>>,
 }
 
 impl SourceError {
@@ -132,6 +137,7 @@ impl SourceError {
         Self {
             kind,
             message: message.into(),
+            come: None,
         }
     }
 }
@@ -208,6 +214,17 @@ pub trait Source: Send + Sync + 'static {
     /// as demand from here on, as far as the source can still be told.
     fn promote(&self, offset: u64, len: u64) {
         let _ = (offset, len);
+    }
+
+    /// Reads of `lane` that lie within `len` bytes at `offset` are wanted no more. As far as they can still
+    /// be taken back they fail with [`SourceErrorKind::Cancelled`]; others are answered all the same.
+    fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        let _ = (lane, offset, len);
+    }
+
+    /// Bytes that were asked for and, being cancelled, not sent.
+    fn cancelled_bytes(&self) -> u64 {
+        0
     }
 
     /// Whether frames of ours are spoken with it now: hashes are made there, and what crosses the

@@ -170,6 +170,19 @@ fn a_server_for_one_client_is_enough() {
     conforms(&*source, &data, &|| {});
 }
 
+/// The same where all connections are dialled at once: it admits any of them.
+#[test]
+fn a_server_for_one_client_admits_any_connection() {
+    let data = pattern(SIZE);
+    let server = qemu_nbd(&data, On::Unix, "1", &["-r"]);
+    let mut config = config(&server, "");
+    config.handshake_timeout = Duration::from_millis(300);
+    config.several_without_promise = true;
+    let source = NbdSource::connect(config).unwrap();
+    assert_eq!(source.connections(), 1);
+    conforms(&*source, &data, &|| {});
+}
+
 #[test]
 fn a_wrong_export_is_refused_by_name() {
     let server = qemu_nbd(&pattern(SIZE), On::Unix, "1", &["-x", "right"]);

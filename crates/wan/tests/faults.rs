@@ -5,13 +5,14 @@ mod support;
 
 use std::io;
 use std::net::TcpListener;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hikkoshi_nbd::wire::command;
 use hikkoshi_wan::{Fetched, Lane, NbdSource, Source, SourceError, SourceErrorKind};
-use support::fake::{Fake, Peer, Request, config, slice};
+use support::fake::{Fake, Haste, Peer, Request, config, slice};
 use support::{HANG, Recorder, outcome, pattern, submit_extents, submit_read, wait_until};
 
 const SIZE: u64 = 1 << 20;
@@ -78,6 +79,73 @@ fn a_handshake_that_ends_at_any_byte_is_an_error() {
             assert_eq!(error.kind, SourceErrorKind::Disconnected, "{left}: {error}");
         }
     }
+}
+
+/// Options at once are dropped by some servers, or cost something: then they go one by one, from then
+/// on without trying again.
+#[test]
+fn servers_that_take_no_options_at_once_are_asked_one_by_one() {
+    for haste in [Haste::HangUp, Haste::Sour] {
+        let dials = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&dials);
+        let fake = Fake::start(move |number, mut peer| {
+            count.fetch_add(1, Ordering::SeqCst);
+            let disk = disk();
+            let _ = peer.greet_with(SIZE, true, haste).and_then(|()| {
+                loop {
+                    let read = peer.request()?;
+                    peer.data(&read, read.offset, slice(&disk, &read), true)?;
+                    if number == 1 {
+                        // The first that stands is lost after one answer.
+                        return Ok(());
+                    }
+                }
+            });
+        });
+        let source = NbdSource::connect(fake.config()).unwrap();
+        assert!(outcome(&submit_read(&*source, Lane::Demand, 0, 512)).is_ok());
+        assert_eq!(dials.load(Ordering::SeqCst), 2, "{haste:?}");
+        wait_until("it is back", || {
+            outcome(&submit_read(&*source, Lane::Demand, 0, 512)).is_ok()
+        });
+        assert_eq!(dials.load(Ordering::SeqCst), 3, "{haste:?}");
+    }
+}
+
+/// All are dialled at the same time. The server takes one, and it is not the first; the others are left
+/// waiting, or sent away.
+#[test]
+fn any_connection_may_be_the_first() {
+    for hangs in [true, false] {
+        let fake = Fake::start(move |number, mut peer| {
+            let disk = disk();
+            if number == 3 {
+                let _ = peer.greet(SIZE, false).and_then(|()| peer.serve(&disk));
+            } else if hangs {
+                let _ = peer.request();
+            }
+        });
+        let mut config = fake.config();
+        config.connections = 4;
+        config.several_without_promise = true;
+        let source = NbdSource::connect(config).unwrap();
+        for _ in 0..50 {
+            assert!(outcome(&submit_read(&*source, Lane::Bulk, 0, 65536)).is_ok());
+        }
+        assert_eq!(source.connections(), 1);
+    }
+}
+
+#[test]
+fn when_no_connection_stands_the_reason_is_told() {
+    let fake = Fake::start(|_, mut peer| {
+        let _ = peer.send(b"HTTP/1.1 400 no\r\n\r\n");
+    });
+    let mut config = fake.config();
+    config.connections = 4;
+    config.several_without_promise = true;
+    let error = NbdSource::connect(config).err().unwrap();
+    assert_eq!(error.kind, SourceErrorKind::Untrusted, "{error}");
 }
 
 #[test]

@@ -20,7 +20,6 @@ use hikkoshi_nbd::wire::{self, info, option, reply};
 use hikkoshi_wan::nbd_source::fuzzing::{converse, exchange};
 use hikkoshi_wan::transport::frame::Side;
 use hikkoshi_wan::transport::message::{Request, Wish};
-use hikkoshi_wan::transport::pack::{Codec, unpack};
 use hikkoshi_wan::transport::{Decoder, Frame, Kind};
 use hikkoshi_wan::{
     Address, ExtentsAnswer, Fetched, Hashes, Lane, NbdSourceConfig, Source, SourceError,
@@ -28,7 +27,7 @@ use hikkoshi_wan::{
 use socket2::Socket;
 
 use super::script::{self, Known, What};
-use super::{PROGRAM, frames_of};
+use super::{PROGRAM, frames_of, unpacked};
 use crate::input::Input;
 use crate::memory;
 use crate::nbd_client::script::option_reply;
@@ -106,7 +105,7 @@ pub fn run(how: u8, input: &mut Input<'_>) {
     theirs.shutdown(Shutdown::Write).unwrap();
     let asked: usize = known.iter().map(|known| known.len as usize).sum();
     memory::within(MEMORY_BOUND + 4 * asked, "a source", || {
-        converse(Socket::from(OwnedFd::from(ours)), config, |source| {
+        converse(Socket::from(OwnedFd::from(ours)), config, true, |source| {
             for (n, question) in questions.iter().enumerate() {
                 ask(source, question, n, &ends);
             }
@@ -114,7 +113,7 @@ pub fn run(how: u8, input: &mut Input<'_>) {
     })
     .expect("a handshake that is right");
     let wire = received(&mut theirs);
-    let frames = frames_of(&server[start..]);
+    let frames = unpacked(frames_of(&server[start..]));
     let mut ends = ends.lock().unwrap();
     for (n, (question, end)) in questions.iter().zip(ends.iter_mut()).enumerate() {
         let brought = wire
@@ -287,16 +286,11 @@ fn check_data(question: Known, fetched: &Fetched, brought: &[&Frame]) {
     let start = first.header.offset;
     let (mut at, mut bytes, mut crossed) = (start, Vec::new(), 40);
     for Frame { header, payload } in brought {
-        crossed += 40 + payload.len() as u64;
+        crossed += 40 + u64::from(header.payload_len);
         let span = header.span as usize;
         match header.kind {
             Kind::Zero => bytes.resize(bytes.len() + span, 0),
-            Kind::Data => match Codec::from_flags(header.packing).unwrap() {
-                None => bytes.extend_from_slice(payload),
-                Some(codec) => {
-                    unpack(codec, payload, span, &mut bytes).expect("what was taken adds up");
-                }
-            },
+            Kind::Data => bytes.extend_from_slice(payload),
             Kind::End => {}
             other => panic!("{other:?} was taken for data"),
         }

@@ -10,7 +10,8 @@ mod client;
 pub mod script;
 mod server;
 
-use hikkoshi_wan::transport::{Frame, Header};
+use hikkoshi_wan::transport::pack::{Codec, Unpacker};
+use hikkoshi_wan::transport::{Frame, Header, Kind};
 
 use crate::input::Input;
 
@@ -50,4 +51,29 @@ fn frames_of(bytes: &[u8]) -> Vec<Frame> {
         rest = behind;
     }
     frames
+}
+
+/// The same frames of one connection, in the order in which they came, with the bytes of the disk as their
+/// payload where they were compressed (the headers stay as they were). Ends where one does not
+/// add up: nobody takes what follows it.
+fn unpacked(frames: Vec<Frame>) -> Vec<Frame> {
+    let mut unpacker = Unpacker::default();
+    frames
+        .into_iter()
+        .map_while(|Frame { header, payload }| {
+            let codec = match header.kind {
+                Kind::Data => Codec::from_flags(header.packing).ok()?,
+                _ => None,
+            };
+            let Some(codec) = codec else {
+                return Some(Frame { header, payload });
+            };
+            let mut bytes = Vec::new();
+            unpacker.unpack(codec, &payload, header.span as usize, &mut bytes)?;
+            Some(Frame {
+                header,
+                payload: bytes,
+            })
+        })
+        .collect()
 }

@@ -97,7 +97,7 @@ struct Numbers {
 
 impl Numbers {
     fn put(self, payload: &[u8], out: &mut Vec<u8>) {
-        let mut header = b"HKF2".to_vec();
+        let mut header = b"HKF3".to_vec();
         header.extend_from_slice(&[self.kind, self.priority]);
         header.extend_from_slice(&self.flags.to_be_bytes());
         header.extend_from_slice(&self.id.to_be_bytes());

@@ -106,10 +106,18 @@ pub fn run(data: &[u8]) {
         .iter()
         .map(|q| q.len as usize + MOST_ROUNDING)
         .sum();
-    attempt(&server, config, &questions, MEMORY_BOUND + 4 * asked);
+    let at_once = how & 4 != 0;
+    let bound = MEMORY_BOUND + 4 * asked;
+    attempt(&server, config, at_once, &questions, bound);
 }
 
-fn attempt(server: &[u8], config: NbdSourceConfig, questions: &[Question], bound: usize) {
+fn attempt(
+    server: &[u8],
+    config: NbdSourceConfig,
+    at_once: bool,
+    questions: &[Question],
+    bound: usize,
+) {
     let ends: Arc<Mutex<Vec<Option<End>>>> =
         Arc::new(Mutex::new(questions.iter().map(|_| None).collect()));
     let (mut theirs, ours) = UnixStream::pair().unwrap();
@@ -117,13 +125,18 @@ fn attempt(server: &[u8], config: NbdSourceConfig, questions: &[Question], bound
     theirs.shutdown(Shutdown::Write).unwrap();
     let export = config.export.clone();
     let agreed = memory::within(bound, "a source", || {
-        converse(Socket::from(OwnedFd::from(ours)), config, |source| {
-            for (n, question) in questions.iter().enumerate() {
-                ask(source, *question, n, &ends);
-            }
-        })
+        converse(
+            Socket::from(OwnedFd::from(ours)),
+            config,
+            at_once,
+            |source| {
+                for (n, question) in questions.iter().enumerate() {
+                    ask(source, *question, n, &ends);
+                }
+            },
+        )
     });
-    let rehearsed = rehearse(server, export);
+    let rehearsed = rehearse(server, export, at_once);
     let mut ends = ends.lock().unwrap();
     let Ok(()) = agreed else {
         assert!(rehearsed.is_none(), "a handshake failed that can succeed");
@@ -168,14 +181,18 @@ fn ask(source: &dyn Source, question: Question, n: usize, ends: &Arc<Mutex<Vec<O
 
 /// The handshake once more, without a socket: what it leads to, how many bytes of the server's it
 /// takes, and how many of ours it sends.
-fn rehearse(server: &[u8], export: String) -> Option<(Negotiated, usize, usize)> {
-    let mut handshake = Handshake::new(HandshakeConfig {
+fn rehearse(server: &[u8], export: String, at_once: bool) -> Option<(Negotiated, usize, usize)> {
+    let wanted = HandshakeConfig {
         export,
         structured: true,
         allocation: true,
         transport: false,
-    })
-    .unwrap();
+    };
+    let mut handshake = if at_once {
+        Handshake::at_once(wanted).unwrap()
+    } else {
+        Handshake::new(wanted).unwrap()
+    };
     let (mut at, mut sent) = (0, 0);
     loop {
         sent += handshake.take_output().len();

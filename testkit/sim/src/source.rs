@@ -378,6 +378,17 @@ impl Source for SimSource {
         }
     }
 
+    fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        let connections = self.state().connections.clone();
+        for connection in connections.into_iter().flatten() {
+            let unsent = connection.bare.cancel(lane, offset, len);
+            if !unsent.is_empty() {
+                let why = error(SourceErrorKind::Cancelled, "cancelled");
+                self.push(Told::Failed(unsent, why));
+            }
+        }
+    }
+
     fn watch(&self, watcher: Arc<dyn SourceWatcher>) {
         self.state().watcher = Some(watcher);
     }

@@ -21,6 +21,7 @@ use crate::nbd::{Client, Request};
 use crate::pattern::{Random, mix};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -54,6 +55,13 @@ struct Side {
     /// What was there before the recording began.
     before: Vec<Call>,
     recording: Option<(PathBuf, u32)>,
+}
+
+/// When a move was recorded, and when its handoff was under way.
+pub(super) struct Times {
+    pub(super) began_ns: u64,
+    pub(super) handoff_ns: Range<u64>,
+    pub(super) ended_ns: u64,
 }
 
 struct Session<'a> {
@@ -201,8 +209,11 @@ impl<'a> Session<'a> {
     }
 
     fn play(&mut self, seed: u64, stop: &dyn Fn() -> bool) -> Result<()> {
-        let (began_ns, ended_ns) = self.record()?;
-        let media = [self.medium(0, ended_ns)?, self.medium(1, ended_ns)?];
+        let times = self.record()?;
+        let media = [
+            self.medium(0, times.ended_ns)?,
+            self.medium(1, times.ended_ns)?,
+        ];
         self.sweep.counts.recording();
         // Images keep their inodes, which the states know.
         for side in &self.sides {
@@ -213,7 +224,7 @@ impl<'a> Session<'a> {
                 break;
             }
             let mut random = Random::new(mix(seed ^ mix(number)));
-            let at_ns = instant(&media, began_ns, &mut random)?;
+            let at_ns = instant(&media, &times, &mut random)?;
             let whose = [Whose::Source, Whose::Destination, Whose::Both];
             let whose = whose[usize::try_from(random.below(3))?];
             let cuts = [Whose::Destination, Whose::Source].map(|other| Cut {
@@ -245,9 +256,8 @@ impl<'a> Session<'a> {
         Ok(daemon)
     }
 
-    /// A move, from before the destination comes until it is complete. Tells from when on, and
-    /// until when.
-    fn record(&mut self) -> Result<(u64, u64)> {
+    /// A move, from before the destination comes until it is complete.
+    fn record(&mut self) -> Result<Times> {
         let a = self.start(0)?;
         self.work(&a)?;
         let began_ns = now_ns();
@@ -265,13 +275,18 @@ impl<'a> Session<'a> {
             fua: false,
         })?;
         self.disk.answer(FIRST_WRITE);
+        let answered_ns = now_ns();
         self.disk.flushed(asked_ns);
         self.work(&b)?;
         b.wait_status("complete", |s| s["state"] == "local")?;
         self.work(&b)?;
         b.kill()?;
         a.kill()?;
-        Ok((began_ns, now_ns()))
+        Ok(Times {
+            began_ns,
+            handoff_ns: asked_ns..answered_ns,
+            ended_ns: now_ns(),
+        })
     }
 
     fn work(&mut self, daemon: &Daemon) -> Result<()> {
@@ -385,14 +400,18 @@ impl<'a> Session<'a> {
     }
 }
 
-/// An instant within or between calls of either side, from `began_ns` on; mostly at calls on the
-/// states.
-pub(super) fn instant(media: &[Medium; 2], began_ns: u64, random: &mut Random) -> Result<u64> {
+/// An instant within or between calls of either side, mostly at calls on the states, and half of them
+/// while the handoff is under way.
+pub(super) fn instant(media: &[Medium; 2], times: &Times, random: &mut Random) -> Result<u64> {
     let of_state = random.below(4) > 0;
+    let within = match random.below(2) {
+        0 => times.handoff_ns.clone(),
+        _ => times.began_ns..times.ended_ns,
+    };
     let all: Vec<_> = media
         .iter()
         .flat_map(|medium| medium.instants())
-        .filter(|(begun, _, state)| *begun >= began_ns && (*state || !of_state))
+        .filter(|(begun, _, state)| within.contains(begun) && (*state || !of_state))
         .collect();
     ensure!(!all.is_empty(), "an empty recording");
     let (begun, ended, _) = *all[usize::try_from(random.below(all.len() as u64))?];

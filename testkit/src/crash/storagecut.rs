@@ -12,7 +12,7 @@ use super::daemon::{PATIENCE, POLL, forget_memory};
 use super::disk::{Expected, make_original, now_ns};
 use super::load::{Load, Tally, Work};
 use super::medium::{Cut, Medium};
-use super::movecut::{accepts_writes, instant, there_before};
+use super::movecut::{Times, accepts_writes, instant, there_before};
 use super::record;
 use super::sweep::Sweep;
 use crate::daemon::Daemon;
@@ -87,12 +87,12 @@ impl Session<'_> {
         let [old, new] = self.places.clone();
         make_original(&image(&old), DISK_SECTORS)?;
         let before = there_before(&old, &image(&old))?;
-        let (pid, began_ns, ended_ns) = self.record()?;
+        let (pid, times) = self.record()?;
         record::wait_for_end(&self.trace, pid)?;
         let old_calls = [before, record::read(&self.trace, &old)?].concat();
         let media = [
-            Medium::new(&old, &old_calls, ended_ns)?,
-            Medium::new(&new, &record::read(&self.trace, &new)?, ended_ns)?,
+            Medium::new(&old, &old_calls, times.ended_ns)?,
+            Medium::new(&new, &record::read(&self.trace, &new)?, times.ended_ns)?,
         ];
         self.sweep.counts.recording();
         // Images keep their inodes, which the states know.
@@ -104,7 +104,7 @@ impl Session<'_> {
                 break;
             }
             let mut random = Random::new(mix(seed ^ mix(number)));
-            let at_ns = instant(&media, began_ns, &mut random)?;
+            let at_ns = instant(&media, &times, &mut random)?;
             // One machine, two disks.
             let cuts = [(); 2].map(|()| Cut {
                 at_ns,
@@ -126,8 +126,8 @@ impl Session<'_> {
         place.with_extension("kept")
     }
 
-    /// A move under clients that stay. Gives the process, and from when on and until when.
-    fn record(&mut self) -> Result<(u32, u64, u64)> {
+    /// A move under clients that stay. Gives the process, and when it was.
+    fn record(&mut self) -> Result<(u32, Times)> {
         let tracer = record::tracer(&self.trace)?;
         let daemon = self.start(&self.places[0], &tracer)?;
         let began_ns = now_ns();
@@ -135,10 +135,12 @@ impl Session<'_> {
         let seed = self.random.next();
         let load = Load::start(&daemon.socket, &self.disk, 8, Work::All, seed, &wanted);
         self.await_work(&wanted, REQUESTS)?;
+        let asked_ns = now_ns();
         let to = image(&self.places[1]).display().to_string();
         let prepare = ["none", "ahead"][usize::try_from(self.random.below(2))?];
         daemon.command(&["move", &to, "--detach", "--prepare", prepare])?;
         daemon.wait_status("in the new image", |s| s["storage_move"]["phase"] == "done")?;
+        let done_ns = now_ns();
         let so_far = wanted.answered.load(Ordering::Relaxed);
         self.await_work(&wanted, so_far + REQUESTS)?;
         load.finish()?;
@@ -146,7 +148,12 @@ impl Session<'_> {
         all.fetch_add(wanted.answered.load(Ordering::Relaxed), Ordering::Relaxed);
         let pid = daemon.pid();
         daemon.kill()?;
-        Ok((pid, began_ns, now_ns()))
+        let times = Times {
+            began_ns,
+            handoff_ns: asked_ns..done_ns,
+            ended_ns: now_ns(),
+        };
+        Ok((pid, times))
     }
 
     fn await_work(&self, tally: &Tally, requests: u64) -> Result<()> {

@@ -169,6 +169,11 @@ const METRICS: &[Metric] = &[
         |s| Some(s.counters.packed_bytes_saved),
     ),
     counter(
+        "cancelled_bytes_total",
+        "Bytes that were asked for and then not sent, because they were wanted no more.",
+        |s| Some(s.counters.cancelled_bytes),
+    ),
+    counter(
         "disk_errors_total",
         "Requests that the image's medium failed.",
         |s| Some(s.counters.disk_errors),

@@ -16,6 +16,7 @@ use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
+use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
 use hikkoshi_wan::transport::session::{Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
@@ -23,7 +24,7 @@ use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceEr
 use super::gate::Gate;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
-use crate::config::{Prepare, SourceConfig, SourceLoss};
+use crate::config::{HandoffPolicy, Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
 
@@ -181,11 +182,8 @@ impl Arrival {
     }
 
     /// Waits for news, for at most `most`.
-    fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
-        self.changed
-            .wait_timeout(state, most)
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .0
+    fn wait<'a>(&'a self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
+        wait_for(&self.changed, &self.state, state, most)
     }
 
     fn pause(&self, pause: Duration) {
@@ -269,12 +267,16 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
-        self.ask_for_heat(arrival);
+        // A handoff that is on its way is not to wait behind an answer that can come later.
+        let at_once = self.handoff_policy == HandoffPolicy::Now;
+        if !at_once {
+            self.ask_for_heat(arrival);
+        }
         while !arrival.is_stopping() && self.life() == LifeState::Standby && !self.has_given_up() {
             let Some(relocation) = self.relocation() else {
                 return;
             };
-            let over = arrival.state().over;
+            let over = at_once || arrival.state().over;
             if (self.copies_ahead(arrival) || arrival.has_base) && !over {
                 self.prepare_some(arrival, &relocation);
             } else {
@@ -416,7 +418,7 @@ impl Volume {
                     state.precopy.differs(run);
                 }
             }
-            state.precopy.connected(self.now());
+            state.precopy.connected(self.now(), true);
         }
         Some(all_copied)
     }
@@ -621,10 +623,8 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return;
         };
-        arrival
-            .state()
-            .precopy
-            .arrived(self.now(), id, outcome.is_ok());
+        let wire_bytes = outcome.as_ref().ok().map(|fetched| fetched.wire_bytes);
+        arrival.state().precopy.arrived(self.now(), id, wire_bytes);
         let Ok(fetched) = outcome else {
             return self.not_copied(arrival, id, false);
         };
@@ -848,6 +848,11 @@ impl Volume {
         arrival.state().over = true;
         drop(deciding);
         arrival.changed.notify_all();
+        if let Some(relocation) = self.relocation() {
+            // What was being copied ahead.
+            let all = self.geometry.size_bytes();
+            relocation.source().cancel(Lane::Bulk, 0, all);
+        }
         self.event(
             EventKind::MoveGivenUp,
             if self.from_image {

@@ -300,6 +300,8 @@ impl Volume {
         let changed = relocation.source().checksum_failures();
         let traffic = &relocation.traffic;
         traffic.checksum_failures.store(changed, Ordering::Relaxed);
+        let cancelled = relocation.source().cancelled_bytes();
+        traffic.cancelled_bytes.store(cancelled, Ordering::Relaxed);
         self.last_traffic.take_over(traffic);
         relocation.retire();
         drop(old);

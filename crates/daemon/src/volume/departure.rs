@@ -203,13 +203,15 @@ impl Session {
         runs.iter().map(|run| geometry.bytes(*run)).collect()
     }
 
-    /// The answer to question `number`: the one before, if that was lost, or the news.
-    fn changes(&self, number: u64) -> Vec<ByteRange> {
+    /// The answer to question `number`: the one before, if that was lost, or the news. `None` to a
+    /// question that comes late, from a connection that was given up: nobody hears that answer, and
+    /// what it told would be told to nobody else.
+    fn changes(&self, number: u64) -> Option<Vec<ByteRange>> {
         let mut told = lock(&self.told);
-        if told.0 != number {
+        if told.0.checked_add(1) == Some(number) {
             *told = (number, coarsened(self.map.take(), limits::TOLD_RANGES));
         }
-        self.bytes_of(&told.1)
+        (told.0 == number).then(|| self.bytes_of(&told.1))
     }
 
     /// All that it may not know. Nothing changes any more.
@@ -465,12 +467,13 @@ impl Volume {
                 epoch,
                 base,
             } => self.attach(id, stance, epoch, base, bound),
-            Tell::Changes { id, epoch, number } => match self.departures.find(id) {
-                Some(session) if session.epoch == epoch => Ok(Told::Changes {
-                    ranges: session.changes(number),
-                }),
-                _ => Err("these changes are not tracked any more".to_owned()),
-            },
+            Tell::Changes { id, epoch, number } => {
+                let session = self.departures.find(id).filter(|s| s.epoch == epoch);
+                let ranges = session.and_then(|session| session.changes(number));
+                ranges
+                    .map(|ranges| Told::Changes { ranges })
+                    .ok_or_else(|| "these changes are not tracked any more".to_owned())
+            }
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
             Tell::Bases { id } => self.tell_bases(id),
@@ -815,5 +818,33 @@ impl Volume {
             .state
             .as_ref()
             .map_or(0, |state| state.identity().generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use hikkoshi_engine::geometry::BlockIndex;
+
+    /// A question waited in the network while the connection it went over was given up and the next
+    /// two were asked over another. It took away what the one after these was to be told, and the
+    /// destination kept a block that had changed.
+    #[test]
+    fn a_question_that_comes_late_takes_no_changes_away() {
+        let geometry = Geometry::new(1 << 20, 4096).unwrap();
+        let session = Session::new([1; 16], geometry).unwrap();
+        let change = |block| session.map.mark(BlockRange::one(BlockIndex(block)));
+        change(1);
+        assert_eq!(session.changes(1).unwrap().len(), 1);
+        // Its answer was lost: the same again.
+        assert_eq!(session.changes(1).unwrap().len(), 1);
+        assert_eq!(session.changes(2).unwrap(), []);
+        change(2);
+        assert_eq!(session.changes(1), None);
+        assert_eq!(session.changes(4), None);
+        let told = session.changes(3).unwrap();
+        assert_eq!(told, [geometry.bytes(BlockRange::one(BlockIndex(2)))]);
     }
 }

@@ -257,7 +257,9 @@ impl Relocation {
         proof.told_failed = false;
         *lock(&self.trouble) = None;
         self.event(EventKind::SourceBack, "the source is reachable");
-        lock(&self.mover).source_up((self.clock)(), &self.residency, actions);
+        let mut mover = lock(&self.mover);
+        mover.source_paces(self.source.speaks_frames());
+        mover.source_up((self.clock)(), &self.residency, actions);
     }
 
     /// Reads fail by policy: told once an outage, counted always.

@@ -69,6 +69,8 @@ pub struct Traffic {
     pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
     pub checksum_failures: AtomicU64,
+    /// Bytes that were asked for and, being cancelled, not sent, once the move is over.
+    pub cancelled_bytes: AtomicU64,
     /// The longest that a read has waited, in microseconds.
     pub longest_wait_us: AtomicU64,
 }
@@ -83,6 +85,7 @@ impl Traffic {
             (&self.seeded_bytes, &other.seeded_bytes),
             (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
+            (&self.cancelled_bytes, &other.cancelled_bytes),
             (&self.longest_wait_us, &other.longest_wait_us),
         ] {
             to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -268,6 +271,11 @@ impl Relocation {
                     let bytes = self.geometry.bytes(range);
                     self.source.promote(bytes.start, bytes.len());
                 }
+                Action::Cancel { range, lane } => {
+                    let bytes = self.geometry.bytes(range);
+                    self.source
+                        .cancel(source_lane(lane), bytes.start, bytes.len());
+                }
                 Action::Wake(reader) => {
                     self.note_wait(reader.since);
                     (reader.done)(ReadEnd::Resident);
@@ -297,14 +305,7 @@ impl Relocation {
 
     fn fetch(self: &Arc<Self>, flight: FlightId, range: BlockRange, lane: mover::Lane, keep: bool) {
         let bytes = self.geometry.bytes(range);
-        let lane = match lane {
-            mover::Lane::Demand => Lane::Demand,
-            mover::Lane::Rest => Lane::Rest,
-            mover::Lane::Ahead => Lane::Ahead,
-            mover::Lane::Hot => Lane::Hot,
-            mover::Lane::Bulk => Lane::Bulk,
-            mover::Lane::Late => Lane::Late,
-        };
+        let lane = source_lane(lane);
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
         let this = Arc::clone(self);
         let done = move |outcome| this.fetched(flight, range, keep, outcome);
@@ -331,9 +332,28 @@ impl Relocation {
                 }
             }
             Err(error) => {
+                if let Some(come) = error.come.as_deref().filter(|_| keep) {
+                    self.keep_what_has_come(range, come);
+                }
                 let why = self.note_failure(&error);
                 self.drive(|m, now, out| m.failed(now, flight, why, &self.residency, out));
             }
+        }
+    }
+
+    /// The connection was lost in the middle of a fetch: what had come of it until then is installed by
+    /// the same rule, and not asked for again.
+    fn keep_what_has_come(&self, range: BlockRange, come: &Fetched) {
+        self.count_wire(come);
+        let len = u64::try_from(come.data.len()).unwrap_or(0);
+        let whole = self.geometry.within(ByteRange::at(come.offset, len));
+        let whole = whole.intersection(range);
+        if whole.is_empty() {
+            return;
+        }
+        let installed = self.install(whole, come);
+        if let Err(error) = self.note_write(installed) {
+            tracing::debug!("keeping what had come of a fetch failed: {error}");
         }
     }
 
@@ -360,6 +380,7 @@ impl Relocation {
                 FetchFailure::Refused
             }
             SourceErrorKind::Disconnected => FetchFailure::Disconnected,
+            SourceErrorKind::Cancelled => FetchFailure::Cancelled,
             SourceErrorKind::Untrusted => {
                 *lock(&self.trouble) = Some(error.clone());
                 FetchFailure::Disconnected
@@ -391,7 +412,8 @@ impl Relocation {
         match installed {
             Ok(whole) => {
                 let mut actions = Vec::new();
-                lock(&self.mover).landed((self.clock)(), flight, &self.residency, &mut actions);
+                let (now, wire_bytes) = ((self.clock)(), fetched.wire_bytes);
+                lock(&self.mover).landed(now, flight, wire_bytes, &self.residency, &mut actions);
                 if whole {
                     self.answer_from(fetched, &mut actions);
                 }
@@ -663,7 +685,7 @@ impl Relocation {
         let mut mover = lock(&self.mover);
         let now = (self.clock)();
         match outcome {
-            Ok(()) => mover.landed(now, flight, &self.residency, &mut out),
+            Ok(()) => mover.landed(now, flight, 0, &self.residency, &mut out),
             Err(error) => {
                 tracing::debug!("zeroing blocks that are zero at the source failed: {error}");
                 let why = FetchFailure::StoreFailed;
@@ -754,6 +776,17 @@ impl Relocation {
             .filter(|blocks| !blocks.is_empty())
             .collect();
         self.drive(|m, now, out| m.extents(now, answered, &zeroes, &self.residency, out));
+    }
+}
+
+fn source_lane(lane: mover::Lane) -> Lane {
+    match lane {
+        mover::Lane::Demand => Lane::Demand,
+        mover::Lane::Rest => Lane::Rest,
+        mover::Lane::Ahead => Lane::Ahead,
+        mover::Lane::Hot => Lane::Hot,
+        mover::Lane::Bulk => Lane::Bulk,
+        mover::Lane::Late => Lane::Late,
     }
 }
 

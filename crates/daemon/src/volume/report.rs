@@ -166,6 +166,9 @@ impl Volume {
             checksum_failures: relocation.map_or(get(&traffic.checksum_failures), |r| {
                 r.source.checksum_failures()
             }),
+            cancelled_bytes: relocation.map_or(get(&traffic.cancelled_bytes), |r| {
+                r.source.cancelled_bytes()
+            }),
             longest_remote_read_us: get(&traffic.longest_wait_us),
             source_losses: get(&self.tally.source_losses),
             source_refusals: get(&self.tally.source_refusals),

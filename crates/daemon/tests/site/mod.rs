@@ -149,3 +149,17 @@ impl Site {
         std::fs::read(&self.image).unwrap()
     }
 }
+
+/// Data that is neither zero nor compressible.
+pub fn noise(len: u64) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    })
+    .flatten()
+    .take(usize::try_from(len).unwrap())
+    .collect()
+}

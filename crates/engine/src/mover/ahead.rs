@@ -105,15 +105,18 @@ impl Streams {
         }
     }
 
-    /// Forgets streams that nobody reads any more.
-    pub fn expire(&mut self, now: Duration, base: Duration) {
+    /// Forgets streams that nobody reads any more; gives what was asked for ahead of them.
+    pub fn expire(&mut self, now: Duration, base: Duration) -> Vec<ByteRange> {
         let limit = IDLE + base * IDLE_ROUND_TRIPS;
         let over = |s: &Stream| now.saturating_sub(s.told_at) > limit;
+        let mut dropped = Vec::new();
         while let Some(index) = self.all.iter().position(over) {
             if let Some(ended) = self.all.remove(index) {
                 self.learn(&ended);
+                dropped.push(ended.fetched_ahead());
             }
         }
+        dropped
     }
 
     /// A stream has ended: was it of use to fetch ahead?
@@ -143,6 +146,21 @@ fn progress(before: &Advance, after: &Advance) -> u64 {
 }
 
 impl Stream {
+    /// What lies between what was read and what was asked for.
+    fn fetched_ahead(&self) -> ByteRange {
+        let front = self.told.front;
+        let (start, end) = match self.told.shape {
+            Shape::Forward => (front, front.saturating_add(self.ahead)),
+            Shape::Backward => (front.saturating_sub(self.ahead), front),
+            Shape::Strided { step, len } => {
+                let far = i64::try_from(self.ahead).unwrap_or(i64::MAX);
+                let far = front.saturating_add_signed(step.saturating_mul(far));
+                (front.min(far), front.max(far).saturating_add(len.into()))
+            }
+        };
+        ByteRange { start, end }
+    }
+
     /// The next piece to look at, at most `chunk` bytes long, and how much further that brings it.
     fn piece(&self, chunk: u64, size_bytes: u64) -> Option<(ByteRange, u64)> {
         let room = self.window.checked_sub(self.ahead).filter(|r| *r > 0)?;

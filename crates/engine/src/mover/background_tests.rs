@@ -26,6 +26,7 @@ struct World {
     woken: Vec<u32>,
     complete: bool,
     questions: Vec<BlockRange>,
+    cancelled: Vec<(BlockRange, Lane)>,
 }
 
 const RTT: Duration = Duration::from_millis(20);
@@ -45,6 +46,7 @@ impl World {
             woken: Vec::new(),
             complete: false,
             questions: Vec::new(),
+            cancelled: Vec::new(),
             residency,
         };
         world.tell(|m, now, r, out| m.source_up(now, r, out));
@@ -78,6 +80,7 @@ impl World {
                 Action::Wake(who) => self.woken.push(who),
                 Action::Complete => self.complete = true,
                 Action::Promote { .. } => {}
+                Action::Cancel { range, lane } => self.cancelled.push((range, lane)),
                 Action::QueryExtents { range } => self.questions.push(range),
                 other => panic!("{other:?}"),
             }
@@ -93,7 +96,8 @@ impl World {
         };
         self.now = self.now.max(at);
         self.residency.mark_clean(range);
-        self.tell(|m, now, r, out| m.landed(now, flight, r, out));
+        let bytes = self.geometry.bytes(range).len();
+        self.tell(|m, now, r, out| m.landed(now, flight, bytes, r, out));
         true
     }
 
@@ -229,6 +233,25 @@ fn streams_that_end_early_make_the_window_smaller() {
         last * 2 < first,
         "{first} blocks ahead of the first file, {last} of the last"
     );
+}
+
+/// What is on its way for a stream that has ended is taken back, unless it is copied anyway.
+#[test]
+fn what_was_fetched_ahead_of_a_stream_that_ended_is_taken_back() {
+    for (policy, some) in [(on_demand(), true), (policy(), false)] {
+        let mut world = World::new(64, policy);
+        (0..32_u64).for_each(|n| {
+            world.read(n * 128 * K, 128 << 10);
+        });
+        let ahead = world.fetched_blocks(Lane::Ahead);
+        assert!(ahead > 0 && !world.under_way.is_empty());
+        world.now += Duration::from_secs(3);
+        world.tell(|m, now, r, out| m.tick(now, r, out));
+        assert_eq!(!world.cancelled.is_empty(), some, "{:?}", world.cancelled);
+        let on_its_way = |range: BlockRange| world.under_way.iter().any(|(.., r)| *r == range);
+        let ahead = |(range, lane): &(_, Lane)| *lane == Lane::Ahead && on_its_way(*range);
+        assert!(world.cancelled.iter().all(ahead), "{:?}", world.cancelled);
+    }
 }
 
 #[test]

@@ -25,7 +25,7 @@ impl<W> Mover<W> {
 
     /// Data that crossed the link to be compared has come after `rtt`.
     pub fn check_landed(&mut self, now: Duration, rtt: Duration, bytes: u64) {
-        self.pacer.landed(now, rtt, bytes);
+        self.pacer.landed(now, rtt, bytes, bytes);
     }
 
     /// Data that was to be compared will not come.

@@ -8,6 +8,16 @@ use super::{Action, FetchFailure, MAX_REFUSED, Mover, REFUSED_PAUSE, ReadFailure
 use crate::geometry::{BlockIndex, BlockRange};
 use crate::residency::{BlockState, Residency};
 
+/// From the first to the last block of a range that is not here; `None` if all are.
+fn missing_of(residency: &Residency, range: BlockRange) -> Option<BlockRange> {
+    let first = residency.next_missing(range.start, range.end)?;
+    let mut end = first.end;
+    while let Some(run) = residency.next_missing(end, range.end) {
+        end = run.end;
+    }
+    Some(BlockRange::new(first.start, end))
+}
+
 impl<W> Mover<W> {
     /// A fetch came, but the local store could not keep it. Returns the readers that need nothing
     /// else: they are to be answered from its data, together with what is here. Those that need
@@ -61,13 +71,14 @@ impl<W> Mover<W> {
             self.pacer.lost(self.geometry.bytes(lost.range).len());
         }
         match why {
-            FetchFailure::Disconnected => {
+            // What was cancelled because all of it is here has nothing to wait for, whoever came since.
+            FetchFailure::Disconnected | FetchFailure::Cancelled => {
                 // Nothing is launched now: the next tick does, so that a source that refuses at
                 // once is not asked in a tight loop.
                 if lost.waiters.is_empty() {
                     self.forget(residency, &lost);
                 } else {
-                    self.hold(now, lost);
+                    self.hold(now, lost, residency, out);
                 }
                 return;
             }
@@ -94,14 +105,25 @@ impl<W> Mover<W> {
 
     /// Keeps what readers wait for until it can be asked for again. A read that began before the
     /// handoff still passes through after it: it was there first, so it may show the disk of then.
-    fn hold(&mut self, now: Duration, lost: Flight) {
-        let purpose = match lost.purpose {
-            Purpose::PassThrough => Purpose::PassThrough,
-            _ => Purpose::Demand,
+    /// What is here of it by now, because guests wrote it or a part had come, is not asked for again.
+    fn hold(
+        &mut self,
+        now: Duration,
+        lost: Flight,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) {
+        let (purpose, range) = match lost.purpose {
+            Purpose::PassThrough => (Purpose::PassThrough, Some(lost.range)),
+            _ => (Purpose::Demand, missing_of(residency, lost.range)),
         };
-        let flight = self
-            .flights
-            .insert(Flight::new(lost.range, purpose, now, false));
+        let Some(range) = range else {
+            for id in lost.waiters {
+                self.one_landed(id, out);
+            }
+            return;
+        };
+        let flight = self.flights.insert(Flight::new(range, purpose, now, false));
         for id in lost.waiters {
             self.flights.attach(flight, id);
         }

@@ -55,6 +55,8 @@ pub(super) struct Flight {
     sent: bool,
     /// A reader waits for it, and the source was told.
     promoted: bool,
+    /// Nobody wants it, and the source was told.
+    cancelled: bool,
 }
 
 impl Flight {
@@ -66,6 +68,7 @@ impl Flight {
             sent_at: now,
             sent,
             promoted: false,
+            cancelled: false,
         }
     }
 
@@ -152,6 +155,24 @@ impl Flights {
             let early = flight.purpose.is_own();
             early && flight.sent && !std::mem::replace(&mut flight.promoted, true)
         })
+    }
+
+    /// Marks what `unwanted` names of that which the source was asked for by itself and nobody waits
+    /// for, and gives each once.
+    pub fn cancel(
+        &mut self,
+        unwanted: impl Fn(BlockRange, Purpose) -> bool,
+    ) -> Vec<(BlockRange, Purpose)> {
+        let mut cancelled = Vec::new();
+        for flight in self.all.values_mut() {
+            let idle = flight.sent && flight.waiters.is_empty() && flight.purpose.is_own();
+            if idle && !flight.cancelled && unwanted(flight.range, flight.purpose) {
+                flight.cancelled = true;
+                cancelled.push((flight.range, flight.purpose));
+            }
+        }
+        cancelled.sort_unstable_by_key(|(range, _)| range.start);
+        cancelled
     }
 
     /// Takes a reader off all that it waits for. Nobody but readers needs what passes through.

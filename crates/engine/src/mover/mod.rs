@@ -34,7 +34,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::geometry::{BlockIndex, BlockRange, Geometry};
+use crate::geometry::{BlockIndex, BlockRange, ByteRange, Geometry};
 use crate::residency::Residency;
 
 use ahead::Streams;
@@ -98,6 +98,8 @@ pub enum FetchFailure {
     Refused,
     /// The local store could not take it (its disk is full, say).
     StoreFailed,
+    /// It was cancelled ([`Action::Cancel`]).
+    Cancelled,
 }
 
 /// Why a read cannot be answered.
@@ -137,6 +139,13 @@ pub enum Action<W> {
     Promote {
         /// The blocks, all of the fetch.
         range: BlockRange,
+    },
+    /// These blocks, all of a fetch, are wanted no more. It may come all the same, or fail as cancelled.
+    Cancel {
+        /// The blocks.
+        range: BlockRange,
+        /// The queue that they were asked for in.
+        lane: Lane,
     },
     /// Ask the source for the extents of these blocks; answer with [`Mover::extents`].
     QueryExtents {
@@ -190,6 +199,7 @@ pub struct Mover<W> {
     next_waiter: u64,
     /// How much may be in flight.
     pacer: Seat,
+    source_paces: bool,
     bucket: TokenBucket,
     /// Where the background copy looks next.
     order: CopyOrder,
@@ -222,6 +232,7 @@ impl<W> Mover<W> {
             waiters: HashMap::new(),
             next_waiter: 0,
             pacer: Arc::new(Path::default()).seat(0),
+            source_paces: false,
             bucket: TokenBucket::new(policy.max_rate),
             order: CopyOrder::default(),
             streams: Streams::new(),
@@ -236,6 +247,13 @@ impl<W> Mover<W> {
     /// Its bytes come over a link that other disks use, too.
     pub fn share(&mut self, path: &Arc<Path>) {
         self.pacer = path.seat(self.pacer.in_flight());
+        self.pacer.source_paces(self.source_paces);
+    }
+
+    /// The source sends no more than fills the link, whatever it is asked for; or it does not.
+    pub fn source_paces(&mut self, paces: bool) {
+        self.source_paces = paces;
+        self.pacer.source_paces(paces);
     }
 
     /// Where the relocation stands.
@@ -329,11 +347,37 @@ impl<W> Mover<W> {
         }
     }
 
-    /// What a kept fetch or a zeroing brought is installed: the residency shows it.
+    /// Takes back what guests have written meanwhile, and, unless the background copy wants it anyway,
+    /// what was fetched ahead for streams that have ended.
+    fn cancel_unwanted(
+        &mut self,
+        dropped: &[ByteRange],
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) {
+        let copies = self.policy.background && !self.paused;
+        let dropped: Vec<BlockRange> = dropped
+            .iter()
+            .filter(|_| !copies)
+            .map(|bytes| self.geometry.covering(*bytes))
+            .collect();
+        let unwanted = self.flights.cancel(|range, purpose| {
+            let ahead = purpose == Purpose::Ahead;
+            residency.all_resident(range) || ahead && dropped.iter().any(|d| d.overlaps(range))
+        });
+        for (range, purpose) in unwanted {
+            let lane = lane_of(purpose);
+            out.push(Action::Cancel { range, lane });
+        }
+    }
+
+    /// What a kept fetch or a zeroing brought is installed: the residency shows it. `wire_bytes` of it
+    /// crossed the link.
     pub fn landed(
         &mut self,
         now: Duration,
         flight: FlightId,
+        wire_bytes: u64,
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
@@ -346,7 +390,7 @@ impl<W> Mover<W> {
         if done.is_charged() {
             let bytes = self.geometry.bytes(done.range).len();
             let rtt = now.saturating_sub(done.sent_at);
-            self.pacer.landed(now, rtt, bytes);
+            self.pacer.landed(now, rtt, bytes, wire_bytes);
         }
         for id in done.waiters {
             self.one_landed(id, out);
@@ -437,6 +481,7 @@ impl<W> Mover<W> {
     /// Time has passed: time-outs, the cap, and blocks that writes completed. To be called every
     /// [`Mover::TICK`] or so.
     pub fn tick(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
+        let dropped = self.streams.expire(now, self.pacer.base());
         let order = &mut self.order;
         self.refused.retain(|(range, until)| {
             if *until <= now {
@@ -444,9 +489,9 @@ impl<W> Mover<W> {
             }
             *until > now
         });
-        self.streams.expire(now, self.pacer.base());
         if self.phase == Phase::Arriving {
             self.land_resident(residency, out);
+            self.cancel_unwanted(&dropped, residency, out);
         }
         if self.connected {
             self.send_held(now, out);
@@ -485,20 +530,25 @@ impl<W> Mover<W> {
 }
 
 fn action_for<W>(flight: FlightId, range: BlockRange, purpose: Purpose) -> Action<W> {
-    let (lane, keep) = match purpose {
-        Purpose::Zero => return Action::InstallZero { flight, range },
-        Purpose::PassThrough => (Lane::Demand, false),
-        Purpose::Demand => (Lane::Demand, true),
-        Purpose::Rest => (Lane::Rest, true),
-        Purpose::Ahead => (Lane::Ahead, true),
-        Purpose::Hot => (Lane::Hot, true),
-        Purpose::Bulk => (Lane::Bulk, true),
-        Purpose::Late => (Lane::Late, true),
-    };
-    Action::Fetch {
-        flight,
-        range,
-        lane,
-        keep,
+    match purpose {
+        Purpose::Zero => Action::InstallZero { flight, range },
+        _ => Action::Fetch {
+            flight,
+            range,
+            lane: lane_of(purpose),
+            keep: purpose != Purpose::PassThrough,
+        },
+    }
+}
+
+/// The queue that a fetch goes into.
+fn lane_of(purpose: Purpose) -> Lane {
+    match purpose {
+        Purpose::Demand | Purpose::PassThrough | Purpose::Zero => Lane::Demand,
+        Purpose::Rest => Lane::Rest,
+        Purpose::Ahead => Lane::Ahead,
+        Purpose::Hot => Lane::Hot,
+        Purpose::Bulk => Lane::Bulk,
+        Purpose::Late => Lane::Late,
     }
 }

@@ -123,7 +123,7 @@ impl CopyOrder {
             return Some((cut(run, chunk), Turn::Hot));
         }
         loop {
-            let known_to = scan.known_to(self.cursor).min(held_from);
+            let known_to = scan.cold_known_to(self.cursor).min(held_from);
             let to = match self.late_from(self.cursor) {
                 Some(late) if late.start <= self.cursor => {
                     self.cursor = late.end;

@@ -158,6 +158,11 @@ impl Seat {
         }
     }
 
+    /// See [`Pacer::source_paces`].
+    pub fn source_paces(&self, paces: bool) {
+        self.state().pacer.source_paces(paces);
+    }
+
     /// See [`Pacer::chunk_bytes`].
     pub fn chunk_bytes(&self) -> u64 {
         self.state().pacer.chunk_bytes()
@@ -221,13 +226,13 @@ impl Seat {
         }
     }
 
-    /// It came back after `rtt`.
-    pub fn landed(&self, now: Duration, rtt: Duration, bytes: u64) {
+    /// It came back after `rtt`, and was so many bytes on the wire.
+    pub fn landed(&self, now: Duration, rtt: Duration, bytes: u64, wire_bytes: u64) {
         let mut state = self.state();
         if let Some(seat) = state.seats.get_mut(&self.number) {
             seat.in_flight = seat.in_flight.saturating_sub(bytes);
         }
-        if state.pacer.landed(now, rtt, bytes) {
+        if state.pacer.landed(now, rtt, bytes, wire_bytes) {
             state.divide();
         }
     }

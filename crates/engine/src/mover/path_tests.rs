@@ -107,9 +107,10 @@ impl Link {
                 Some(key) => {
                     let (index, flight, range) = self.under_way.remove(&key).unwrap();
                     let disk = &mut self.disks[index];
-                    disk.landed_bytes += self.geometry.bytes(range).len();
+                    let bytes = self.geometry.bytes(range).len();
+                    disk.landed_bytes += bytes;
                     disk.residency.mark_clean(range);
-                    self.tell(index, |m, now, r, out| m.landed(now, flight, r, out));
+                    self.tell(index, |m, now, r, out| m.landed(now, flight, bytes, r, out));
                 }
                 None => {
                     self.ticked = tick;

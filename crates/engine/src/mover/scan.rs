@@ -5,7 +5,7 @@
 //! hot ranges in their order, then the disk from its start to its end. Short questions tell early
 //! where data is; while answers are complete, the next ones are twice as long and one more is asked
 //! at once. Nothing of the background copy goes where the scan has not been, except before the first
-//! answer, when the link has nothing else to do.
+//! answer, when the link has nothing else to do: what is hot, and the beginning of the disk.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +14,11 @@ use crate::geometry::{BlockRange, Geometry};
 /// The shortest and the longest part of the disk that one question covers.
 const MIN_SPAN_BYTES: u64 = 64 << 20;
 const MAX_SPAN_BYTES: u64 = 1 << 30;
+
+/// How much of the disk's start is fetched before anything is known of it, so that a move does not
+/// begin with an idle round trip: what four fresh TCP connections send in their first two, ten segments
+/// each and then twenty. Of a disk that begins with a hole so much may cross the link in vain.
+const BLIND_BYTES: u64 = 256 << 10;
 
 /// Questions under way at once: at first, and at most. At 200 ms the latter scan 4 TiB in half a
 /// minute; no source is asked more at once than a client of ours may have in flight.
@@ -85,6 +90,8 @@ pub(super) struct Scan {
     span: u64,
     /// How many may be under way.
     at_once: usize,
+    /// Up to this block all counts as data until the source has said anything.
+    blind_to: u64,
     /// Hot ranges before this one are known or asked.
     hot_next: usize,
     answered: bool,
@@ -106,6 +113,7 @@ impl Scan {
             spans: (blocks(MIN_SPAN_BYTES), blocks(MAX_SPAN_BYTES)),
             span: blocks(MIN_SPAN_BYTES),
             at_once: FIRST_QUESTIONS,
+            blind_to: blocks(BLIND_BYTES).min(geometry.blocks()),
             hot_next: 0,
             answered: !has_extents,
         }
@@ -119,6 +127,16 @@ impl Scan {
     /// How far everything from `at` on is known.
     pub fn known_to(&self, at: u64) -> u64 {
         self.known.run_end(at)
+    }
+
+    /// The same for the pass along the disk, which begins before anything is known.
+    pub fn cold_known_to(&self, at: u64) -> u64 {
+        let known_to = self.known_to(at);
+        if self.answered {
+            known_to
+        } else {
+            known_to.max(self.blind_to)
+        }
     }
 
     /// The same for what is read often: until the source has said anything it counts as data.

@@ -63,7 +63,7 @@ fn a_guest_waits_for_no_seed() {
     assert_eq!(fetched(out), [(BlockRange::new(7, 8), Lane::Demand)]);
     // The seed has it first; the reader is woken when its fetch lands.
     r.mark_clean(window);
-    m.landed(MS, FlightId(0), &r, out);
+    m.landed(MS, FlightId(0), 4096, &r, out);
     assert!(matches!(out[0], Action::Wake(1)));
 }
 

@@ -33,6 +33,7 @@ struct Seen {
     failed: Vec<(u32, ReadFailure)>,
     complete: bool,
     promoted: Vec<BlockRange>,
+    cancelled: Vec<(BlockRange, Lane)>,
 }
 
 fn sort(actions: Vec<Action<u32>>) -> Seen {
@@ -49,6 +50,7 @@ fn sort(actions: Vec<Action<u32>>) -> Seen {
             Action::Fail(who, why) => seen.failed.push((who, why)),
             Action::Complete => seen.complete = true,
             Action::Promote { range } => seen.promoted.push(range),
+            Action::Cancel { range, lane } => seen.cancelled.push((range, lane)),
             Action::InstallZero { .. } | Action::QueryExtents { .. } => {}
         }
     }
@@ -60,6 +62,89 @@ fn arriving(g: Geometry, r: &Residency, policy: Policy) -> (Mover<u32>, Seen) {
     let mut out = Vec::new();
     mover.source_up(Duration::ZERO, r, &mut out);
     (mover, sort(out))
+}
+
+/// A guest has written all of one fetch, part of another, and waits for a third.
+#[test]
+fn what_a_guest_has_written_meanwhile_is_taken_back_once() {
+    let (g, r) = disk(4);
+    let (mut mover, begun) = arriving(g, &r, policy());
+    let [(written, range, lane), (_, partly, _), (_, awaited, _)] = begun.fetches[..3] else {
+        panic!("{:?}", begun.fetches);
+    };
+    let mut out = Vec::new();
+    mover.read(
+        MS,
+        1,
+        BlockRange::one(BlockIndex(awaited.start)),
+        &r,
+        &mut out,
+    );
+    r.mark_owned(range);
+    r.mark_owned(BlockRange::new(partly.start + 1, partly.end));
+    r.mark_owned(awaited);
+    mover.tick(MS, &r, &mut out);
+    assert_eq!(sort(std::mem::take(&mut out)).cancelled, [(range, lane)]);
+    mover.tick(MS * 2, &r, &mut out);
+    assert!(sort(std::mem::take(&mut out)).cancelled.is_empty());
+    // It makes room for something else, and is not asked for again.
+    mover.failed(MS * 3, written, FetchFailure::Cancelled, &r, &mut out);
+    mover.tick(MS * 4, &r, &mut out);
+    let seen = sort(out);
+    assert!(!seen.fetches.is_empty() && seen.failed.is_empty());
+    assert!(
+        seen.fetches
+            .iter()
+            .all(|(_, again, _)| !again.overlaps(range))
+    );
+}
+
+/// A reader may come to what was taken back: over a gap of what is here.
+#[test]
+fn a_reader_of_what_was_taken_back_is_woken() {
+    let (g, r) = disk(4);
+    let (mut mover, begun) = arriving(g, &r, policy());
+    let (flight, range, _) = begun.fetches[1];
+    let mut out = Vec::new();
+    r.mark_owned(BlockRange::new(range.start, range.end));
+    mover.tick(MS, &r, &mut out);
+    let around = BlockRange::new(range.start - 1, range.end + 1);
+    mover.read(MS, 7, around, &r, &mut out);
+    let all: Vec<FlightId> = begun.fetches.iter().map(|(id, ..)| *id).collect();
+    mover.failed(MS, flight, FetchFailure::Cancelled, &r, &mut out);
+    for (id, range, _) in begun.fetches {
+        r.mark_clean(range);
+        mover.landed(MS, id, &r, &mut out);
+    }
+    assert!(all.contains(&flight));
+    assert_eq!(sort(out).woken, [7]);
+}
+
+/// Of a fetch that a reader waits for, a part had come before the connection was lost.
+#[test]
+fn only_what_has_not_come_is_asked_for_again() {
+    let (g, r) = disk(4);
+    let quiet = Policy {
+        background: false,
+        ..policy()
+    };
+    let (mut mover, _) = arriving(g, &r, quiet);
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(0, 256), &r, &mut out);
+    let (flight, range, _) = sort(std::mem::take(&mut out)).fetches[0];
+    assert_eq!(range, BlockRange::new(0, 256));
+    r.mark_clean(BlockRange::new(0, 96));
+    mover.failed(MS, flight, FetchFailure::Disconnected, &r, &mut out);
+    mover.tick(MS * 2, &r, &mut out);
+    let again = sort(std::mem::take(&mut out)).fetches;
+    let [(flight, range, Lane::Demand)] = again[..] else {
+        panic!("{again:?}");
+    };
+    assert_eq!(range, BlockRange::new(96, 256));
+    // All the rest has come, and the connection is lost before the end is told.
+    r.mark_clean(range);
+    mover.failed(MS * 3, flight, FetchFailure::Disconnected, &r, &mut out);
+    assert_eq!(sort(out).woken, [1]);
 }
 
 #[test]
@@ -104,10 +189,10 @@ fn two_readers_of_a_block_make_one_fetch() {
 
     let mut out = Vec::new();
     r.mark_clean(BlockRange::new(4, 8));
-    mover.landed(MS * 2, seen.fetches[0].0, &r, &mut out);
+    mover.landed(MS * 2, seen.fetches[0].0, 4096, &r, &mut out);
     assert_eq!(sort(std::mem::take(&mut out)).woken, [1]);
     r.mark_clean(BlockRange::new(8, 10));
-    mover.landed(MS * 2, seen.fetches[1].0, &r, &mut out);
+    mover.landed(MS * 2, seen.fetches[1].0, 4096, &r, &mut out);
     assert_eq!(sort(out).woken, [2]);
 }
 
@@ -126,7 +211,7 @@ fn the_background_covers_every_block_once() {
         r.mark_clean(range);
         now += MS;
         let mut out = Vec::new();
-        mover.landed(now, flight, &r, &mut out);
+        mover.landed(now, flight, 4096, &r, &mut out);
         let seen = sort(out);
         complete |= seen.complete;
         under_way.extend(seen.fetches);
@@ -157,7 +242,7 @@ fn a_lost_connection_keeps_readers_waiting_and_asks_again() {
     let seen = sort(std::mem::take(&mut out));
     assert_eq!(seen.fetches.len(), 1);
     r.mark_clean(BlockRange::new(0, 1));
-    mover.landed(MS * 950, seen.fetches[0].0, &r, &mut out);
+    mover.landed(MS * 950, seen.fetches[0].0, 4096, &r, &mut out);
     assert_eq!(sort(out).woken, [1]);
 }
 
@@ -211,7 +296,7 @@ fn a_pause_stops_the_background_and_not_demand() {
     let mut out = Vec::new();
     for (flight, range, _) in first.fetches {
         r.mark_clean(range);
-        mover.landed(MS * 30, flight, &r, &mut out);
+        mover.landed(MS * 30, flight, 4096, &r, &mut out);
     }
     assert!(
         out.is_empty(),
@@ -243,7 +328,7 @@ fn the_cap_holds_the_background_to_its_rate() {
         for (flight, range, _) in std::mem::take(&mut under_way) {
             bytes += g.bytes(range).len();
             r.mark_clean(range);
-            mover.landed(now, flight, &r, &mut out);
+            mover.landed(now, flight, 4096, &r, &mut out);
         }
         mover.tick(now, &r, &mut out);
         under_way = sort(out).fetches;
@@ -271,10 +356,11 @@ fn zeroes_that_the_source_tells_are_never_fetched() {
         Action::QueryExtents { range } => Some(*range),
         _ => None,
     });
-    let zero = BlockRange::new(100, 16000);
-    let mut out = Vec::new();
-    mover.extents(MS, asked.unwrap(), &[zero], &r, &mut out);
+    // What was asked for before anything was known is at the disk's start.
+    let blind = BlockRange::new(0, (256 << 10) / 4096);
+    let zero = BlockRange::new(blind.end, 16000);
     let mut queue = out;
+    mover.extents(MS, asked.unwrap(), &[zero], &r, &mut queue);
     while let Some(action) = queue.pop() {
         let (flight, range) = match action {
             Action::Fetch { flight, range, .. } => {
@@ -289,7 +375,7 @@ fn zeroes_that_the_source_tells_are_never_fetched() {
             _ => continue,
         };
         r.mark_clean(range);
-        mover.landed(MS * 2, flight, &r, &mut queue);
+        mover.landed(MS * 2, flight, 4096, &r, &mut queue);
     }
     assert_eq!(mover.phase(), Phase::Complete);
 }
@@ -351,7 +437,7 @@ fn the_background_rests_while_the_store_takes_nothing() {
             assert!(mover.unkept(now, flight, &r, &mut out).is_empty());
         } else {
             r.mark_clean(range);
-            mover.landed(now + MS, flight, &r, &mut out);
+            mover.landed(now + MS, flight, 4096, &r, &mut out);
         }
     }
     assert!(!mover.store_rests());

@@ -2,9 +2,11 @@
 //!
 //! Owns the order of options and what to do without those that a server lacks: no structured
 //! replies leads to simple ones, no `base:allocation` to none, no frames of ours to plain NBD, no
-//! GO to EXPORT_NAME. The caller
-//! receives exactly [`Handshake::needed`] bytes at a time, so no byte of the transmission phase is
+//! GO to EXPORT_NAME. Options go out one by one, each after the answer to the one before, or all
+//! at once ([`Handshake::at_once`]), which saves two round trips. The caller receives exactly [`Handshake::needed`] bytes at a time, so no byte of the transmission phase is
 //! ever taken by mistake.
+
+use std::collections::VecDeque;
 
 use super::{ClientError, be_u16, be_u32, be_u64, shown};
 use crate::wire::{
@@ -147,6 +149,9 @@ pub struct Handshake {
     config: HandshakeConfig,
     awaiting: Awaiting,
     asked: Asked,
+    /// Sent behind it, and not answered yet.
+    behind: VecDeque<Asked>,
+    at_once: bool,
     replies: u32,
     no_zeroes: bool,
     structured: bool,
@@ -167,6 +172,8 @@ impl Handshake {
             config,
             awaiting: Awaiting::Greeting,
             asked: Asked::Go,
+            behind: VecDeque::new(),
+            at_once: false,
             replies: 0,
             no_zeroes: false,
             structured: false,
@@ -176,6 +183,22 @@ impl Handshake {
             block_sizes: None,
             output: Vec::new(),
         })
+    }
+
+    /// The same, with all options in one go: as far as [`Handshake::new`] would get with a server
+    /// that grants everything or says of what it lacks that it is not supported. With others it
+    /// fails with [`ClientError::AtOnce`], or by the server's hanging up, and [`Handshake::new`] may
+    /// get further over another connection.
+    pub fn at_once(config: HandshakeConfig) -> Result<Self, ClientError> {
+        Ok(Self {
+            at_once: true,
+            ..Self::new(config)?
+        })
+    }
+
+    /// Whether the server has begun to speak.
+    pub fn is_greeted(&self) -> bool {
+        !matches!(self.awaiting, Awaiting::Greeting)
     }
 
     /// How many bytes to receive next; 0 only after [`Progress::Done`]. Never above 64 KiB.
@@ -253,16 +276,43 @@ impl Handshake {
         if !fixed {
             // Such a server knows no option but EXPORT_NAME and answers no other.
             self.ask_export_name();
-        } else if self.config.structured {
-            self.ask(Asked::StructuredReply);
-        } else {
+        } else if !self.config.structured {
             self.ask(Asked::Go);
+        } else if self.at_once {
+            self.ask(Asked::StructuredReply);
+            if self.config.allocation || self.config.transport {
+                self.send(Asked::MetaContext);
+                self.behind.push_back(Asked::MetaContext);
+            }
+            self.send(Asked::Go);
+            self.behind.push_back(Asked::Go);
+        } else {
+            self.ask(Asked::StructuredReply);
         }
         Progress::More
     }
 
     /// Queues an option and waits for its reply.
     fn ask(&mut self, asked: Asked) {
+        self.send(asked);
+        self.wait_for(asked);
+    }
+
+    /// Waits for the reply to what was sent already, or else asks `next`.
+    fn go_on_with(&mut self, next: Asked) {
+        match self.behind.pop_front() {
+            Some(sent) => self.wait_for(sent),
+            None => self.ask(next),
+        }
+    }
+
+    fn wait_for(&mut self, asked: Asked) {
+        self.asked = asked;
+        self.replies = 0;
+        self.awaiting = Awaiting::ReplyHeader;
+    }
+
+    fn send(&mut self, asked: Asked) {
         let name = self.config.export.as_bytes();
         let mut payload = Vec::new();
         match asked {
@@ -287,9 +337,6 @@ impl Handshake {
             }
         }
         put_option(&mut self.output, asked.number(), &payload);
-        self.asked = asked;
-        self.replies = 0;
-        self.awaiting = Awaiting::ReplyHeader;
     }
 
     fn ask_export_name(&mut self) {
@@ -346,14 +393,18 @@ impl Handshake {
         match (self.asked, code) {
             (Asked::StructuredReply, reply::ACK) => {
                 self.structured = true;
-                self.ask(if self.config.allocation || self.config.transport {
+                self.go_on_with(if self.config.allocation || self.config.transport {
                     Asked::MetaContext
                 } else {
                     Asked::Go
                 });
             }
             (Asked::MetaContext, reply::META_CONTEXT) => self.on_context(payload)?,
-            (Asked::MetaContext, reply::ACK) => self.ask(Asked::Go),
+            // It had to be refused: nobody knows what the server means by it.
+            (Asked::MetaContext, reply::ACK) if !self.structured => {
+                return Err(ClientError::AtOnce(self.asked.name()));
+            }
+            (Asked::MetaContext, reply::ACK) => self.go_on_with(Asked::Go),
             (Asked::Go, reply::INFO) => self.on_info(payload)?,
             (Asked::Go, reply::ACK) => return self.finish(),
             _ => {
@@ -384,8 +435,13 @@ impl Handshake {
                 // and one that does not must not cost us what it does know.
                 let once_more = self.asked == Asked::MetaContext
                     && std::mem::take(&mut self.config.transport)
-                    && self.config.allocation;
-                self.ask(if once_more {
+                    && self.config.allocation
+                    && self.structured
+                    && code != reply::ERR_UNSUP;
+                if once_more && !self.behind.is_empty() {
+                    return Err(ClientError::AtOnce(self.asked.name()));
+                }
+                self.go_on_with(if once_more {
                     Asked::MetaContext
                 } else {
                     Asked::Go

@@ -67,6 +67,10 @@ pub enum ClientError {
         /// What the server said, with a separator in front, or empty.
         message: String,
     },
+    /// An option was refused while others were on their way behind it. One by one they may lead
+    /// further.
+    #[error("the server refused {0} among options that were sent at once")]
+    AtOnce(&'static str),
     /// A request was answered with an error.
     #[error("the server answered with {errno:?}{message}")]
     Request {
@@ -95,6 +99,7 @@ impl ClientError {
             | Self::TlsRequired
             | Self::UnknownExport { .. }
             | Self::OptionRefused { .. }
+            | Self::AtOnce(_)
             | Self::Request { .. } => ClientErrorKind::Refused,
         }
     }

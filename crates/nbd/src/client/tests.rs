@@ -49,13 +49,31 @@ fn shake(bytes: &[u8]) -> Result<Option<Negotiated>, ClientError> {
 
 /// The same, and what was sent meanwhile.
 fn shake_for(bytes: &[u8], transport: bool) -> Result<(Option<Negotiated>, Vec<u8>), ClientError> {
-    let mut sent = Vec::new();
-    let mut handshake = Handshake::new(HandshakeConfig {
+    converse(Handshake::new(disk(transport))?, bytes)
+}
+
+/// The same with all options in one go.
+fn shake_at_once(
+    bytes: &[u8],
+    transport: bool,
+) -> Result<(Option<Negotiated>, Vec<u8>), ClientError> {
+    converse(Handshake::at_once(disk(transport))?, bytes)
+}
+
+fn disk(transport: bool) -> HandshakeConfig {
+    HandshakeConfig {
         export: "disk".to_owned(),
         structured: true,
         allocation: true,
         transport,
-    })?;
+    }
+}
+
+fn converse(
+    mut handshake: Handshake,
+    bytes: &[u8],
+) -> Result<(Option<Negotiated>, Vec<u8>), ClientError> {
+    let mut sent = Vec::new();
     let mut at = 0;
     loop {
         let needed = handshake.needed();
@@ -216,6 +234,110 @@ fn frames_are_spoken_only_by_who_grants_them() {
     let parts = [&hello, &structured, &grant, &settled, &old, &export];
     let (negotiated, _) = shake_for(&parts.map(|p| &p[..]).concat(), true).unwrap();
     assert!(!negotiated.unwrap().transport);
+}
+
+/// Everything is sent as soon as the server has greeted, and what comes of it is the same.
+#[test]
+fn all_options_at_once_lead_to_the_same() {
+    let granted = [
+        option_reply(option::GO, reply::INFO, &info_export(1 << 20, FLAGS)),
+        option_reply(option::GO, reply::ACK, &[]),
+    ]
+    .concat();
+    for server in [
+        [up_to_go(), granted.clone()].concat(),
+        [
+            greeting(FIXED),
+            option_reply(option::STRUCTURED_REPLY, reply::ACK, &[]),
+            option_reply(
+                option::SET_META_CONTEXT,
+                reply::META_CONTEXT,
+                &context(9, wire::TRANSPORT),
+            ),
+            option_reply(option::SET_META_CONTEXT, reply::ACK, &[]),
+            granted.clone(),
+        ]
+        .concat(),
+        // Structured replies, but no contexts at all.
+        [
+            greeting(FIXED),
+            option_reply(option::STRUCTURED_REPLY, reply::ACK, &[]),
+            option_reply(option::SET_META_CONTEXT, reply::ERR_UNSUP, &[]),
+            granted.clone(),
+        ]
+        .concat(),
+    ] {
+        let (one_by_one, sent) = shake_for(&server, true).unwrap();
+        assert!(one_by_one.is_some());
+        assert_eq!(
+            shake_at_once(&server, true).unwrap(),
+            (one_by_one, sent.clone())
+        );
+        let (nothing, early) = shake_at_once(&greeting(FIXED), true).unwrap();
+        assert_eq!((nothing, early), (None, sent), "it waited for an answer");
+        for end in 0..server.len() {
+            assert_eq!(shake_at_once(&server[..end], true).unwrap().0, None);
+        }
+    }
+}
+
+#[test]
+fn what_is_refused_among_options_at_once_is_done_without() {
+    let refused = |number| option_reply(number, reply::ERR_UNSUP, &[]);
+    let granted = [
+        option_reply(option::GO, reply::INFO, &info_export(4096, FLAGS)),
+        option_reply(option::GO, reply::ACK, &[]),
+    ]
+    .concat();
+    let plain = |server: Vec<Vec<u8>>| {
+        let (negotiated, _) = shake_at_once(&server.concat(), true).unwrap();
+        let negotiated = negotiated.unwrap();
+        assert_eq!(negotiated.size_bytes, 4096);
+        assert!(!negotiated.structured && !negotiated.transport);
+        assert_eq!(negotiated.allocation_context, None);
+    };
+    let invalid = option_reply(option::SET_META_CONTEXT, reply::ERR_INVALID, b"first");
+    for context in [refused(option::SET_META_CONTEXT), invalid] {
+        let hello = [greeting(FIXED), refused(option::STRUCTURED_REPLY)];
+        plain([&hello[..], &[context, granted.clone()]].concat());
+    }
+    // Nothing but the oldest option.
+    let export = [&4096u64.to_be_bytes()[..], &FLAGS.to_be_bytes()].concat();
+    plain(vec![
+        greeting(FIXED),
+        refused(option::STRUCTURED_REPLY),
+        refused(option::SET_META_CONTEXT),
+        refused(option::GO),
+        export.clone(),
+    ]);
+    // A server that is older still is not sent what it does not know.
+    let old = [greeting(0), export, vec![0; 124]].concat();
+    let (negotiated, sent) = shake_at_once(&old, true).unwrap();
+    assert_eq!(negotiated.unwrap().size_bytes, 4096);
+    assert_eq!(Ok((None, sent)), shake_for(&greeting(0), true));
+}
+
+/// Where only another question would get what there is, GO must not have been sent yet.
+#[test]
+fn what_options_at_once_would_cost_is_left_to_one_by_one() {
+    let structured = option_reply(option::STRUCTURED_REPLY, reply::ACK, &[]);
+    let unknown = option_reply(option::SET_META_CONTEXT, reply::ERR_UNKNOWN, &[]);
+    let sour = [greeting(FIXED), structured, unknown].concat();
+    let failed = shake_at_once(&sour, true).unwrap_err();
+    assert!(matches!(failed, ClientError::AtOnce(_)), "{failed}");
+    // Contexts without structured replies, which cannot be.
+    let generous = [
+        greeting(FIXED),
+        option_reply(option::STRUCTURED_REPLY, reply::ERR_UNSUP, &[]),
+        option_reply(
+            option::SET_META_CONTEXT,
+            reply::META_CONTEXT,
+            &context(7, wire::BASE_ALLOCATION),
+        ),
+        option_reply(option::SET_META_CONTEXT, reply::ACK, &[]),
+    ];
+    let failed = shake_at_once(&generous.concat(), true).unwrap_err();
+    assert!(matches!(failed, ClientError::AtOnce(_)), "{failed}");
 }
 
 #[test]

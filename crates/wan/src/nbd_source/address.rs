@@ -42,6 +42,9 @@ pub struct NbdSourceConfig {
     pub in_flight: usize,
     /// Bulk requests in flight on a connection, at least 1. qemu-nbd works on 16 at a time.
     pub bulk_in_flight: usize,
+    /// The same with a server that speaks frames: it serves in the order of their urgency whatever
+    /// it has been asked for, and has time to compress.
+    pub bulk_in_flight_in_frames: usize,
     /// How what crosses the link is compressed, by a server that speaks frames.
     pub packing: Packing,
     /// For which move connections are; said to a server that speaks frames.
@@ -52,7 +55,7 @@ pub struct NbdSourceConfig {
 pub const MAX_CONNECTIONS: usize = 16;
 /// So many requests, of 28 bytes in NBD and at most 44 in frames, fit into any socket's send buffer
 /// (4608 bytes at the least, 16 KiB and more unless somebody wanted it so), so that sending one never
-/// waits for the peer. A promotion takes 40 bytes more.
+/// waits for the peer. A promotion or a cancellation takes 40 bytes more.
 pub const MAX_IN_FLIGHT: usize = 104;
 
 impl NbdSourceConfig {
@@ -71,8 +74,9 @@ impl NbdSourceConfig {
             backoff_max: Duration::from_secs(10),
             progress_timeout: Some(Duration::from_secs(30)),
             dead_peer_timeout: Duration::from_secs(30),
-            in_flight: 64,
+            in_flight: 96,
             bulk_in_flight: 16,
+            bulk_in_flight_in_frames: 80,
             packing: Packing::Auto,
             ticket: None,
         }
@@ -93,7 +97,9 @@ impl NbdSourceConfig {
     pub(super) fn clamped(mut self) -> Self {
         self.connections = self.connections.clamp(1, MAX_CONNECTIONS);
         self.in_flight = self.in_flight.clamp(1, MAX_IN_FLIGHT);
-        self.bulk_in_flight = self.bulk_in_flight.clamp(1, self.in_flight);
+        for bulk in [&mut self.bulk_in_flight, &mut self.bulk_in_flight_in_frames] {
+            *bulk = (*bulk).clamp(1, self.in_flight);
+        }
         self.backoff_max = self.backoff_max.max(self.backoff_min);
         self
     }

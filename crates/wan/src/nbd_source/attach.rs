@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use super::address::NbdSourceConfig;
-use super::dial::{dial, receive_exactly, send_all};
+use super::dial::{Dialed, Manners, dial, receive_exactly, send_all};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::session::{Attached, MoveId, Stance, Tell, Told};
 use crate::transport::{HEADER_BYTES, Header, Kind, Priority, limits};
@@ -23,6 +23,8 @@ pub struct Ticket {
     id: MoveId,
     base: Option<MoveId>,
     state: Mutex<State>,
+    /// Dialled together with those that are read over, for what is said of the move.
+    spare: Mutex<Option<Dialed>>,
 }
 
 #[derive(Debug)]
@@ -49,7 +51,20 @@ impl Ticket {
                 epoch: 0,
                 attached: None,
             }),
+            spare: Mutex::default(),
         })
+    }
+
+    /// Keeps a connection on which nothing was said yet for the first message about the move.
+    pub(super) fn keep_spare(&self, dialed: Dialed) {
+        *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(dialed);
+    }
+
+    fn take_spare(&self) -> Option<Dialed> {
+        self.spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -120,29 +135,72 @@ impl Ticket {
     }
 }
 
-/// Says over a fresh connection for which move it is.
-pub(super) fn attach(
-    socket: &Socket,
+/// For which move a fresh connection is, if that is to be said over it.
+fn ticket_for(
     config: &NbdSourceConfig,
-    size_bytes: u64,
     speaks_frames: bool,
-) -> Result<(), SourceError> {
+) -> Result<Option<&Arc<Ticket>>, SourceError> {
     let Some(ticket) = config.ticket.as_ref().filter(|t| !t.is_silent()) else {
+        return Ok(None);
+    };
+    if speaks_frames {
+        return Ok(Some(ticket));
+    }
+    if ticket.is_required() {
+        let message = format!(
+            "{}: what answers there does not speak frames any more, and so cannot keep the fence that \
+             this move relies on; serve the disk with hikkoshi there again",
+            config.shown_uri()
+        );
+        return Err(SourceError::new(SourceErrorKind::Untrusted, message));
+    }
+    Ok(None)
+}
+
+/// Says over a fresh connection for which move it is, and waits for the answer.
+pub(super) fn attach(dialed: &Dialed, config: &NbdSourceConfig) -> Result<(), SourceError> {
+    let negotiated = &dialed.negotiated;
+    let Some(ticket) = ticket_for(config, negotiated.transport)? else {
         return Ok(());
     };
-    let uri = config.shown_uri();
-    if !speaks_frames {
-        if ticket.is_required() {
-            let message = format!(
-                "{uri}: what answers there does not speak frames any more, and so cannot keep the \
-                 fence that this move relies on; serve the disk with hikkoshi there again"
-            );
-            return Err(SourceError::new(SourceErrorKind::Untrusted, message));
-        }
-        return Ok(());
-    }
     let patience = config.handshake_timeout;
-    match exchange(socket, &ticket.tell(), size_bytes, patience) {
+    let told = exchange(
+        &dialed.socket,
+        &ticket.tell(),
+        negotiated.size_bytes,
+        patience,
+    );
+    welcome(told, ticket, config)
+}
+
+/// Says over a fresh connection for which move it is. The answer comes before any other, and is for
+/// whoever reads them: the ticket to show it to, if one is to come.
+pub(super) fn announce(
+    dialed: &Dialed,
+    config: &NbdSourceConfig,
+) -> Result<Option<Arc<Ticket>>, SourceError> {
+    let Some(ticket) = ticket_for(config, dialed.negotiated.transport)? else {
+        return Ok(None);
+    };
+    send_all(&dialed.socket, &message(&ticket.tell()))
+        .map_err(|error| not_attached(config, &error))?;
+    Ok(Some(Arc::clone(ticket)))
+}
+
+fn not_attached(config: &NbdSourceConfig, error: &io::Error) -> SourceError {
+    let uri = config.shown_uri();
+    let message = format!("{uri}: saying for which move it is failed: {error}");
+    SourceError::new(SourceErrorKind::Disconnected, message)
+}
+
+/// What the answer to [`Ticket::tell`] means.
+fn welcome(
+    told: io::Result<Told>,
+    ticket: &Ticket,
+    config: &NbdSourceConfig,
+) -> Result<(), SourceError> {
+    let uri = config.shown_uri();
+    match told {
         Ok(Told::Attached(attached)) => {
             ticket.was_told(attached);
             Ok(())
@@ -155,10 +213,7 @@ pub(super) fn attach(
             let message = format!("{uri}: an answer to something else was given");
             Err(SourceError::new(SourceErrorKind::Untrusted, message))
         }
-        Err(error) => {
-            let message = format!("{uri}: saying for which move it is failed: {error}");
-            Err(SourceError::new(SourceErrorKind::Disconnected, message))
-        }
+        Err(error) => Err(not_attached(config, &error)),
     }
 }
 
@@ -169,10 +224,17 @@ pub(super) fn exchange(
     size_bytes: u64,
     patience: Duration,
 ) -> io::Result<Told> {
-    let deadline = Instant::now() + patience;
+    send_all(socket, &message(tell))?;
+    receive_told(socket, size_bytes, Instant::now() + patience)
+}
+
+fn message(tell: &Tell) -> Vec<u8> {
     let payload = tell.encode();
     let header = Header::request(Kind::Tell, Priority::DEMAND, 0, 0, 0).with_payload(&payload);
-    send_all(socket, &[&header.encode()[..], &payload].concat())?;
+    [&header.encode()[..], &payload].concat()
+}
+
+fn receive_told(socket: &Socket, size_bytes: u64, deadline: Instant) -> io::Result<Told> {
     let broken = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
     let mut told = Vec::new();
     loop {
@@ -211,16 +273,25 @@ pub trait MoveLink: Send + Sync {
 /// A connection for that, dialled when it is needed.
 pub struct MoveLine {
     config: NbdSourceConfig,
+    manners: Manners,
     /// Held while something is asked: one thing at a time.
     turn: Mutex<()>,
-    socket: Mutex<Line>,
+    line: Mutex<Line>,
 }
 
 #[derive(Default)]
 struct Line {
-    socket: Option<(Arc<Socket>, u64)>,
+    open: Option<Open>,
     dialing: Option<Arc<Socket>>,
     closed: bool,
+}
+
+#[derive(Clone)]
+struct Open {
+    socket: Arc<Socket>,
+    size_bytes: u64,
+    /// For which move it is was said.
+    attached: bool,
 }
 
 impl MoveLine {
@@ -228,57 +299,104 @@ impl MoveLine {
     pub fn new(config: NbdSourceConfig) -> Self {
         Self {
             config: config.clamped(),
+            manners: Manners::default(),
             turn: Mutex::new(()),
-            socket: Mutex::default(),
+            line: Mutex::default(),
         }
     }
 
     fn line(&self) -> MutexGuard<'_, Line> {
-        self.socket.lock().unwrap_or_else(PoisonError::into_inner)
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn connected(&self) -> Result<(Arc<Socket>, u64), SourceError> {
-        if let Some(line) = &self.line().socket {
-            return Ok(line.clone());
+    fn connected(&self) -> Result<Open, SourceError> {
+        if let Some(open) = &self.line().open {
+            return Ok(open.clone());
         }
-        let dialed = dial(&self.config, &|socket| {
-            let mut line = self.line();
-            line.dialing = Some(Arc::clone(socket));
-            !line.closed
-        })?;
+        let spare = self.config.ticket.as_ref().and_then(|t| t.take_spare());
+        let dialed = match spare {
+            Some(dialed) => dialed,
+            None => dial(&self.config, &self.manners, &|socket| {
+                let mut line = self.line();
+                line.dialing = Some(Arc::clone(socket));
+                !line.closed
+            })?,
+        };
+        let attached = ticket_for(&self.config, dialed.negotiated.transport)?.is_none();
         if !dialed.negotiated.transport {
             let message = format!("{}: it does not know of moves", self.config.shown_uri());
             return Err(SourceError::new(SourceErrorKind::Refused, message));
         }
-        let line = (dialed.socket, dialed.negotiated.size_bytes);
-        let mut known = self.line();
-        known.dialing = None;
-        if known.closed {
+        let open = Open {
+            socket: dialed.socket,
+            size_bytes: dialed.negotiated.size_bytes,
+            attached,
+        };
+        let mut line = self.line();
+        line.dialing = None;
+        if line.closed {
             let message = format!("{}: let go of", self.config.shown_uri());
             return Err(SourceError::new(SourceErrorKind::Disconnected, message));
         }
-        known.socket = Some(line.clone());
-        Ok(line)
+        line.open = Some(open.clone());
+        Ok(open)
+    }
+
+    /// Says it, after saying for which move if that was not done yet: both at once, since the source
+    /// takes nothing from whom it refuses.
+    fn say(&self, open: &Open, tell: &Tell, patience: Duration) -> Result<Told, SourceError> {
+        let broken = |error: io::Error| {
+            let message = format!("{}: {error}", self.config.shown_uri());
+            SourceError::new(SourceErrorKind::Disconnected, message)
+        };
+        let deadline = Instant::now() + patience;
+        let is_attach = matches!(tell, Tell::Attach { .. });
+        let ticket = self.config.ticket.as_ref();
+        let mut output = Vec::new();
+        let due = ticket.filter(|_| !open.attached && !is_attach);
+        if let Some(ticket) = due {
+            output = message(&ticket.tell());
+        }
+        output.extend(message(tell));
+        send_all(&open.socket, &output).map_err(broken)?;
+        if let Some(ticket) = due {
+            let told = receive_told(&open.socket, open.size_bytes, deadline);
+            welcome(told, ticket, &self.config)?;
+        }
+        let told = receive_told(&open.socket, open.size_bytes, deadline).map_err(broken)?;
+        match told {
+            Told::Refused(why) => {
+                if is_attach {
+                    // Nothing more is taken over this connection.
+                    self.forget(&open.socket);
+                }
+                let message = format!("{}: {why}", self.config.shown_uri());
+                Err(SourceError::new(SourceErrorKind::Refused, message))
+            }
+            told => Ok(told),
+        }
+    }
+
+    fn forget(&self, socket: &Socket) {
+        self.line().open = None;
+        let _ = socket.shutdown(Shutdown::Both);
     }
 }
 
 impl MoveLink for MoveLine {
     fn tell(&self, tell: &Tell, patience: Duration) -> Result<Told, SourceError> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let (socket, size_bytes) = self.connected()?;
-        match exchange(&socket, tell, size_bytes, patience) {
-            Ok(Told::Refused(why)) => {
-                let message = format!("{}: {why}", self.config.shown_uri());
-                Err(SourceError::new(SourceErrorKind::Refused, message))
-            }
-            Ok(told) => Ok(told),
-            Err(error) => {
-                self.line().socket = None;
-                let _ = socket.shutdown(Shutdown::Both);
-                let message = format!("{}: {error}", self.config.shown_uri());
-                Err(SourceError::new(SourceErrorKind::Disconnected, message))
+        let open = self.connected()?;
+        let told = self.say(&open, tell, patience);
+        match &told {
+            Err(error) if error.kind != SourceErrorKind::Refused => self.forget(&open.socket),
+            _ => {
+                if let Some(open) = &mut self.line().open {
+                    open.attached = true;
+                }
             }
         }
+        told
     }
 
     fn interrupt(&self) {
@@ -294,7 +412,7 @@ impl MoveLine {
     fn shut(&self, for_good: bool) {
         let mut line = self.line();
         line.closed |= for_good;
-        let known = line.socket.take().map(|(socket, _)| socket);
+        let known = line.open.take().map(|open| open.socket);
         for socket in known.into_iter().chain(line.dialing.take()) {
             let _ = socket.shutdown(Shutdown::Both);
         }

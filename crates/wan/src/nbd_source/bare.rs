@@ -87,6 +87,12 @@ impl BareConnection {
             .collect()
     }
 
+    /// Reads of `lane` within this range are wanted no more. Gives back what was not sent yet.
+    pub fn cancel(&self, lane: Lane, offset: u64, len: u64) -> Vec<Undone> {
+        let unsent = self.line.cancel(lane, offset, len);
+        unsent.into_iter().map(Undone).collect()
+    }
+
     /// Receives and answers until the connection ends; then says why it did, and what is left.
     pub fn serve(&self) -> (SourceError, Vec<Undone>) {
         let (error, mut jobs) = match reader::read(&self.line, None) {

@@ -1,12 +1,14 @@
 //! Reaching a server: connect, set the socket up, shake hands.
 //!
-//! Owns the order of addresses tried and the deadlines. It must never retry: the keeper of a
-//! connection does, with pauses. Called on the keepers' threads and by `NbdSource::connect`.
+//! Owns the order of addresses tried and the deadlines, and whether options go out at once or one by
+//! one. Otherwise it must never retry: the keeper of a connection does, with pauses. Called on the
+//! keepers' threads, and by whoever talks of a move.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use hikkoshi_nbd::client::{
@@ -15,7 +17,7 @@ use hikkoshi_nbd::client::{
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
 use super::address::{Address, NbdSourceConfig};
-use super::attach::attach;
+use super::attach::Ticket;
 use super::line::Line;
 use super::wire::SocketWire;
 use crate::source::{SourceError, SourceErrorKind};
@@ -28,25 +30,63 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection on which transmission can begin.
+#[derive(Debug)]
 pub(super) struct Dialed {
     pub(super) socket: Arc<Socket>,
     pub(super) negotiated: Negotiated,
 }
 
 impl Dialed {
-    /// The connection, ready for requests.
-    pub(super) fn into_line(self, config: &NbdSourceConfig) -> Arc<Line> {
-        Line::new(Arc::new(SocketWire(self.socket)), self.negotiated, config)
+    /// The connection, ready for requests. `attaching`: the first thing that comes is the answer to
+    /// having said for which move it is.
+    pub(super) fn into_line(
+        self,
+        config: &NbdSourceConfig,
+        attaching: Option<Arc<Ticket>>,
+    ) -> Arc<Line> {
+        let wire = Arc::new(SocketWire(self.socket));
+        Line::attaching(wire, self.negotiated, config, attaching)
     }
+}
+
+/// What a server has shown of its manners: some cannot take options that are sent at once.
+#[derive(Debug, Default)]
+pub(super) struct Manners {
+    one_by_one: AtomicBool,
 }
 
 /// Connects and shakes hands. `opened` is told of each socket before it is connected, so that
 /// somebody else can shut it down; it says whether to go on.
 pub(super) fn dial(
     config: &NbdSourceConfig,
+    manners: &Manners,
     opened: &dyn Fn(&Arc<Socket>) -> bool,
 ) -> Result<Dialed, SourceError> {
-    let socket = match &config.address {
+    let attempt = |at_once: bool| {
+        let socket = connect(config, opened).map_err(|error| (error, false))?;
+        let negotiated = shake_hands(&socket, config, at_once)?;
+        Ok(Dialed { socket, negotiated })
+    };
+    let last = |(error, _): (SourceError, bool)| error;
+    if manners.one_by_one.load(Ordering::Relaxed) {
+        return attempt(false).map_err(last);
+    }
+    match attempt(true) {
+        Err((error, true)) => {
+            tracing::debug!("options sent at once led nowhere, now one by one: {error}");
+            let dialed = attempt(false).map_err(last)?;
+            manners.one_by_one.store(true, Ordering::Relaxed);
+            Ok(dialed)
+        }
+        outcome => outcome.map_err(last),
+    }
+}
+
+fn connect(
+    config: &NbdSourceConfig,
+    opened: &dyn Fn(&Arc<Socket>) -> bool,
+) -> Result<Arc<Socket>, SourceError> {
+    match &config.address {
         Address::Tcp { host, port } => connect_tcp(config, host, *port, opened),
         Address::Unix(path) => SockAddr::unix(path)
             .and_then(|address| connect_one(config, Domain::UNIX, &address, opened)),
@@ -56,10 +96,7 @@ pub(super) fn dial(
             SourceErrorKind::Disconnected,
             format!("cannot connect to {}: {error}", config.shown_uri()),
         )
-    })?;
-    let negotiated = shake_hands(&socket, config)?;
-    attach(&socket, config, negotiated.size_bytes, negotiated.transport)?;
-    Ok(Dialed { socket, negotiated })
+    })
 }
 
 fn connect_tcp(
@@ -115,10 +152,12 @@ fn connect_one(
     Ok(socket)
 }
 
+/// Shakes hands; with an error it tells whether sending options one by one may get further.
 pub(super) fn shake_hands(
     socket: &Socket,
     config: &NbdSourceConfig,
-) -> Result<Negotiated, SourceError> {
+    at_once: bool,
+) -> Result<Negotiated, (SourceError, bool)> {
     let refused = |error: ClientError| {
         let kind = match error.kind() {
             ClientErrorKind::Refused => SourceErrorKind::Refused,
@@ -132,19 +171,32 @@ pub(super) fn shake_hands(
             format!("{}: the NBD handshake failed: {error}", config.shown_uri()),
         )
     };
-    let mut handshake = Handshake::new(HandshakeConfig {
+    let wanted = HandshakeConfig {
         export: config.export.clone(),
         structured: true,
         allocation: true,
         transport: config.frames,
-    })
-    .map_err(refused)?;
+    };
+    let begun = if at_once {
+        Handshake::at_once(wanted)
+    } else {
+        Handshake::new(wanted)
+    };
+    let mut handshake = begun.map_err(|error| (refused(error), false))?;
     let deadline = Instant::now() + config.handshake_timeout;
     loop {
+        // A server that has not even greeted has nothing against our options.
+        let again = at_once && handshake.is_greeted();
         let output = handshake.take_output();
-        send_all(socket, &output).map_err(broken)?;
-        let bytes = receive_exactly(socket, handshake.needed(), deadline).map_err(broken)?;
-        if let Progress::Done(negotiated) = handshake.receive(&bytes).map_err(refused)? {
+        let bytes = send_all(socket, &output)
+            .and_then(|()| receive_exactly(socket, handshake.needed(), deadline))
+            .map_err(|error| (broken(error), again))?;
+        let progress = handshake.receive(&bytes).map_err(|error| {
+            let plain = matches!(error, ClientError::AtOnce(_));
+            let confused = error.kind() == ClientErrorKind::Violation;
+            (refused(error), again && (plain || confused))
+        })?;
+        if let Progress::Done(negotiated) = progress {
             return Ok(negotiated);
         }
     }

@@ -9,14 +9,16 @@ use std::time::Duration;
 
 use hikkoshi_nbd::client::{Hole, StatusExtent};
 
+use super::attach::Ticket;
 use super::job::{Answer, Job};
 use super::line::Line;
 use super::receive::{ReadError, Receiver, size, wire};
 use super::replies::{Begun, Ended, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
-use crate::transport::pack::{Codec, unpack};
-use crate::transport::{HEADER_BYTES, Header, Kind};
+use crate::transport::pack::{Codec, Unpacker};
+use crate::transport::session::Told;
+use crate::transport::{HEADER_BYTES, Header, Kind, limits};
 
 /// Bytes received at a time while looking for headers: a small answer at once, and a sixteenth of
 /// a quantum at most, which is copied a second time.
@@ -26,6 +28,8 @@ const BUFFER_BYTES: usize = 4096 + 2 * HEADER_BYTES;
 struct Active {
     job: Job,
     data: Vec<u8>,
+    /// So much of it has its checksum right.
+    checked: usize,
     holes: Vec<Hole>,
     extents: Vec<StatusExtent>,
     hashes: Vec<Hash>,
@@ -39,6 +43,7 @@ impl Begun for Active {
             wire_bytes: wire(job.frame_bytes()),
             job,
             data: Vec::new(),
+            checked: 0,
             holes: Vec::new(),
             extents: Vec::new(),
             hashes: Vec::new(),
@@ -46,27 +51,72 @@ impl Begun for Active {
         }
     }
 
-    fn give_up(self) -> Job {
+    fn give_up(mut self) -> Job {
+        if self.checked > 0 {
+            self.data.truncate(self.checked);
+            self.job.has_come(self.data, self.holes, self.wire_bytes);
+        }
         self.job
     }
 }
 
 /// Receives and answers until the connection ends.
 pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
-    Ok(Replies::new(line, progress_timeout, BUFFER_BYTES)?.run(frame))
+    let mut replies = Replies::<Active>::new(line, progress_timeout, BUFFER_BYTES)?;
+    if let Some(ticket) = &line.attaching {
+        // Before anything that was asked for: what follows a refusal is not even looked at.
+        if let Err(error) = attached(&mut replies.receiver, ticket, line) {
+            return Ok(replies.end(error));
+        }
+    }
+    let mut unpacker = Unpacker::default();
+    Ok(replies.run(|replies| frame(replies, &mut unpacker)))
 }
 
-/// Receives one frame.
-fn frame(replies: &mut Replies<'_, Active>) -> Result<(), ReadError> {
-    let (header, _) = replies.receiver.header(HEADER_BYTES, |bytes| {
+fn next_header(receiver: &mut Receiver<'_>) -> Result<Header, ReadError> {
+    let decode = |bytes: &[u8]| {
         let Some(header) = bytes.first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
         Ok(Some((Header::decode(header)?, HEADER_BYTES)))
-    })?;
+    };
+    Ok(receiver.header(HEADER_BYTES, decode)?.0)
+}
+
+/// Receives what the source has to say to being read from for a move.
+fn attached(receiver: &mut Receiver<'_>, ticket: &Ticket, line: &Line) -> Result<(), ReadError> {
+    let mut told = Vec::new();
+    loop {
+        let header = next_header(receiver)?;
+        let len = size(header.payload_len)?;
+        if header.kind != Kind::Told || told.len() + len > limits::TOLD_BYTES {
+            return Err(ReadError::Answer("an answer to something else was given"));
+        }
+        receiver.body(len, |payload| {
+            header.check_payload(payload)?;
+            told.extend_from_slice(payload);
+            Ok::<_, ReadError>(())
+        })??;
+        if header.last {
+            break;
+        }
+    }
+    match Told::decode(&told, line.negotiated.size_bytes) {
+        Some(Told::Attached(attached)) => ticket.was_told(attached),
+        Some(Told::Refused(why)) => return Err(ReadError::Refused(why)),
+        _ => return Err(ReadError::Answer("an answer that makes no sense")),
+    }
+    line.is_attached();
+    Ok(())
+}
+
+/// Receives one frame.
+fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(), ReadError> {
+    let header = next_header(&mut replies.receiver)?;
     let (active, receiver) = replies.of(header.id)?;
     active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
-    take(receiver, active, &header)?;
+    take(receiver, unpacker, active, &header)?;
+    active.checked = active.data.len();
     if header.last {
         return finish(replies, header.id);
     }
@@ -83,17 +133,26 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
         hashes,
         error,
         wire_bytes,
+        ..
     } = replies.take(id)?;
     let whole = match job.answer() {
         Answer::Data => wire(data.len()) == u64::from(job.len),
         Answer::Extents => !extents.is_empty(),
         Answer::Hashes { .. } => !hashes.is_empty(),
     };
+    if error.is_none() && !whole && job.is_read() && replies.line.is_cancelled(id) {
+        let missing = u64::from(job.len).saturating_sub(wire(data.len()));
+        replies.line.count_cancelled(missing);
+        replies.answered(id, &job);
+        let message = format!("{} bytes at {}: cancelled", job.len, job.offset);
+        job.fail(SourceError::new(SourceErrorKind::Cancelled, message));
+        return Ok(());
+    }
     if error.is_none() && !whole {
         let why = "an answer was called done with something missing";
         return replies.broke(job, ReadError::Answer(why));
     }
-    replies.answered(&job);
+    replies.answered(id, &job);
     match (error, job.answer()) {
         (Some(error), _) => job.fail(error),
         (None, Answer::Data) => job.deliver_data(data, holes, wire_bytes),
@@ -106,6 +165,7 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
 /// Takes what belongs to a header, if it is what may come now.
 fn take(
     receiver: &mut Receiver<'_>,
+    unpacker: &mut Unpacker,
     active: &mut Active,
     header: &Header,
 ) -> Result<(), ReadError> {
@@ -132,7 +192,8 @@ fn take(
             };
             receiver.body(payload_len, |payload| {
                 header.check_payload(payload)?;
-                unpack(codec, payload, span, &mut active.data)
+                unpacker
+                    .unpack(codec, payload, span, &mut active.data)
                     .ok_or(ReadError::Answer("compressed data that does not add up"))
             })?
         }

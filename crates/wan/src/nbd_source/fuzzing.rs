@@ -19,7 +19,7 @@ use super::{NbdSource, NbdSourceConfig, SOURCE_THREAD, herald, keeper};
 use crate::source::SourceError;
 use crate::transport::session::{Tell, Told};
 
-/// Shakes hands with the server at the other end of `socket`, lets `ask` submit requests, and
+/// Shakes hands with the server at the other end of `socket`, with options one by one or `at_once`, lets `ask` submit requests, and
 /// receives until the connection ends. Every completion has run when it returns.
 ///
 /// # Errors
@@ -27,19 +27,20 @@ use crate::transport::session::{Tell, Told};
 pub fn converse(
     socket: Socket,
     config: NbdSourceConfig,
+    at_once: bool,
     ask: impl FnOnce(&NbdSource),
 ) -> Result<(), SourceError> {
     let config = config.clamped();
     let socket = Arc::new(socket);
-    let negotiated = shake_hands(&socket, &config)?;
+    let negotiated = shake_hands(&socket, &config, at_once).map_err(|(error, _)| error)?;
     let info = info_of(&config.shown_uri(), &negotiated);
     let line = Line::new(Arc::new(SocketWire(socket)), negotiated, &config);
     let id = Shared::fresh_id();
     SOURCE_THREAD.set(id);
     let watcher = Arc::new(Mutex::new(None));
     let (herald, news) = channel();
-    let shared = Shared::new(config, info, Arc::clone(&watcher), herald, id);
-    let agreed = matches!(shared.install(0, &line, false), Installed::Yes);
+    let shared = Shared::new(config, Some(info), Arc::clone(&watcher), herald, id);
+    let agreed = matches!(shared.install(0, &line), Installed::Yes);
     assert!(agreed, "the first connection agrees with itself");
     let source = NbdSource {
         shared: Arc::clone(&shared),

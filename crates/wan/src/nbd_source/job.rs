@@ -25,6 +25,15 @@ pub(super) struct Job {
     pub(super) offset: u64,
     pub(super) len: u32,
     op: Op,
+    /// What has come of a read whose connection was lost.
+    come: Option<Box<Come>>,
+}
+
+/// The beginning of a reply.
+struct Come {
+    data: Vec<u8>,
+    holes: Vec<Hole>,
+    wire_bytes: u64,
 }
 
 enum Op {
@@ -91,6 +100,7 @@ impl Job {
                 offset: start,
                 len: whole,
                 op,
+                come: None,
             }];
         }
         let end = start + total;
@@ -114,6 +124,7 @@ impl Job {
                     wanted: part,
                     done: Box::new(move |result| parts.add(result)),
                 },
+                come: None,
             });
             at = next;
         }
@@ -140,6 +151,7 @@ impl Job {
             offset: start,
             len: u32::try_from(total).expect("capped far inside 32 bits"),
             op: Op::Status { wanted, done },
+            come: None,
         }
     }
 
@@ -158,6 +170,7 @@ impl Job {
             offset,
             len,
             op,
+            come: None,
         }
     }
 
@@ -175,6 +188,34 @@ impl Job {
         let end = self.offset + u64::from(self.len);
         let overlaps = self.offset < offset.saturating_add(len) && offset < end;
         self.lane != Lane::Demand && self.is_read() && overlaps
+    }
+
+    /// Whether all that the caller wanted of it lies in this range, and is wanted in this lane.
+    pub(super) fn is_within(&self, lane: Lane, offset: u64, len: u64) -> bool {
+        let Op::Read { wanted, .. } = &self.op else {
+            return false;
+        };
+        let end = offset.saturating_add(len);
+        self.lane == lane && wanted.offset >= offset && wanted.offset + wanted.len <= end
+    }
+
+    /// Keeps what has come of it, from its beginning on.
+    pub(super) fn has_come(&mut self, data: Vec<u8>, holes: Vec<Hole>, wire_bytes: u64) {
+        self.come = Some(Box::new(Come {
+            data,
+            holes,
+            wire_bytes,
+        }));
+    }
+
+    /// Whether something of it has come that counts.
+    pub(super) fn has_part(&self) -> bool {
+        self.come.is_some()
+    }
+
+    /// What has come of it is not to be believed.
+    pub(super) fn forget_what_has_come(&mut self) {
+        self.come = None;
     }
 
     /// Whether plain NBD cannot ask it.
@@ -240,8 +281,18 @@ impl Job {
         }
     }
 
-    /// Answers with an error.
-    pub(super) fn fail(self, error: SourceError) {
+    /// Answers with an error, and with what has come all the same.
+    pub(super) fn fail(self, mut error: SourceError) {
+        if let (Op::Read { wanted, .. }, Some(come)) = (&self.op, self.come) {
+            let end = self.offset + u64::try_from(come.data.len()).unwrap_or(0);
+            let wanted = Wanted {
+                offset: wanted.offset,
+                len: wanted.len.min(end.saturating_sub(wanted.offset)),
+            };
+            if wanted.len > 0 {
+                error.come = self::fetched(wanted, self.offset, *come).ok().map(Arc::new);
+            }
+        }
         match self.op {
             Op::Read { done, .. } => done(Err(error)),
             Op::Status { done, .. } => done(Err(error)),
@@ -264,39 +315,16 @@ impl Job {
     }
 
     /// Answers a read with all bytes of the job; `holes` in any order.
-    pub(super) fn deliver_data(self, mut data: Vec<u8>, mut holes: Vec<Hole>, wire_bytes: u64) {
+    pub(super) fn deliver_data(self, data: Vec<u8>, holes: Vec<Hole>, wire_bytes: u64) {
         let Op::Read { wanted, done } = self.op else {
             return self.fail(untold("data in answer to a question for extents"));
         };
-        let head = usize::try_from(wanted.offset - self.offset);
-        let len = usize::try_from(wanted.len);
-        let (Ok(head), Ok(len)) = (head, len) else {
-            return done(Err(untold("a length beyond this machine")));
-        };
-        if data.len() < head + len {
-            return done(Err(untold("bytes are missing")));
-        }
-        data.truncate(head + len);
-        if head > 0 {
-            data.drain(..head);
-        }
-        holes.sort_unstable_by_key(|hole| hole.at);
-        let wanted_end = wanted.offset + wanted.len;
-        let mut runs: Vec<(u64, u64)> = Vec::with_capacity(holes.len());
-        for hole in holes {
-            let start = self.offset + u64::from(hole.at);
-            let end = (start + u64::from(hole.len)).min(wanted_end);
-            let start = start.max(wanted.offset);
-            if start < end {
-                push_run(&mut runs, (start, end - start));
-            }
-        }
-        done(Ok(Fetched {
-            offset: wanted.offset,
+        let come = Come {
             data,
-            holes: runs,
+            holes,
             wire_bytes,
-        }));
+        };
+        done(fetched(wanted, self.offset, come));
     }
 
     /// Answers a question for extents; `extents` begin where the job does.
@@ -329,6 +357,44 @@ impl Job {
             wire_bytes,
         }));
     }
+}
+
+/// What is wanted of bytes that begin at `start`.
+fn fetched(wanted: Wanted, start: u64, come: Come) -> Result<Fetched, SourceError> {
+    let Come {
+        mut data,
+        mut holes,
+        wire_bytes,
+    } = come;
+    let head = usize::try_from(wanted.offset - start);
+    let len = usize::try_from(wanted.len);
+    let (Ok(head), Ok(len)) = (head, len) else {
+        return Err(untold("a length beyond this machine"));
+    };
+    if data.len() < head + len {
+        return Err(untold("bytes are missing"));
+    }
+    data.truncate(head + len);
+    if head > 0 {
+        data.drain(..head);
+    }
+    holes.sort_unstable_by_key(|hole| hole.at);
+    let wanted_end = wanted.offset + wanted.len;
+    let mut runs: Vec<(u64, u64)> = Vec::with_capacity(holes.len());
+    for hole in holes {
+        let at = start + u64::from(hole.at);
+        let end = (at + u64::from(hole.len)).min(wanted_end);
+        let at = at.max(wanted.offset);
+        if at < end {
+            push_run(&mut runs, (at, end - at));
+        }
+    }
+    Ok(Fetched {
+        offset: wanted.offset,
+        data,
+        holes: runs,
+        wire_bytes,
+    })
 }
 
 fn untold(message: &'static str) -> SourceError {

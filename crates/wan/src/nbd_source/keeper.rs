@@ -2,7 +2,8 @@
 //!
 //! Owns the life of a connection: dialled, agreed with the others, read until it dies, its
 //! requests failed, dialled again after a pause. One keeper runs for each connection wanted; they
-//! meet only in [`Shared`].
+//! meet only in [`Shared`]. At the start they all dial at the same time, and whichever has shaken
+//! hands first is the first: the server may take only one.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -10,61 +11,144 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::dial::dial;
+use super::attach::{announce, attach};
+use super::dial::{Dialed, dial};
 use super::line::Line;
-use super::shared::{Installed, Shared};
+use super::shared::{Installed, Shared, Turn};
 use super::{frames, reader};
 use crate::source::{SourceError, SourceErrorKind};
 
 /// The pause before a connection beyond the first is tried again that the server did not admit.
 const EXTRA_RETRY: Duration = Duration::from_secs(60);
 
-/// Runs until the source is closed. `line` is the connection that stands already.
-pub(super) fn keep(shared: &Arc<Shared>, slot: usize, mut line: Option<Arc<Line>>) {
+/// Keeper number `keeper`, until the source is closed. `opening`: nothing is known of the source yet,
+/// and this is one of those that dial at once.
+pub(super) fn keep(shared: &Arc<Shared>, keeper: usize, opening: bool) {
     let mut backoff = Backoff::new(shared.config.backoff_min, shared.config.backoff_max);
-    loop {
-        if let Some(line) = line.take() {
-            if read(shared, slot, &line) > 0 {
-                backoff.reset();
-            }
-            if !shared.pause(backoff.next(), None) {
-                return;
-            }
-        }
-        if !shared.wait_for_turn(slot) {
-            return;
-        }
+    let seat = if opening {
+        open(shared, keeper, &mut backoff)
+    } else {
+        shared.wait_for_seat()
+    };
+    let Some(slot) = seat else {
+        return;
+    };
+    while shared.wait_for_turn(slot) {
         let epoch = shared.epoch();
-        let failed = match dial(&shared.config, &|socket| shared.dialing(slot, socket)) {
-            Ok(dialed) => {
-                let fresh = dialed.into_line(&shared.config);
-                match shared.install(slot, &fresh, true) {
-                    Installed::Yes => {
-                        line = Some(fresh);
-                        continue;
-                    }
-                    Installed::Closed => return,
-                    Installed::Differs(error) => error,
-                }
-            }
-            Err(error) => error,
-        };
-        let others_stand = shared.standing() > 0;
-        if failed.kind == SourceErrorKind::Untrusted {
-            shared.tell_untrusted(&failed);
-        }
-        tracing::debug!(slot, others_stand, error = %failed, "no connection to the source");
-        let wait = if others_stand {
-            EXTRA_RETRY
-        } else if failed.kind == SourceErrorKind::Untrusted {
-            shared.config.backoff_max
-        } else {
-            backoff.next()
-        };
-        if !shared.pause(wait, others_stand.then_some(epoch)) {
+        let outcome =
+            dial_one(shared, keeper).and_then(|dialed| stand(shared, keeper, slot, dialed));
+        if !go_on(shared, slot, outcome, epoch, &mut backoff) {
             return;
         }
     }
+}
+
+/// The first attempt of a source of which nothing is known yet, and what comes of it up to its end.
+/// Gives the place to keep from then on; `None`: there is none left, or the source is closed.
+fn open(shared: &Arc<Shared>, keeper: usize, backoff: &mut Backoff) -> Option<usize> {
+    let epoch = shared.epoch();
+    let dialed = match dial_one(shared, keeper) {
+        Ok(dialed) => dialed,
+        Err(error) => {
+            shared.attempt_over(Some(&error));
+            // Not before: the server may have taken the one connection that it takes, and that is
+            // to have a place.
+            let slot = shared.wait_for_seat()?;
+            return pause(shared, slot, &error, epoch, backoff).then_some(slot);
+        }
+    };
+    let Some(slot) = shared.take_seat() else {
+        shared.keep_spare(keeper, dialed);
+        return None;
+    };
+    let outcome = stand(shared, keeper, slot, dialed);
+    if let Err(error) = &outcome {
+        shared.attempt_over(Some(error));
+    }
+    go_on(shared, slot, outcome, epoch, backoff).then_some(slot)
+}
+
+/// What follows from an attempt, until there is to be another one. False when the source is closed.
+fn go_on(
+    shared: &Shared,
+    slot: usize,
+    outcome: Result<Option<Arc<Line>>, SourceError>,
+    epoch: u64,
+    backoff: &mut Backoff,
+) -> bool {
+    match outcome {
+        Ok(Some(line)) => {
+            if read(shared, slot, &line) > 0 {
+                backoff.reset();
+            }
+            shared.pause(backoff.next(), None)
+        }
+        Ok(None) => false,
+        Err(error) => pause(shared, slot, &error, epoch, backoff),
+    }
+}
+
+fn dial_one(shared: &Shared, keeper: usize) -> Result<Dialed, SourceError> {
+    let outcome = dial(&shared.config, &shared.manners, &|socket| {
+        shared.dialing(keeper, socket)
+    });
+    if outcome.is_err() {
+        shared.dialed(keeper);
+    }
+    outcome
+}
+
+/// Puts a connection to work that has shaken hands; `None`: the source was closed.
+fn stand(
+    shared: &Shared,
+    keeper: usize,
+    slot: usize,
+    dialed: Dialed,
+) -> Result<Option<Arc<Line>>, SourceError> {
+    let turn = shared.wait_to_stand();
+    let outcome = match turn {
+        Turn::Closed => return Ok(None),
+        // Nobody may rely on a source that would refuse: its answer is waited for.
+        Turn::First => attach(&dialed, &shared.config).map(|()| None),
+        // It agreed a moment ago. What it would say now comes before anything that is asked.
+        Turn::Beside => announce(&dialed, &shared.config),
+    };
+    let outcome = outcome.and_then(|attaching| {
+        let fresh = dialed.into_line(&shared.config, attaching);
+        match shared.install(slot, &fresh) {
+            Installed::Yes => Ok(Some(fresh)),
+            Installed::Closed => Ok(None),
+            Installed::Differs(error) => Err(error),
+        }
+    });
+    shared.dialed(keeper);
+    if turn == Turn::First {
+        shared.has_led();
+    }
+    outcome
+}
+
+/// Rests after a failure. False when the source is closed.
+fn pause(
+    shared: &Shared,
+    slot: usize,
+    failed: &SourceError,
+    epoch: u64,
+    backoff: &mut Backoff,
+) -> bool {
+    let others_stand = shared.standing() > 0;
+    if failed.kind == SourceErrorKind::Untrusted {
+        shared.tell_untrusted(failed);
+    }
+    tracing::debug!(slot, others_stand, error = %failed, "no connection to the source");
+    let wait = if others_stand {
+        EXTRA_RETRY
+    } else if failed.kind == SourceErrorKind::Untrusted {
+        shared.config.backoff_max
+    } else {
+        backoff.next()
+    };
+    shared.pause(wait, others_stand.then_some(epoch))
 }
 
 /// Reads a connection until it dies and settles what is left of it. Returns how many requests it
@@ -86,7 +170,9 @@ pub(super) fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
         };
         match outcome {
             Ok(ended) => {
-                answered = ended.answered;
+                // What has come in part is kept, and so the next connection gets further.
+                let parts = ended.unfinished.iter().filter(|job| job.has_part()).count();
+                answered = ended.answered + u64::try_from(parts).unwrap_or(0);
                 jobs = ended.unfinished;
                 let ended = ended.why;
                 if ended.is_checksum() {

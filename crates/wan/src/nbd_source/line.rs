@@ -4,7 +4,7 @@
 //! good) and who waits for which cookie. It must never call a completion: submitters and the
 //! reader hold no lock of it when they do.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use hikkoshi_nbd::client::{Negotiated, encode_request};
 use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
 
 use super::address::NbdSourceConfig;
+use super::attach::Ticket;
 use super::job::Job;
 use super::wire::Wire;
 use crate::source::Lane;
@@ -31,6 +32,8 @@ const PACE_ROUND: Duration = Duration::from_millis(250);
 pub(super) struct Line {
     pub(super) wire: Arc<dyn Wire>,
     pub(super) negotiated: Negotiated,
+    /// What the source has to say to this comes first.
+    pub(super) attaching: Option<Arc<Ticket>>,
     in_flight_max: usize,
     bulk_max: usize,
     packing: Packing,
@@ -41,6 +44,8 @@ pub(super) struct Line {
     queued_bulk: AtomicU64,
     /// Bytes per second that it has brought lately.
     pace: AtomicU64,
+    /// Bytes that were not sent because they were cancelled.
+    cancelled_bytes: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -49,6 +54,10 @@ struct State {
     next_cookie: u64,
     /// Sent, and no byte of the reply seen yet.
     unanswered: HashMap<u64, Job>,
+    /// Reads whose reply has begun: lane, offset and length.
+    begun: HashMap<u64, (Lane, u64, u32)>,
+    /// Of both, what the server was told is wanted no more.
+    cancelled: HashSet<u64>,
     in_flight: usize,
     bulk_in_flight: usize,
     demand: VecDeque<Job>,
@@ -67,17 +76,37 @@ impl Line {
         negotiated: Negotiated,
         config: &NbdSourceConfig,
     ) -> Arc<Self> {
+        Self::attaching(wire, negotiated, config, None)
+    }
+
+    /// The same, on which it was said for which move it is, and no answer has come yet.
+    pub(super) fn attaching(
+        wire: Arc<dyn Wire>,
+        negotiated: Negotiated,
+        config: &NbdSourceConfig,
+        attaching: Option<Arc<Ticket>>,
+    ) -> Arc<Self> {
+        let bulk_max = match negotiated.transport {
+            true => config.bulk_in_flight_in_frames,
+            false => config.bulk_in_flight,
+        };
+        let state = State {
+            waiting_since: attaching.is_some().then(Instant::now),
+            ..State::default()
+        };
         Arc::new(Self {
             wire,
             negotiated,
+            attaching,
             in_flight_max: config.in_flight,
-            bulk_max: config.bulk_in_flight,
+            bulk_max,
             packing: config.packing,
             dead: AtomicBool::new(false),
             load: AtomicU64::new(0),
             queued_bulk: AtomicU64::new(0),
             pace: AtomicU64::new(0),
-            state: Mutex::new(State::default()),
+            cancelled_bytes: AtomicU64::new(0),
+            state: Mutex::new(state),
         })
     }
 
@@ -166,6 +195,74 @@ impl Line {
         self.pump(state);
     }
 
+    /// Reads of `lane` within this range are wanted no more. Hands out what was not sent yet; of what the
+    /// server has been asked for it is told, if it speaks frames.
+    pub(super) fn cancel(&self, lane: Lane, offset: u64, len: u64) -> Vec<Job> {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.closed {
+            return Vec::new();
+        }
+        let mut unsent = Vec::new();
+        for queue in [&mut state.demand, &mut state.bulk] {
+            let mut stay = VecDeque::with_capacity(queue.len());
+            for job in queue.drain(..) {
+                if job.is_within(lane, offset, len) {
+                    unsent.push(job);
+                } else {
+                    stay.push_back(job);
+                }
+            }
+            *queue = stay;
+        }
+        for job in &unsent {
+            self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
+            if !job.lane.is_urgent() {
+                self.queued_bulk
+                    .fetch_sub(u64::from(job.len), Ordering::Relaxed);
+            }
+            self.cancelled_bytes
+                .fetch_add(u64::from(job.len), Ordering::Relaxed);
+        }
+        if self.speaks_frames() {
+            let end = offset.saturating_add(len);
+            let within = |begun: &(Lane, u64, u32)| {
+                begun.0 == lane && begun.1 >= offset && begun.1 + u64::from(begun.2) <= end
+            };
+            let asked = state.unanswered.iter();
+            let asked = asked.filter(|(_, job)| job.is_within(lane, offset, len));
+            let begun = state.begun.iter().filter(|(_, begun)| within(begun));
+            let mut ids: Vec<u64> = asked.map(|(id, _)| *id).collect();
+            ids.extend(begun.map(|(id, _)| *id));
+            ids.retain(|id| state.cancelled.insert(*id));
+            ids.sort_unstable();
+            let output: Vec<u8> = ids
+                .into_iter()
+                .flat_map(|id| Request::Cancel(id).encode())
+                .collect();
+            if !output.is_empty() && self.wire.send(&output).is_err() {
+                // The reader notices.
+                self.wire.hang_up();
+            }
+        }
+        unsent
+    }
+
+    /// Whether the server was told that this request is wanted no more.
+    pub(super) fn is_cancelled(&self, cookie: u64) -> bool {
+        self.state().cancelled.contains(&cookie)
+    }
+
+    /// So many bytes of a cancelled request were not sent.
+    pub(super) fn count_cancelled(&self, bytes: u64) {
+        self.cancelled_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that were asked for and, being cancelled, not sent.
+    pub(super) fn cancelled_bytes(&self) -> u64 {
+        self.cancelled_bytes.load(Ordering::Relaxed)
+    }
+
     /// Sends what may be sent now.
     fn pump(&self, state: &mut State) {
         let mut output = Vec::new();
@@ -217,14 +314,23 @@ impl Line {
     /// Takes out the job that a reply has begun for; it counts as in flight until
     /// [`Self::answered`].
     pub(super) fn claim(&self, cookie: u64) -> Option<Job> {
-        self.state().unanswered.remove(&cookie)
+        let mut state = self.state();
+        let job = state.unanswered.remove(&cookie)?;
+        if job.is_read() {
+            state.begun.insert(cookie, (job.lane, job.offset, job.len));
+        }
+        Some(job)
     }
 
     /// A claimed job has its whole reply: its place goes to the next one.
-    pub(super) fn answered(&self, job: &Job) {
+    pub(super) fn answered(&self, cookie: u64, job: &Job) {
         self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
         let mut state = self.state();
-        self.measure(&mut state, job, Instant::now());
+        state.begun.remove(&cookie);
+        // What was cancelled has not all come, and tells nothing of the pace.
+        if !state.cancelled.remove(&cookie) {
+            self.measure(&mut state, job, Instant::now());
+        }
         state.in_flight -= 1;
         if !job.lane.is_urgent() {
             state.bulk_in_flight -= 1;
@@ -250,6 +356,14 @@ impl Line {
             let pace = u64::try_from(per_second).unwrap_or(u64::MAX);
             self.pace.store(pace, Ordering::Relaxed);
             (state.brought, state.brought_since) = (0, Some(now));
+        }
+    }
+
+    /// The source has said that it may be read from for the move.
+    pub(super) fn is_attached(&self) {
+        let mut state = self.state();
+        if state.in_flight == 0 {
+            state.waiting_since = None;
         }
     }
 

@@ -9,7 +9,11 @@
 
 mod address;
 mod attach;
+#[cfg(test)]
+mod attach_tests;
 mod bare;
+#[cfg(test)]
+mod cancel_tests;
 mod choice;
 mod dial;
 mod frames;
@@ -22,6 +26,9 @@ mod line;
 mod reader;
 mod receive;
 mod replies;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod script;
 mod shared;
 mod wire;
 
@@ -38,8 +45,7 @@ pub use wire::Wire;
 
 use self::herald::News;
 use self::job::Job;
-use self::line::Line;
-use self::shared::{Installed, Shared, info_of};
+use self::shared::Shared;
 use crate::source::{
     Completion, ExtentsAnswer, Fetched, Hashes, Lane, Source, SourceError, SourceErrorKind,
     SourceExtent, SourceInfo, SourceWatcher, hash_by_reading,
@@ -63,13 +69,13 @@ pub struct NbdSource {
 }
 
 impl NbdSource {
-    /// Connects; fails if the first connection does. More follow in the background.
+    /// Connects; fails if no connection stands. All are dialled at once where several are allowed
+    /// whatever the server promises, and with them one for what there is to say of the move.
     pub fn connect(config: NbdSourceConfig) -> Result<Arc<Self>, SourceError> {
-        let config = config.clamped();
-        let dialed = dial::dial(&config, &|_| true)?;
-        let info = info_of(&config.shown_uri(), &dialed.negotiated);
-        let line = dialed.into_line(&config);
-        Self::start(config, info, Some(line))
+        let source = Self::start(config.clamped(), None)?;
+        // Dropped after a failure, it ends what was started.
+        source.shared.wait_until_open()?;
+        Ok(source)
     }
 
     /// Returns at once and connects in the background, to a disk that is as `expected` says
@@ -88,13 +94,12 @@ impl NbdSource {
             ));
         }
         let uri = config.shown_uri();
-        Self::start(config, SourceInfo { uri, ..expected }, None)
+        Self::start(config, Some(SourceInfo { uri, ..expected }))
     }
 
     fn start(
         config: NbdSourceConfig,
-        info: SourceInfo,
-        first: Option<Arc<Line>>,
+        expected: Option<SourceInfo>,
     ) -> Result<Arc<Self>, SourceError> {
         let no_thread = |error: std::io::Error| {
             let message = format!("cannot start a thread for the source: {error}");
@@ -105,26 +110,29 @@ impl NbdSource {
         let herald = herald::start(Arc::clone(&watcher), move || SOURCE_THREAD.set(id))
             .map_err(no_thread)?;
         let connections = config.connections;
-        let shared = Shared::new(config, info, watcher, herald, id);
+        let opening = expected.is_none();
+        let at_once = if !opening {
+            0
+        } else if !config.several_without_promise {
+            1
+        } else {
+            let talks = config.frames && config.ticket.is_some() && connections > 1;
+            connections + usize::from(talks)
+        };
+        let shared = Shared::new(config, expected, watcher, herald, id);
+        shared.begin_opening(at_once);
         // From here on, dropping ends what was started.
         let source = Arc::new(Self {
             shared: Arc::clone(&shared),
         });
-        if let Some(line) = &first
-            && !matches!(shared.install(0, line, false), Installed::Yes)
-        {
-            unreachable!("the first connection agrees with itself");
-        }
-        let mut first = first;
-        for slot in 0..connections {
-            let line = if slot == 0 { first.take() } else { None };
+        for number in 0..at_once.max(connections) {
             let keeper = Arc::clone(&shared);
             keeper.thread_begins();
             let spawned = thread::Builder::new()
-                .name(format!("source-{slot}"))
+                .name(format!("source-{number}"))
                 .spawn(move || {
                     SOURCE_THREAD.set(id);
-                    keeper::keep(&keeper, slot, line);
+                    keeper::keep(&keeper, number, number < at_once);
                     keeper.thread_ends();
                 });
             if let Err(error) = spawned {
@@ -255,6 +263,14 @@ impl Source for NbdSource {
 
     fn promote(&self, offset: u64, len: u64) {
         self.shared.promote(offset, len);
+    }
+
+    fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        self.shared.cancel(lane, offset, len);
+    }
+
+    fn cancelled_bytes(&self) -> u64 {
+        self.shared.cancelled_bytes()
     }
 
     fn speaks_frames(&self) -> bool {

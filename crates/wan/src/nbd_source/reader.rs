@@ -102,7 +102,7 @@ fn finish(replies: &mut Replies<'_, Active>, cookie: u64) -> Result<(), ReadErro
     } = replies.take(cookie)?;
     match reply.finish() {
         Ok(outcome) => {
-            replies.answered(&job);
+            replies.answered(cookie, &job);
             match outcome {
                 Outcome::Read(holes) => job.deliver_data(data, holes, wire_bytes),
                 Outcome::Status(extents) => job.deliver_status(&extents, wire_bytes),
@@ -110,7 +110,7 @@ fn finish(replies: &mut Replies<'_, Active>, cookie: u64) -> Result<(), ReadErro
             Ok(())
         }
         Err(error) if error.kind() == ClientErrorKind::Refused => {
-            replies.answered(&job);
+            replies.answered(cookie, &job);
             let what = if job.is_read() {
                 "reading"
             } else {

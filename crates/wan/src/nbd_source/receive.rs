@@ -29,13 +29,18 @@ pub(super) enum ReadError {
     Frame(#[from] FrameError),
     #[error("{0}")]
     Answer(&'static str),
+    /// It is not to be read from for this move.
+    #[error("{0}")]
+    Refused(String),
 }
 
 impl ReadError {
     pub(super) fn kind(&self) -> SourceErrorKind {
         match self {
             Self::Closed | Self::Stalled(_) | Self::Io(_) => SourceErrorKind::Disconnected,
-            Self::Protocol(_) | Self::Frame(_) | Self::Answer(_) => SourceErrorKind::Untrusted,
+            Self::Protocol(_) | Self::Frame(_) | Self::Answer(_) | Self::Refused(_) => {
+                SourceErrorKind::Untrusted
+            }
         }
     }
 

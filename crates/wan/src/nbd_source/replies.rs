@@ -10,12 +10,13 @@ use std::time::Duration;
 use super::job::Job;
 use super::line::Line;
 use super::receive::{ReadError, Receiver};
+use crate::source::SourceErrorKind;
 
 /// A reply of which something has come.
 pub(super) trait Begun {
     /// Nothing of it was looked at yet.
     fn begin(job: Job, line: &Line) -> Self;
-    /// What it was for; it will not end.
+    /// What it was for, with what has come of it as far as that is proven; it will not end.
     fn give_up(self) -> Job;
 }
 
@@ -54,20 +55,29 @@ impl<'a, B: Begun> Replies<'a, B> {
     }
 
     /// Receives with `step` until the connection ends.
-    pub(super) fn run(mut self, step: impl Fn(&mut Self) -> Result<(), ReadError>) -> Ended {
-        let why = loop {
+    pub(super) fn run(mut self, mut step: impl FnMut(&mut Self) -> Result<(), ReadError>) -> Ended {
+        loop {
             if let Err(error) = step(&mut self) {
-                break error;
+                return self.end(error);
             }
-        };
+        }
+    }
+
+    /// The connection has ended.
+    pub(super) fn end(self, why: ReadError) -> Ended {
         // In the order in which they were asked for, so that a simulated world is its seed.
         let mut begun: Vec<(u64, B)> = self.begun.into_iter().collect();
         begun.sort_unstable_by_key(|(id, _)| *id);
         let begun = begun.into_iter().map(|(_, begun)| begun.give_up());
+        let mut unfinished: Vec<Job> = self.broken.into_iter().chain(begun).collect();
+        if why.kind() != SourceErrorKind::Disconnected {
+            // Where one thing was damaged, nobody knows what else was.
+            unfinished.iter_mut().for_each(Job::forget_what_has_come);
+        }
         Ended {
             why,
             answered: self.answered,
-            unfinished: self.broken.into_iter().chain(begun).collect(),
+            unfinished,
         }
     }
 
@@ -90,8 +100,8 @@ impl<'a, B: Begun> Replies<'a, B> {
     }
 
     /// A job has its answer: its place goes to the next one.
-    pub(super) fn answered(&mut self, job: &Job) {
-        self.line.answered(job);
+    pub(super) fn answered(&mut self, id: u64, job: &Job) {
+        self.line.answered(id, job);
         self.answered += 1;
     }
 

@@ -16,21 +16,25 @@ use socket2::Socket;
 
 use super::address::NbdSourceConfig;
 use super::choice::{Busy, Quiet, quickest};
+use super::dial::{Dialed, Manners};
 use super::herald::{News, WatcherSlot};
 use super::job::Job;
 use super::line::Line;
-use crate::source::{SourceError, SourceErrorKind, SourceInfo};
+use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
 
 /// Shared by the source, its keepers and their connections.
 pub(super) struct Shared {
     pub(super) config: NbdSourceConfig,
     pub(super) uri: String,
     pub(super) watcher: WatcherSlot,
+    pub(super) manners: Manners,
     herald: Sender<News>,
     /// Tells sources apart in thread-local marks.
     pub(super) id: u64,
     /// Connections that were given up because bytes were changed on their way.
     checksum_failures: AtomicU64,
+    /// Of connections that are gone: bytes that were not sent because they were cancelled.
+    cancelled_bytes: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -38,6 +42,13 @@ pub(super) struct Shared {
 struct State {
     /// What every connection must agree with.
     info: SourceInfo,
+    /// The first attempts of a source of which nothing is known yet: no info counts before one of
+    /// them stands.
+    opening: Option<Opening>,
+    /// Places that have a keeper.
+    seats: usize,
+    /// A connection is asking whether it may be the first to stand.
+    leading: bool,
     lines: Vec<Option<Arc<Line>>>,
     dialing: Vec<Option<Arc<Socket>>>,
     standing: usize,
@@ -49,6 +60,24 @@ struct State {
     told_differs: bool,
     threads: usize,
     closed: bool,
+}
+
+/// How the first attempts go.
+#[derive(Debug)]
+struct Opening {
+    pending: usize,
+    error: Option<SourceError>,
+}
+
+/// How a connection that has shaken hands comes to stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// None stands: the source is asked first whether it may be read from.
+    First,
+    /// Beside others: it goes to work at once.
+    Beside,
+    /// The source was closed meanwhile.
+    Closed,
 }
 
 /// What became of a fresh connection.
@@ -74,26 +103,60 @@ pub(super) fn info_of(uri: &str, negotiated: &Negotiated) -> SourceInfo {
     }
 }
 
+impl State {
+    fn take_seat(&mut self) -> Option<usize> {
+        let seat = self.seats;
+        if seat == self.lines.len() {
+            return None;
+        }
+        self.seats += 1;
+        Some(seat)
+    }
+}
+
 impl Shared {
+    /// `info`: what the disk is known to be; else the first connection says it.
     pub(super) fn new(
         config: NbdSourceConfig,
-        info: SourceInfo,
+        info: Option<SourceInfo>,
         watcher: WatcherSlot,
         herald: Sender<News>,
         id: u64,
     ) -> Arc<Self> {
         let connections = config.connections;
+        let uri = config.shown_uri();
+        let opening = info.is_none().then_some(Opening {
+            pending: 0,
+            error: None,
+        });
+        // Nobody sees it before one stands.
+        let nothing = || SourceInfo {
+            size_bytes: 0,
+            read_only: false,
+            can_multi_conn: false,
+            has_extents: false,
+            min_block_bytes: 1,
+            max_read_bytes: 1,
+            uri: uri.clone(),
+        };
+        let info = info.unwrap_or_else(nothing);
         Arc::new(Self {
-            uri: info.uri.clone(),
+            uri,
             config,
             watcher,
+            manners: Manners::default(),
             herald,
             id,
             checksum_failures: AtomicU64::new(0),
+            cancelled_bytes: AtomicU64::new(0),
             state: Mutex::new(State {
                 info,
+                opening,
+                seats: 0,
+                leading: false,
                 lines: vec![None; connections],
-                dialing: vec![None; connections],
+                // One more may be dialled for what is said of the move.
+                dialing: vec![None; connections + 1],
                 standing: 0,
                 quiet: Quiet::default(),
                 epoch: 0,
@@ -154,13 +217,118 @@ impl Shared {
             .count()
     }
 
-    /// Waits until `slot` may be dialled: the first at any time, the others only beside one that
-    /// stands, and to a server that promises a coherent disk. `false`: closed.
-    pub(super) fn wait_for_turn(&self, slot: usize) -> bool {
+    /// So many connections are dialled for the first time, all at once.
+    pub(super) fn begin_opening(&self, attempts: usize) {
+        if let Some(opening) = &mut self.state().opening {
+            opening.pending = attempts;
+        }
+    }
+
+    /// Waits until one of the first attempts stands, or all have failed.
+    pub(super) fn wait_until_open(&self) -> Result<(), SourceError> {
+        let mut state = self.state();
+        loop {
+            match &state.opening {
+                None => return Ok(()),
+                Some(Opening {
+                    pending: 0,
+                    error: Some(error),
+                }) => return Err(error.clone()),
+                Some(_) => {}
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// One of the first attempts failed, or (`None`) will not stand because enough others may. Once
+    /// one stands nobody asks any more.
+    pub(super) fn attempt_over(&self, failed: Option<&SourceError>) {
+        let mut state = self.state();
+        if let Some(opening) = &mut state.opening {
+            opening.pending = opening.pending.saturating_sub(1);
+            opening.error = opening.error.take().or_else(|| failed.cloned());
+            self.changed.notify_all();
+        }
+    }
+
+    /// A place to keep a connection in; `None`: as many as are wanted have a keeper.
+    pub(super) fn take_seat(&self) -> Option<usize> {
+        self.state().take_seat()
+    }
+
+    /// The same, once one of the first attempts stands; `None` also when the source is closed.
+    pub(super) fn wait_for_seat(&self) -> Option<usize> {
+        let mut state = self.state();
+        while !state.closed && state.opening.is_some() {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.closed {
+            return None;
+        }
+        state.take_seat()
+    }
+
+    /// Waits until it is known how a connection that has shaken hands comes to stand.
+    pub(super) fn wait_to_stand(&self) -> Turn {
+        let mut state = self.state();
+        loop {
+            if state.closed {
+                return Turn::Closed;
+            }
+            if state.standing > 0 {
+                return Turn::Beside;
+            }
+            if !std::mem::replace(&mut state.leading, true) {
+                return Turn::First;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whoever was to be the first stands, or does not.
+    pub(super) fn has_led(&self) {
+        self.state().leading = false;
+        self.changed.notify_all();
+    }
+
+    /// A connection more than are wanted to read over, of those that were dialled first: kept for
+    /// what there is to say of the move, if the source understands that.
+    pub(super) fn keep_spare(&self, keeper: usize, dialed: Dialed) {
+        self.attempt_over(None);
+        let stands = {
+            let mut state = self.state();
+            while !state.closed && state.standing == 0 {
+                state = self
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            // It may be needed for longer than the source.
+            state.dialing[keeper] = None;
+            !state.closed
+        };
+        match &self.config.ticket {
+            Some(ticket) if stands && dialed.negotiated.transport => ticket.keep_spare(dialed),
+            _ => dialed.into_line(&self.config, None).disconnect(),
+        }
+    }
+
+    /// Waits until a connection may be dialled for `seat`: the first at any time, the others only
+    /// beside one that stands, and to a server that promises a coherent disk. `false`: closed.
+    pub(super) fn wait_for_turn(&self, seat: usize) -> bool {
         let mut state = self.state();
         loop {
             let several = state.info.can_multi_conn || self.config.several_without_promise;
-            if state.closed || slot == 0 || (state.standing > 0 && several) {
+            if state.closed || seat == 0 || (state.standing > 0 && several) {
                 return !state.closed;
             }
             state = self
@@ -234,20 +402,44 @@ impl Shared {
         }
     }
 
+    /// Takes reads back, on whichever connection they are.
+    pub(super) fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        let lines: Vec<_> = self.state().lines.iter().flatten().cloned().collect();
+        for line in lines {
+            let unsent = line.cancel(lane, offset, len);
+            if !unsent.is_empty() {
+                let error = SourceError::new(SourceErrorKind::Cancelled, "cancelled");
+                self.tell(News::Failed(unsent, error));
+            }
+        }
+    }
+
+    /// Bytes that were asked for and, being cancelled, not sent.
+    pub(super) fn cancelled_bytes(&self) -> u64 {
+        let state = self.state();
+        let lines = state.lines.iter().flatten();
+        let now: u64 = lines.map(|line| line.cancelled_bytes()).sum();
+        now + self.cancelled_bytes.load(Ordering::Relaxed)
+    }
+
     /// Remembers a socket being connected, so that closing can interrupt it; `false`: closed.
-    pub(super) fn dialing(&self, slot: usize, socket: &Arc<Socket>) -> bool {
+    pub(super) fn dialing(&self, keeper: usize, socket: &Arc<Socket>) -> bool {
         let mut state = self.state();
         if !state.closed {
-            state.dialing[slot] = Some(Arc::clone(socket));
+            state.dialing[keeper] = Some(Arc::clone(socket));
         }
         !state.closed
     }
 
+    /// What a keeper has dialled is somebody else's to interrupt, or gone.
+    pub(super) fn dialed(&self, keeper: usize) {
+        self.state().dialing[keeper] = None;
+    }
+
     /// Puts a fresh connection to work, if it leads to the same disk. The watcher hears of the
-    /// first one if `announce`.
-    pub(super) fn install(&self, slot: usize, line: &Arc<Line>, announce: bool) -> Installed {
+    /// first one, but for the very first of all.
+    pub(super) fn install(&self, slot: usize, line: &Arc<Line>) -> Installed {
         let mut state = self.state();
-        state.dialing[slot] = None;
         if state.closed {
             line.disconnect();
             return Installed::Closed;
@@ -256,7 +448,9 @@ impl Shared {
         // Requests are cut for the block sizes known; they may change only while nothing stands.
         let same_sizes = fresh.min_block_bytes == state.info.min_block_bytes
             && fresh.max_read_bytes == state.info.max_read_bytes;
-        let same = if state.standing == 0 {
+        let same = if state.opening.is_some() {
+            true
+        } else if state.standing == 0 {
             fresh.may_succeed(&state.info)
         } else {
             let same_tongue = state
@@ -276,7 +470,7 @@ impl Shared {
             state.info = fresh;
             state.epoch += 1;
             state.told_differs = false;
-            if announce {
+            if state.opening.take().is_none() {
                 self.tell(News::Up);
             }
             self.changed.notify_all();
@@ -326,7 +520,9 @@ impl Shared {
     pub(super) fn remove(&self, slot: usize, jobs: Vec<Job>, error: &SourceError) {
         let mut state = self.state();
         self.tell(News::Failed(jobs, error.clone()));
-        if state.lines[slot].take().is_some() {
+        if let Some(line) = state.lines[slot].take() {
+            self.cancelled_bytes
+                .fetch_add(line.cancelled_bytes(), Ordering::Relaxed);
             state.standing -= 1;
             if state.standing == 0 && !state.closed {
                 state.epoch += 1;

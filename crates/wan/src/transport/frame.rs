@@ -10,8 +10,8 @@ use super::pack::{self, Codec, Packing};
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 40;
 
-/// `HKF2`: the last byte is the version.
-pub const MAGIC: u32 = 0x484b_4632;
+/// `HKF3`: the last byte is the version.
+pub const MAGIC: u32 = 0x484b_4633;
 
 /// In the last frame of a reply.
 pub const FLAG_LAST: u16 = 1 << 0;
@@ -287,9 +287,13 @@ impl Header {
             Kind::Cancel | Kind::Promote | Kind::Ping => bare && nothing,
             Kind::Data => {
                 (1..=limits::QUANTUM_BYTES).contains(&span)
-                    && match self.packing {
-                        0 => payload_len == span,
-                        _ => (1..span).contains(&payload_len),
+                    && match Codec::from_flags(self.packing) {
+                        Ok(None) => payload_len == span,
+                        Ok(Some(Codec::Lz4)) => (1..span).contains(&payload_len),
+                        Ok(Some(Codec::Zstd)) => {
+                            (1..=span + limits::PACKED_EXTRA_BYTES).contains(&payload_len)
+                        }
+                        Err(_) => false,
                     }
             }
             Kind::Zero => (1..=limits::READ_BYTES).contains(&span) && payload_len == 0,

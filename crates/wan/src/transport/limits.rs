@@ -4,6 +4,10 @@
 /// to wait behind. At 10 Mbit/s that is 52 ms, at 1 Gbit/s half of one.
 pub const QUANTUM_BYTES: u32 = 64 << 10;
 
+/// How much longer than what it was made of compressed data may be: what a stream puts around bytes
+/// that do not compress.
+pub const PACKED_EXTRA_BYTES: u32 = 1 << 10;
+
 /// The longest range of one READ: what NBD lets every client ask for.
 pub const READ_BYTES: u32 = 32 << 20;
 
@@ -56,5 +60,5 @@ pub const REQUEST_PAYLOAD_BYTES: u32 = 4;
 /// The longest payload of a reply.
 pub const REPLY_PAYLOAD_BYTES: u32 = HASHES * HASH_LEN;
 
-const _: () = assert!(REPLY_PAYLOAD_BYTES >= QUANTUM_BYTES);
+const _: () = assert!(REPLY_PAYLOAD_BYTES >= QUANTUM_BYTES + PACKED_EXTRA_BYTES);
 const _: () = assert!(REPLY_PAYLOAD_BYTES >= EXTENTS * EXTENT_LEN);

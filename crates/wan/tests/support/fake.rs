@@ -82,6 +82,16 @@ impl Drop for Fake {
     }
 }
 
+/// What a server does to a client that sends options before it has the answer to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Haste {
+    /// Answers them in turn.
+    Taken,
+    HangUp,
+    /// Refuses the contexts.
+    Sour,
+}
+
 /// What the client sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -120,6 +130,11 @@ impl Peer {
 
     /// An honest handshake for a disk of `size` bytes.
     pub fn greet(&mut self, size: u64, structured: bool) -> io::Result<()> {
+        self.greet_with(size, structured, Haste::Taken)
+    }
+
+    /// The same, with a manner of its own towards options that come before the answer to another.
+    pub fn greet_with(&mut self, size: u64, structured: bool, haste: Haste) -> io::Result<()> {
         let greeting = [
             &wire::INIT_MAGIC.to_be_bytes()[..],
             &wire::OPTION_MAGIC.to_be_bytes(),
@@ -133,6 +148,27 @@ impl Peer {
             let len = u32::from_be_bytes(self.receive()?);
             for _ in 0..len {
                 self.receive::<1>()?;
+            }
+            let more = || {
+                // What was sent at once has arrived at once, on a loopback.
+                self.stream.set_nonblocking(true)?;
+                let more = self.stream.peek(&mut [0]);
+                self.stream.set_nonblocking(false)?;
+                Ok::<_, io::Error>(more.is_ok())
+            };
+            match haste {
+                Haste::Taken => {}
+                Haste::HangUp if more()? => return self.stream.shutdown(Shutdown::Both),
+                Haste::Sour if number == option::SET_META_CONTEXT => {
+                    let code = if more()? {
+                        reply::ERR_INVALID
+                    } else {
+                        reply::ACK
+                    };
+                    self.answer(number, code, &[])?;
+                    continue;
+                }
+                Haste::HangUp | Haste::Sour => {}
             }
             match number {
                 option::STRUCTURED_REPLY if structured => self.answer(number, reply::ACK, &[])?,

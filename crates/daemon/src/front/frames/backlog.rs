@@ -57,6 +57,14 @@ impl Backlog {
     }
 }
 
+/// Bytes of a TCP socket that the other end has not acknowledged, sent or not.
+pub(super) fn unacknowledged(socket: &Socket) -> u64 {
+    let bytes = outstanding::<SIOCOUTQ>(socket);
+    bytes
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        .unwrap_or(0)
+}
+
 /// Bytes of a socket's buffer, of the kind that `WHICH` asks for; `None` where it cannot be asked.
 fn outstanding<const WHICH: u32>(socket: &Socket) -> Option<usize> {
     // SAFETY: both requests write one int, and nothing else.

@@ -7,6 +7,7 @@
 
 mod backlog;
 mod batch;
+mod pace;
 mod post;
 
 use std::collections::{HashMap, HashSet};
@@ -15,7 +16,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hikkoshi_engine::geometry::ByteRange;
 use hikkoshi_nbd::server::StatusExtents;
@@ -23,7 +24,7 @@ use hikkoshi_nbd::wire::{Errno, allocation};
 use hikkoshi_wan::transport::frame::{Header, Kind, Side};
 use hikkoshi_wan::transport::message::{self, Extent, Hash, Request, Wish};
 use hikkoshi_wan::transport::pack::Packer;
-use hikkoshi_wan::transport::session::Tell;
+use hikkoshi_wan::transport::session::{Tell, Told};
 use hikkoshi_wan::transport::{Decoder, Frame, Priority, Scheduler, Step, Work, limits};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::Socket;
@@ -35,6 +36,7 @@ use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
 use backlog::Backlog;
 use batch::{Batch, Bytes, Place};
+use pace::Pace;
 use post::{Letter, Outcome, Post};
 
 /// What the kernel may hold of this connection that it has not sent: enough to be sending on
@@ -51,6 +53,9 @@ const FETCH_BYTES: u64 = 8 * limits::QUANTUM_BYTES as u64;
 /// Bytes that a connection may have read elsewhere and not sent, beyond which only a quantum is
 /// read at a time.
 const MAX_FETCHED_BYTES: usize = 16 << 20;
+
+/// How long a client that was refused has to hang up by itself.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What looking for extents counts as, where work between two looks at the socket is bounded.
 const EXTENTS_COST: u32 = 4096;
@@ -75,6 +80,8 @@ pub(super) struct FrameSession {
     relocation: Option<Arc<Relocation>>,
     socket: Socket,
     over_tcp: bool,
+    /// How much may be on its way, where TCP tells.
+    pace: Option<Pace>,
     /// The socket said that there is room, and took nothing.
     refused: bool,
     decoder: Decoder,
@@ -93,6 +100,8 @@ pub(super) struct FrameSession {
     /// An answer about the move is on its way. It may be long, so there is one at a time, and
     /// nothing is taken meanwhile.
     telling: bool,
+    /// It is not to read for its move: nothing more is taken, and when it has been told so, this ends.
+    dismissed: bool,
     packer: Packer,
 }
 
@@ -108,6 +117,7 @@ impl FrameSession {
             relocation: volume.relocation(),
             scheduler: Scheduler::new(volume.geometry().size_bytes()),
             volume,
+            pace: Pace::of(&socket),
             socket,
             over_tcp,
             refused: false,
@@ -120,6 +130,7 @@ impl FrameSession {
             remote: HashSet::new(),
             bound: Bound::default(),
             telling: false,
+            dismissed: false,
             packer: Packer::default(),
         })
     }
@@ -141,9 +152,12 @@ impl FrameSession {
             self.take_requests()?;
             // Only the kernel knows whether there is room for more, and it is asked at the same
             // time as for what is new, so that this is seen before the next quantum is chosen.
-            let sending = !self.batch.is_empty() || self.scheduler.peek().is_some();
             let asked_at = Instant::now();
-            let seen = self.wait(sending)?;
+            let next = self.scheduler.peek();
+            let held_back = self.batch.is_empty()
+                && next.is_some_and(|step| !self.may_go(step.priority, asked_at));
+            let sending = !held_back && (!self.batch.is_empty() || next.is_some());
+            let seen = self.wait(sending, held_back)?;
             let woken_at = Instant::now();
             if seen.letters {
                 self.take_letters();
@@ -169,14 +183,21 @@ impl FrameSession {
                 }
                 self.refused = !self.batch.send(&self.socket)?;
                 self.telling &= !self.batch.is_empty();
-                if sending {
-                    self.packer.note(woken_at - asked_at, woken_at.elapsed());
+                if self.dismissed && self.batch.is_empty() {
+                    return self.see_off();
                 }
             }
+            self.packer.note(woken_at - asked_at, woken_at.elapsed());
         }
     }
 
-    fn wait(&self, sending: bool) -> io::Result<Seen> {
+    /// Whether a step may go now: whatever a guest waits for, and the rest while the path has room.
+    fn may_go(&self, priority: Priority, now: Instant) -> bool {
+        let waited_for = priority.level() <= Priority::REST.level();
+        waited_for || self.pace.as_ref().is_none_or(|pace| pace.admits(now))
+    }
+
+    fn wait(&self, sending: bool, held_back: bool) -> io::Result<Seen> {
         let mut wanted = PollFlags::empty();
         if !self.scheduler.is_full() && !self.telling {
             wanted |= PollFlags::IN;
@@ -189,7 +210,11 @@ impl FrameSession {
         } else {
             Backlog::Short
         };
-        let patience = backlog.patience().map(|wait| Timespec {
+        let patience = match held_back {
+            true => Some(pace::LOOK_AGAIN),
+            false => backlog.patience(),
+        };
+        let patience = patience.map(|wait| Timespec {
             tv_sec: 0,
             tv_nsec: wait.subsec_nanos().into(),
         });
@@ -263,12 +288,33 @@ impl FrameSession {
     fn tell(&mut self, frame: &Frame) -> io::Result<()> {
         let tell = Tell::decode(&frame.payload)
             .ok_or_else(|| io::Error::other("a message about the move that makes no sense"))?;
-        let told = self.volume.answer(tell, &mut self.bound).encode();
+        let told = self.volume.answer(tell, &mut self.bound);
+        // What was sent behind it counted on another answer.
+        self.dismissed = matches!((tell, &told), (Tell::Attach { .. }, Told::Refused(_)));
+        let told = told.encode();
         let mut pieces = told.chunks(limits::QUANTUM_BYTES as usize).peekable();
         while let Some(piece) = pieces.next() {
             let mut header = Header::request(Kind::Told, Priority::DEMAND, frame.header.id, 0, 0);
             header.last = pieces.peek().is_none();
             self.batch.frame(header, piece.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Ends the stream towards a client that was refused, and waits for it to hang up: if we did while
+    /// something of it is unread, the kernel would take the refusal back.
+    fn see_off(&self) -> io::Result<()> {
+        self.socket.shutdown(std::net::Shutdown::Write)?;
+        self.socket.set_read_timeout(Some(FAREWELL))?;
+        let deadline = Instant::now() + FAREWELL;
+        let mut buffer = [MaybeUninit::<u8>::uninit(); RECEIVE_BYTES];
+        while Instant::now() < deadline {
+            let flags = rustix::net::RecvFlags::empty();
+            match rustix::net::recv(&self.socket, &mut buffer, flags) {
+                Ok((_, 0)) => break,
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
         }
         Ok(())
     }
@@ -279,7 +325,11 @@ impl FrameSession {
     /// sends: hashing takes its time, too.
     fn fill(&mut self) {
         let mut spent = 0;
+        let now = Instant::now();
         while let Some(step) = self.scheduler.peek() {
+            if !self.may_go(step.priority, now) {
+                return;
+            }
             let cost = match step.work {
                 Work::Wish(Wish::Extents) => EXTENTS_COST,
                 _ => step.len,

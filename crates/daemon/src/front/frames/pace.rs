@@ -1,0 +1,273 @@
+//! How much of all that is sent to one host may be on its way.
+//!
+//! A destination asks for more than the link carries at a time, because it cannot know how well what it
+//! asks for will compress. What would fill the queue in front of the link, where demand has to wait, stays
+//! here instead: what nobody waits for is sent while less is unacknowledged, over all connections to that host, than
+//! fills the path ([`Window`]). TCP says how much that is, which rate it was acknowledged at, and what the
+//! shortest round trip was. Demand counts, and never waits.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use hikkoshi_engine::window::{MIN_ROUND, Round, Window, bytes_in};
+use hikkoshi_wan::transport::limits;
+use socket2::Socket;
+
+use super::backlog::unacknowledged;
+
+/// How long until a connection that was held back looks again: nobody tells it.
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// What is sent between two looks, at least, must be on its way besides what fills the path.
+const SLACK_TIME: Duration = Duration::from_millis(2);
+
+/// Over a short way the product says little: so much may always be on its way.
+const LEAST_BYTES: u64 = 256 << 10;
+
+/// For how long the window may send at once at the rate of the path.
+const LEAST_TIME: Duration = Duration::from_millis(4);
+
+/// The hosts that are sent to.
+static PATHS: LazyLock<Mutex<HashMap<IpAddr, Weak<Path>>>> = LazyLock::new(Mutex::default);
+
+#[derive(Debug)]
+struct Path {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    seats: BTreeMap<u64, Seat>,
+    next_seat: u64,
+    window: Window,
+    round_started: Instant,
+    /// Acknowledged in this round on connections that have ended since.
+    left_bytes: u64,
+    /// Something was held back in this round.
+    held_back: bool,
+}
+
+/// One connection.
+#[derive(Debug)]
+struct Seat {
+    socket: Socket,
+    /// Acknowledged when this round began.
+    acknowledged: u64,
+}
+
+/// One connection's part in it. Given back when dropped.
+#[derive(Debug)]
+pub(super) struct Pace {
+    path: Arc<Path>,
+    seat: u64,
+}
+
+impl Pace {
+    /// A connection, which begins. `None`: it is not TCP, or the kernel tells nothing of it.
+    pub fn of(socket: &Socket) -> Option<Self> {
+        let peer = socket.peer_addr().ok()?.as_socket()?.ip();
+        let seat = Seat {
+            socket: socket.try_clone().ok()?,
+            acknowledged: told(socket)?.acknowledged,
+        };
+        let path = {
+            let mut paths = lock(&PATHS);
+            paths.retain(|_, path| path.strong_count() > 0);
+            let known = paths.get(&peer).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                let fresh = Arc::new(Path {
+                    state: Mutex::new(State {
+                        seats: BTreeMap::new(),
+                        next_seat: 0,
+                        window: Window::default(),
+                        round_started: Instant::now(),
+                        left_bytes: 0,
+                        held_back: false,
+                    }),
+                });
+                paths.insert(peer, Arc::downgrade(&fresh));
+                fresh
+            })
+        };
+        let mut state = lock(&path.state);
+        let number = state.next_seat;
+        state.next_seat += 1;
+        state.seats.insert(number, seat);
+        drop(state);
+        Some(Self { path, seat: number })
+    }
+
+    /// Whether more of what nobody waits for may be sent now. It is taken for granted that there is some.
+    pub fn admits(&self, now: Instant) -> bool {
+        let mut state = lock(&self.path.state);
+        if now.saturating_duration_since(state.round_started) >= MIN_ROUND {
+            state.look(now);
+        }
+        let least = bytes_in(state.window.rate(), LEAST_TIME).max(LEAST_BYTES);
+        let window = state.window.bytes().max(least);
+        let seats = state.seats.values();
+        let on_their_way: u64 = seats.map(|seat| unacknowledged(&seat.socket)).sum();
+        let admitted = on_their_way < window;
+        state.held_back |= !admitted;
+        admitted
+    }
+}
+
+impl Drop for Pace {
+    fn drop(&mut self) {
+        let mut state = lock(&self.path.state);
+        if let Some(seat) = state.seats.remove(&self.seat) {
+            let now = told(&seat.socket).map_or(0, |told| told.acknowledged);
+            state.left_bytes += now.saturating_sub(seat.acknowledged);
+        }
+    }
+}
+
+impl State {
+    /// Ends the round, if it was as long as a round trip.
+    fn look(&mut self, now: Instant) {
+        let told: BTreeMap<u64, Told> = self
+            .seats
+            .iter()
+            .filter_map(|(number, seat)| Some((*number, told(&seat.socket)?)))
+            .collect();
+        let trips = told.values().filter_map(|told| told.shortest_round_trip);
+        let base = trips.min().unwrap_or(Duration::ZERO);
+        let took = now.saturating_duration_since(self.round_started);
+        if took < base {
+            return;
+        }
+        let mut bytes = std::mem::take(&mut self.left_bytes);
+        for (number, told) in told {
+            if let Some(seat) = self.seats.get_mut(&number) {
+                bytes += told.acknowledged.saturating_sub(seat.acknowledged);
+                seat.acknowledged = told.acknowledged;
+            }
+        }
+        let between = bytes_in(self.window.rate(), SLACK_TIME);
+        self.window.end_round(Round {
+            bytes,
+            took,
+            full: self.held_back,
+            base,
+            slack_bytes: between + u64::from(limits::QUANTUM_BYTES),
+        });
+        self.round_started = now;
+        self.held_back = false;
+    }
+}
+
+/// What TCP tells of a connection.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    /// Bytes that the other end has acknowledged since the connection began.
+    acknowledged: u64,
+    /// Of those of the last minutes; `None` before the first acknowledgement.
+    shortest_round_trip: Option<Duration>,
+}
+
+/// Where `struct tcp_info` of `linux/tcp.h` has them.
+const BYTES_ACKED_AT: usize = 120;
+const MIN_RTT_AT: usize = 148;
+const INFO_BYTES: usize = 152;
+
+fn told(socket: &Socket) -> Option<Told> {
+    let mut info = [0_u8; INFO_BYTES];
+    let mut len = libc::socklen_t::try_from(INFO_BYTES).ok()?;
+    // SAFETY: the kernel writes at most `len` bytes to `info`, and to `len` how many.
+    let outcome = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    // An older kernel tells less.
+    if outcome != 0 || usize::try_from(len).ok()? < INFO_BYTES {
+        return None;
+    }
+    let acknowledged = info[BYTES_ACKED_AT..].first_chunk().copied()?;
+    let micros = u32::from_ne_bytes(info[MIN_RTT_AT..].first_chunk().copied()?);
+    let known = micros != 0 && micros != u32::MAX;
+    Some(Told {
+        acknowledged: u64::from_ne_bytes(acknowledged),
+        shortest_round_trip: known.then(|| Duration::from_micros(micros.into())),
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// Over a socket of which nothing is read and acknowledged, more is admitted until the window is full,
+    /// by one connection for all; what is acknowledged makes room again.
+    #[test]
+    fn what_is_unacknowledged_over_all_connections_is_bounded() {
+        // An address that no other test connects to.
+        let listener = TcpListener::bind("127.77.0.1:0").unwrap();
+        let mut ends: Vec<(TcpStream, TcpStream, Pace)> = (0..2)
+            .map(|_| {
+                let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let (there, _) = listener.accept().unwrap();
+                // The one that serves is the one that sends.
+                there.set_nonblocking(true).unwrap();
+                let pace = Pace::of(&Socket::from(there.try_clone().unwrap())).unwrap();
+                (there, here, pace)
+            })
+            .collect();
+        assert!(ends.iter().all(|(_, _, pace)| pace.admits(Instant::now())));
+        let piece = vec![7; 64 << 10];
+        let mut sent = 0_usize;
+        let sender = &mut ends[0];
+        loop {
+            match sender.0.write(&piece) {
+                Ok(n) => sent += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) => panic!("{e}"),
+            }
+        }
+        // As much as both buffers hold: far more than a window of loopback.
+        let first = u64::try_from(sent).unwrap();
+        let waiting = unacknowledged(&Socket::from(sender.0.try_clone().unwrap()));
+        assert!(waiting > 0 && waiting <= first);
+        if waiting >= 1 << 20 {
+            assert!(ends.iter().all(|(_, _, pace)| !pace.admits(Instant::now())));
+        }
+        let mut rest = vec![0; sent];
+        ends[0].1.read_exact(&mut rest).unwrap();
+        while !ends[1].2.admits(Instant::now()) {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn tcp_tells_of_a_connection_and_a_unix_socket_does_not() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut there, _) = listener.accept().unwrap();
+        here.write_all(&[7; 1000]).unwrap();
+        there.read_exact(&mut [0; 1000]).unwrap();
+        let socket = Socket::from(here);
+        // The acknowledgement may take a moment.
+        while told(&socket).unwrap().acknowledged < 1000 {
+            std::thread::yield_now();
+        }
+        assert!(told(&socket).unwrap().shortest_round_trip.is_some());
+        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(Pace::of(&Socket::from(one)).is_none());
+    }
+}

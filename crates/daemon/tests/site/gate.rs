@@ -1,0 +1,150 @@
+//! A link that holds back what the client says while it is closed, and counts what crosses it.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use hikkoshi_wan::transport::Kind;
+use hikkoshi_wan::transport::frame::{HEADER_BYTES, Header};
+
+pub struct Gate {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    to: SocketAddr,
+    /// Each connection ends after so many bytes to the client.
+    cut_after: u64,
+    over: AtomicBool,
+    closed: AtomicBool,
+    connections: AtomicU64,
+    to_client: AtomicU64,
+    cancels: AtomicU64,
+}
+
+impl Gate {
+    pub fn start(to: SocketAddr, cut_after: u64) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared {
+            to,
+            cut_after,
+            over: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
+            to_client: AtomicU64::new(0),
+            cancels: AtomicU64::new(0),
+        });
+        let serving = Arc::clone(&shared);
+        let acceptor = thread::spawn(move || {
+            for client in listener.incoming() {
+                if serving.over.load(Ordering::SeqCst) {
+                    return;
+                }
+                serving.connections.fetch_add(1, Ordering::SeqCst);
+                let (client, server) = (client.unwrap(), TcpStream::connect(serving.to).unwrap());
+                client.set_nodelay(true).unwrap();
+                server.set_nodelay(true).unwrap();
+                let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
+                let (there, home) = (Arc::clone(&serving), Arc::clone(&serving));
+                thread::spawn(move || there.pass_requests(client, server));
+                thread::spawn(move || home.pass_answers(back.0, back.1));
+            }
+        });
+        Self {
+            address,
+            shared,
+            acceptor: Some(acceptor),
+        }
+    }
+
+    pub fn uri(&self) -> String {
+        format!("nbd://{}/", self.address)
+    }
+
+    pub fn close(&self, closed: bool) {
+        self.shared.closed.store(closed, Ordering::SeqCst);
+    }
+
+    pub fn connections(&self) -> u64 {
+        self.shared.connections.load(Ordering::SeqCst)
+    }
+
+    /// Bytes that the client got.
+    pub fn to_client(&self) -> u64 {
+        self.shared.to_client.load(Ordering::SeqCst)
+    }
+
+    /// Cancellations that the client has sent, whether they are through or not.
+    pub fn cancels(&self) -> u64 {
+        self.shared.cancels.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::SeqCst);
+        self.close(false);
+        let _ = TcpStream::connect(self.address);
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Reads on while it is closed, so that all that the client says is seen.
+    fn pass_requests(&self, mut from: TcpStream, mut to: TcpStream) {
+        from.set_read_timeout(Some(Duration::from_millis(5)))
+            .unwrap();
+        let (mut chunk, mut held, mut ended) = (vec![0; 64 << 10], Vec::new(), false);
+        while !ended {
+            match from.read(&mut chunk) {
+                Ok(0) => ended = true,
+                Ok(n) => {
+                    self.count_cancels(&chunk[..n]);
+                    held.extend_from_slice(&chunk[..n]);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => ended = true,
+            }
+            if !self.closed.load(Ordering::SeqCst) {
+                ended |= to.write_all(&held).is_err();
+                held.clear();
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both);
+    }
+
+    fn count_cancels(&self, bytes: &[u8]) {
+        for at in 0..bytes.len().saturating_sub(HEADER_BYTES - 1) {
+            let header = bytes[at..].first_chunk::<HEADER_BYTES>().unwrap();
+            let cancels = Header::decode(header).is_ok_and(|h| h.kind == Kind::Cancel);
+            self.cancels.fetch_add(u64::from(cancels), Ordering::SeqCst);
+        }
+    }
+
+    fn pass_answers(&self, mut from: TcpStream, mut to: TcpStream) {
+        let (mut chunk, mut left) = (vec![0; 32 << 10], self.cut_after);
+        while left > 0 {
+            let most = chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let n = match from.read(&mut chunk[..most]) {
+                Ok(n) if n > 0 => n,
+                _ => break,
+            };
+            if to.write_all(&chunk[..n]).is_err() {
+                break;
+            }
+            let n = u64::try_from(n).unwrap();
+            left -= n;
+            self.to_client.fetch_add(n, Ordering::SeqCst);
+        }
+        let _ = to.shutdown(Shutdown::Both);
+        let _ = from.shutdown(Shutdown::Both);
+    }
+}

@@ -1,0 +1,49 @@
+//! A connection that was put to work before the source has said that it may be.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use super::script::{Script, frame, line_to, read};
+use super::{Ticket, frames};
+use crate::source::{Lane, SourceErrorKind};
+use crate::transport::Kind;
+use crate::transport::session::{Attached, Stance, Told};
+
+/// What comes of a read that was sent behind [`Ticket::tell`]: its answer if it has one, and why the
+/// connection ended.
+fn read_behind(told: &Told, ticket: &Arc<Ticket>) -> (Option<Vec<u8>>, SourceErrorKind) {
+    let script = Arc::new(Script::default());
+    script.says(&frame(Kind::Told, 0, 0, &told.encode(), true));
+    script.says(&frame(Kind::Data, 0, 4096, &[0x5a; 512], true));
+    let line = line_to(&script, Some(ticket));
+    let answer = read(&line, Lane::Demand, 4096, 512);
+    assert!(line.waiting_since().is_some());
+    let ended = frames::read(&line, None).unwrap();
+    let data = answer.try_recv().ok().map(|answer| answer.unwrap().data);
+    (data, ended.why.kind())
+}
+
+#[test]
+fn what_was_asked_behind_a_refusal_is_not_believed() {
+    let ticket = Ticket::new([1; 16], None, Stance::Arriving, true);
+    let refused = Told::Refused("its fence is gone".to_owned());
+    let (data, why) = read_behind(&refused, &ticket);
+    assert_eq!((data, why), (None, SourceErrorKind::Untrusted));
+    // Nor what comes behind something else than an answer.
+    let (data, why) = read_behind(&Told::Fine, &ticket);
+    assert_eq!((data, why), (None, SourceErrorKind::Untrusted));
+    assert!(ticket.attached().is_none());
+}
+
+#[test]
+fn what_was_asked_behind_a_welcome_is_answered() {
+    let ticket = Ticket::new([1; 16], None, Stance::Arriving, true);
+    let attached = Attached {
+        generation: 7,
+        ..Attached::default()
+    };
+    let (data, why) = read_behind(&Told::Attached(attached), &ticket);
+    assert_eq!(data.unwrap(), [0x5a; 512]);
+    assert_eq!(why, SourceErrorKind::Disconnected);
+    assert_eq!(ticket.attached(), Some(attached));
+}
