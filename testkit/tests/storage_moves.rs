@@ -304,6 +304,46 @@ fn no_room_before_the_switch() {
     daemon.stop().unwrap();
 }
 
+/// The word of the new volume does not fit, when the old one is fenced already: the fence is lifted, and
+/// the guest has only waited.
+#[test]
+fn no_room_for_the_switch_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let (small, image) = small_disk(dir.path(), 80);
+    let daemon = served(dir.path(), 40);
+    let mut client = daemon.client().unwrap();
+    let to = image.display().to_string();
+    let slowly = ["move", &to, "--max-rate", "1MB/s", "--detach"];
+    daemon.command(&slowly).unwrap();
+    small.fill().unwrap();
+    let mut writer = daemon.client().unwrap();
+    let said = std::thread::scope(|scope| {
+        let writing = scope.spawn(move || {
+            for n in 0..200 {
+                let at = n * 8192;
+                writer.write(at, &content(2, at, 8192)).unwrap();
+                writer.flush().unwrap();
+            }
+        });
+        let switched = daemon.try_command(&["handoff"]).unwrap();
+        writing.join().unwrap();
+        assert_eq!(switched.status.code(), Some(1));
+        String::from_utf8(switched.stderr).unwrap()
+    });
+    assert!(said.contains("stays where it is"), "{said}");
+    let status = daemon.status().unwrap();
+    assert_eq!(status["storage_move"]["phase"], "failed", "{status}");
+    assert_eq!(status["state"], "local", "{status}");
+    client.write(0, &content(3, 0, 8192)).unwrap();
+    let old = dir.path().join("old.img");
+    daemon.stop().unwrap();
+    let daemon = Daemon::start(dir.path(), "old", &old, &[]).unwrap();
+    let mut client = daemon.client().unwrap();
+    assert!(client.read(0, 8192).unwrap() == content(3, 0, 8192));
+    assert!(client.read(8192, 8192).unwrap() == content(2, 8192, 8192));
+    daemon.stop().unwrap();
+}
+
 /// After the switch what is there is served, what is missing is read from the old image, and a write
 /// that needs room is refused; all goes on once there is room.
 #[test]

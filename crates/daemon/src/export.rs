@@ -42,6 +42,8 @@ struct Held {
     /// What the current volume was opened with.
     config: Option<ExportConfig>,
     running: Option<Running>,
+    /// What the current volume still reads, where the daemon ends before it has all.
+    old: Option<Running>,
     /// Drives a change of storage.
     thread: Option<JoinHandle<()>>,
     closing: bool,
@@ -108,8 +110,18 @@ impl Export {
         if let Some(thread) = thread {
             let _ = thread.join();
         }
-        let running = lock(&self.held).running.take();
-        running.map_or(Ok(()), Running::close)
+        let (running, old) = {
+            let mut held = lock(&self.held);
+            (held.running.take(), held.old.take())
+        };
+        let closed = running.map_or(Ok(()), Running::close);
+        let old_closed = old.map_or(Ok(()), Running::close);
+        closed.and(old_closed)
+    }
+
+    /// Is closed with the export.
+    pub(crate) fn keep_old(&self, old: Option<Running>) {
+        lock(&self.held).old = old;
     }
 
     fn transfer(&self) -> Option<Arc<Transfer>> {
@@ -129,7 +141,13 @@ impl Export {
         let driving = std::thread::Builder::new()
             .name("storage".into())
             .spawn(move || underway.run(&export));
-        held.thread = Some(driving.map_err(OpenError::Thread)?);
+        match driving {
+            Ok(thread) => held.thread = Some(thread),
+            Err(error) => {
+                lock(&self.transfer).take();
+                return Err(OpenError::Thread(error));
+            }
+        }
         Ok(())
     }
 
@@ -167,13 +185,13 @@ impl Export {
                 old.name()
             )));
         }
-        let (config, before) = {
+        let (config, last) = {
             let mut held = lock(&self.held);
             let config = held.config.clone().filter(|_| !held.closing);
             (config, held.thread.take())
         };
-        if let Some(before) = before {
-            let _ = before.join();
+        if let Some(last) = last {
+            let _ = last.join();
         }
         let (Some(config), Some(export)) = (config, self.me.upgrade()) else {
             return Err(conflict("the daemon is ending".to_owned()));
@@ -201,10 +219,12 @@ impl Export {
                 error => CommandError::Failed(error.to_string()),
             })?;
         running.volume().share_events(&old);
+        let before = Arc::clone(&old);
         let underway = Underway::begun(new_config, order.prepare, running, old, made);
-        export
-            .drive(underway)
-            .map_err(|error| CommandError::Failed(error.to_string()))
+        export.drive(underway).map_err(|error| {
+            before.forget_storage_move();
+            CommandError::Failed(error.to_string())
+        })
     }
 }
 
@@ -296,6 +316,7 @@ impl crate::status::StorageMoveStatus {
                 if self.message.is_empty() { "" } else { "; " }.to_owned() + &self.message
             ),
             StoragePhase::Switching => format!("the disk is about to go over to {to}"),
+            StoragePhase::Copying if !self.message.is_empty() => self.message.clone(),
             StoragePhase::Copying => format!(
                 "the disk is in {to} from now on, and what it still lacks comes from {from}: keep both"
             ),

@@ -276,7 +276,7 @@ impl Underway {
         {
             return self.stay(new, &stay);
         }
-        self.finish();
+        self.finish(export);
     }
 
     fn prepare_and_switch(&mut self, export: &Export, new: Running) -> Result<(), (Running, Stay)> {
@@ -372,14 +372,13 @@ impl Underway {
         // the old one does, and a restart tells.
         self.old = export.replace(new);
         self.old_volume.end_switch(None);
-        self.old_volume.event(
-            EventKind::StateTrouble,
-            format!(
-                "it could not be recorded that the disk is in {}: nothing is written to either image; \
-                 check the medium and serve {} again: the switch goes on then",
-                self.transfer.to, self.transfer.to
-            ),
+        let to = &self.transfer.to;
+        let why = format!(
+            "it could not be recorded that the disk is in {to} ({error}): nothing is written to either \
+             image; check the medium and serve {to} again: the switch goes on then"
         );
+        self.old_volume.event(EventKind::StateTrouble, why.clone());
+        self.transfer.goes_to(StoragePhase::Copying, why);
         Ok(())
     }
 
@@ -414,14 +413,18 @@ impl Underway {
     }
 
     /// 6. and 7.
-    fn finish(self) {
+    fn finish(self, export: &Export) {
         let new = Arc::clone(&self.transfer.new);
         loop {
             let state = lock(&self.transfer.state);
             // Its last word is that all has arrived: then it has asked for the older copies, too.
             let arrived = new.is_local() && self.old_volume.has_arrived_elsewhere();
-            if state.stopping || arrived {
+            if arrived && self.old_volume.is_deserted() {
                 break;
+            }
+            if state.stopping {
+                // Closed after the one that still reads it.
+                return export.keep_old(self.old);
             }
             drop(self.transfer.wait(state));
         }
@@ -431,9 +434,6 @@ impl Underway {
             tracing::warn!("{} could not be closed: {error}", self.transfer.from);
         }
         self.old_volume.let_go();
-        if !new.is_local() {
-            return;
-        }
         crash_point!("storage.released");
         let (from, to) = (&self.transfer.from, &self.transfer.to);
         new.event(

@@ -3,7 +3,8 @@
 //! - [`sweep`] carries volumes through kills, and compares after every restart;
 //! - [`record`] and [`powercut`] record what the binary does to its files, and start it on what a
 //!   medium may hold after a cut at any instant;
-//! - [`movecut`] does so with both ends of a move;
+//! - [`movecut`] does so with both ends of a move, [`storagecut`] with both images of a disk that
+//!   changes its storage;
 //! - [`soak`] does both on several file systems until enough is done.
 //!
 //! A kill at a random instant cannot be repeated exactly: the seed repeats the volume, the
@@ -22,6 +23,7 @@ pub mod powercut;
 pub mod record;
 pub mod soak;
 pub mod sources;
+pub mod storagecut;
 pub mod sweep;
 
 use std::path::PathBuf;

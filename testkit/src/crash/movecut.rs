@@ -58,10 +58,10 @@ struct Side {
 }
 
 /// When a move was recorded, and when its handoff was under way.
-struct Times {
-    began_ns: u64,
-    handoff_ns: Range<u64>,
-    ended_ns: u64,
+pub(super) struct Times {
+    pub(super) began_ns: u64,
+    pub(super) handoff_ns: Range<u64>,
+    pub(super) ended_ns: u64,
 }
 
 struct Session<'a> {
@@ -120,7 +120,7 @@ impl Side {
 }
 
 /// Whether a side accepts writes: something is written that is there already.
-fn accepts_writes(daemon: &Daemon) -> Result<bool> {
+pub(super) fn accepts_writes(daemon: &Daemon) -> Result<bool> {
     let mut client = Client::connect(&daemon.socket)?;
     let data = client.read(0, PROBE_BYTES)?;
     let write = Request::Write {
@@ -142,7 +142,7 @@ fn state(daemon: &Daemon) -> Result<String> {
 }
 
 /// As if a file of these bytes had been there for ever.
-fn there_before(root: &Path, image: &Path) -> Result<Vec<Call>> {
+pub(super) fn there_before(root: &Path, image: &Path) -> Result<Vec<Call>> {
     let path = image.to_path_buf();
     let changes = [
         Change::Open {
@@ -402,7 +402,7 @@ impl<'a> Session<'a> {
 
 /// An instant within or between calls of either side, mostly at calls on the states, and half of them
 /// while the handoff is under way.
-fn instant(media: &[Medium; 2], times: &Times, random: &mut Random) -> Result<u64> {
+pub(super) fn instant(media: &[Medium; 2], times: &Times, random: &mut Random) -> Result<u64> {
     let of_state = random.below(4) > 0;
     let within = match random.below(2) {
         0 => times.handoff_ns.clone(),

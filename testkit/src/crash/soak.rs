@@ -8,6 +8,7 @@ use super::load::Tally;
 use super::movecut;
 use super::powercut;
 use super::sources::Sources;
+use super::storagecut;
 use super::sweep::Sweep;
 use crate::pattern::{Random, mix};
 use crate::process;
@@ -186,7 +187,12 @@ impl Shared<'_> {
         let outcome = match point {
             None if of_move => {
                 what.push_str(", moved, and the power cut");
-                movecut::run(&sweep, seed, &|| self.is_done())
+                // Every third to another image of the same machine.
+                if seed.is_multiple_of(3) {
+                    storagecut::run(&sweep, seed, &|| self.is_done())
+                } else {
+                    movecut::run(&sweep, seed, &|| self.is_done())
+                }
             }
             Some((name, nth)) => {
                 what.push_str(&format!(", killed at {name}:{nth}"));

@@ -101,6 +101,16 @@ const METRICS: &[Metric] = &[
         |s| Some(s.disk_full.into()),
     ),
     gauge("clients", "Clients connected now.", |s| Some(s.clients)),
+    gauge(
+        "storage_copied_bytes",
+        "Bytes of the disk that are in the new image of the last `hikkoshi move`; no sample without one.",
+        |s| s.storage_move.as_ref().map(|m| m.copied_bytes),
+    ),
+    gauge(
+        "storage_switch_us",
+        "For how long writes were held up when clients went over to that image, in microseconds.",
+        |s| s.storage_move.as_ref().and_then(|m| m.switch_us),
+    ),
     counter(
         "wire_bytes_total",
         "Bytes that crossed the link to the source, requests included.",

@@ -22,6 +22,7 @@ use super::outbox::{Outbox, Ticket, errno_of};
 use crate::volume::Volume;
 use crate::volume::guest::{ReadNow, is_not_let_in, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
+use crate::volume::storage::succession::{Deferred, Presence};
 
 /// Replies are gathered up to this before they are sent; also the most a read in one piece has.
 /// Larger reads go in pieces of this, which stay in the processor's cache between the copy in and
@@ -69,9 +70,22 @@ struct Place {
     volume: Arc<Volume>,
     /// Let go of as soon as the volume is local.
     relocation: Option<Arc<Relocation>>,
+    presence: Arc<Presence>,
 }
 
 impl Place {
+    /// With its client, who is about to ask for something.
+    fn new(volume: Arc<Volume>) -> Self {
+        let presence = Arc::new(Presence::default());
+        presence.begin();
+        volume.enter(&presence);
+        Self {
+            relocation: volume.relocation(),
+            volume,
+            presence,
+        }
+    }
+
     /// Goes over to where the disk is now, if it has changed its storage. Looked at when a request
     /// begins: one that began before may end at the old image, which has all that was answered until
     /// then.
@@ -81,6 +95,8 @@ impl Place {
             let next = Arc::clone(next);
             self.volume.tally.clients.fetch_sub(1, Ordering::Relaxed);
             next.tally.clients.fetch_add(1, Ordering::Relaxed);
+            next.enter(&self.presence);
+            self.volume.leave(&self.presence);
             self.relocation = next.relocation();
             self.volume = next;
         }
@@ -126,10 +142,7 @@ impl Connection {
     ) -> Self {
         Self {
             detector: Detector::new(NEXT_STREAM_ID.fetch_add(STREAM_IDS, Ordering::Relaxed)),
-            place: Place {
-                relocation: volume.relocation(),
-                volume,
-            },
+            place: Place::new(volume),
             style: outbox.style(),
             rules: Rules::new(&session),
             session,
@@ -170,7 +183,10 @@ impl Connection {
             }
             self.flush_out()?;
             self.publish_counts();
-            if !self.inbox.receive()? {
+            self.place.presence.end();
+            let more = self.inbox.receive();
+            self.place.presence.begin();
+            if !more? {
                 // The daemon hangs up like this as well: what is in flight is still answered.
                 return Err(End::Disconnect);
             }
@@ -267,7 +283,7 @@ impl Connection {
                 self.reads += 1;
                 self.watch(offset, len, false);
                 let ticket = self.ticket(cookie, wanted)?;
-                read_elsewhere(&self.place.volume, ticket, offset, wanted);
+                read_elsewhere(self.place.volume.deferred(), ticket, offset, wanted);
                 Ok(())
             }
             Ok(ReadNow::Missing) => self.read_missing(cookie, offset, len),
@@ -295,7 +311,7 @@ impl Connection {
         };
         self.place.volume.count_read(true);
         relocation.trace_missing(ByteRange::at(offset, len as u64));
-        let volume = Arc::clone(&self.place.volume);
+        let volume = self.place.volume.deferred();
         let done = move |end: ReadEnd<'_>| match end {
             ReadEnd::Bytes(bytes) => ticket.data(offset, bytes.into_owned()),
             ReadEnd::Failed(why) => ticket.fail(Errno::Io, &read_error(why).to_string()),
@@ -303,7 +319,7 @@ impl Connection {
                 let mut data = vec![0; len];
                 match volume.store().try_read(offset, &mut data) {
                     Ok(true) => ticket.data(offset, data),
-                    Ok(false) => read_elsewhere(&volume, ticket, offset, len),
+                    Ok(false) => read_elsewhere(volume, ticket, offset, len),
                     Err(e) => {
                         volume.note_disk_error("read", &e);
                         ticket.outcome(Err(e));
@@ -476,9 +492,11 @@ impl Connection {
             return self.answer(cookie, outcome);
         }
         let ticket = self.ticket(cookie, 0)?;
-        self.place
-            .volume
-            .flush(Box::new(move |outcome| ticket.outcome(outcome)));
+        let volume = self.place.volume.deferred();
+        self.place.volume.flush(Box::new(move |outcome| {
+            ticket.outcome(outcome);
+            drop(volume);
+        }));
         Ok(())
     }
 
@@ -587,14 +605,14 @@ fn cut_at_block(at: u64, len: usize, block: u64) -> usize {
 }
 
 /// All is here, but not in memory: the store's own threads or ring read it.
-fn read_elsewhere(volume: &Arc<Volume>, ticket: Ticket, offset: u64, len: usize) {
-    let reading = Arc::clone(volume);
+fn read_elsewhere(volume: Deferred, ticket: Ticket, offset: u64, len: usize) {
+    let store = Arc::clone(volume.store());
     let done = move |outcome: io::Result<Vec<u8>>| match outcome {
         Ok(data) => ticket.data(offset, data),
         Err(e) => {
-            reading.note_disk_error("read", &e);
+            volume.note_disk_error("read", &e);
             ticket.outcome(Err(e));
         }
     };
-    volume.store().submit_read(offset, len, Box::new(done));
+    store.submit_read(offset, len, Box::new(done));
 }

@@ -390,8 +390,8 @@ impl Volume {
         }
         if let Some(to) = self.storage_move() {
             return Some(format!(
-                "export {name:?} is on its way to {to} already: `hikkoshi abort` gives that up before \
-                 the switch, and `hikkoshi wait` waits for its end"
+                "export {name:?} is on its way to {to} already; `hikkoshi status` tells how far it is, and \
+                 until the switch `hikkoshi abort` gives it up"
             ));
         }
         match self.stands() {

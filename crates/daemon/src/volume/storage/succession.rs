@@ -4,8 +4,14 @@
 //! is made again where the disk is afterwards. Everything else goes on at the old volume, which has
 //! all that was written until then and is not changed any more. Once the successor is known, every
 //! request that begins goes to it; whoever asks after a write was answered there sees it.
+//!
+//! A request that has begun before may still use the old volume, however long it takes. So that one
+//! is let go of only when each of its clients has been seen between two requests since ([`Presence`]):
+//! the next one goes to the successor. An idle client keeps nothing.
 
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 
 use hikkoshi_engine::sync::wait;
 
@@ -17,6 +23,47 @@ pub struct Succession {
     next: OnceLock<Arc<Volume>>,
     stage: Mutex<Stage>,
     decided: Condvar,
+    /// Clients that have not gone over.
+    present: Mutex<Vec<Weak<Presence>>>,
+    /// Requests that are answered on other threads.
+    deferred: AtomicU64,
+}
+
+/// Whether a client is in the middle of requests.
+#[derive(Debug, Default)]
+pub struct Presence {
+    busy: AtomicBool,
+}
+
+impl Presence {
+    /// Requests are about to be served. Before [`Volume::successor`] is looked at.
+    pub fn begin(&self) {
+        self.busy.store(true, Ordering::SeqCst);
+        // Either this is seen by who lets go of the volume, or its successor is seen here.
+        fence(Ordering::SeqCst);
+    }
+
+    /// All that came are served, or wait for another thread.
+    pub fn end(&self) {
+        self.busy.store(false, Ordering::Release);
+    }
+}
+
+/// A volume that a request uses on another thread.
+pub struct Deferred(Arc<Volume>);
+
+impl Deref for Deferred {
+    type Target = Volume;
+
+    fn deref(&self) -> &Volume {
+        &self.0
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        self.0.succession.deferred.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -33,6 +80,35 @@ impl Volume {
     #[inline]
     pub fn successor(&self) -> Option<&Arc<Volume>> {
         self.succession.next.get()
+    }
+
+    /// A client uses the volume from now on.
+    pub fn enter(&self, presence: &Arc<Presence>) {
+        let mut present = lock(&self.succession.present);
+        present.retain(|one| one.strong_count() > 0);
+        present.push(Arc::downgrade(presence));
+    }
+
+    /// It has gone over to another.
+    pub fn leave(&self, presence: &Arc<Presence>) {
+        let mut present = lock(&self.succession.present);
+        present.retain(|one| !std::ptr::eq(one.as_ptr(), Arc::as_ptr(presence)));
+    }
+
+    /// The volume, for a request that is answered on another thread.
+    pub fn deferred(self: &Arc<Self>) -> Deferred {
+        self.succession.deferred.fetch_add(1, Ordering::AcqRel);
+        Deferred(Arc::clone(self))
+    }
+
+    /// With a successor: whether nobody uses this volume any more, nor will.
+    pub fn is_deserted(&self) -> bool {
+        fence(Ordering::SeqCst);
+        let present = lock(&self.succession.present);
+        let busy = |one: Arc<Presence>| one.busy.load(Ordering::SeqCst);
+        // In this order: what is deferred was begun by somebody who was busy.
+        !present.iter().filter_map(Weak::upgrade).any(busy)
+            && self.succession.deferred.load(Ordering::Acquire) == 0
     }
 
     /// Writes that come from now on and are not let in wait for [`Volume::end_switch`].

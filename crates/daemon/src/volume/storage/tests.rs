@@ -2,10 +2,12 @@ use super::*;
 use crate::config::{Engine, ExportConfig, Packing, Transport};
 use crate::export::Export;
 use crate::volume::storage::link::ImageLink;
+use crate::volume::storage::succession::Presence;
 use hikkoshi_store::StoreError;
 use hikkoshi_store::state::{Identity, StateDir};
 use hikkoshi_wan::MoveLink;
 use hikkoshi_wan::transport::session::{Stance, Tell, Told};
+use std::sync::Arc;
 use std::time::Duration;
 
 fn config(image: &Path) -> ExportConfig {
@@ -141,4 +143,34 @@ fn a_volume_that_is_let_go_of_is_locked_no_more_and_reads_nothing() {
     again.volume().store().read(0, &mut buf).unwrap();
     assert_eq!(buf, [7; 512]);
     again.close().unwrap();
+}
+
+/// A thread that stood still between its look at the successor and its read met an image that was
+/// closed, and its guest an error.
+#[test]
+fn a_volume_is_deserted_only_when_every_client_was_seen_between_two_requests() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    std::fs::write(&image, [7; 1 << 20]).unwrap();
+    let export = Export::open(&config(&image)).unwrap();
+    let volume = export.volume();
+    let (one, other) = (Arc::default(), Arc::default());
+    volume.enter(&one);
+    volume.enter(&other);
+    assert!(volume.is_deserted(), "idle clients keep nothing");
+    Presence::begin(&one);
+    assert!(!volume.is_deserted());
+    let deferred = volume.deferred();
+    one.end();
+    assert!(!volume.is_deserted(), "its read is still under way");
+    drop(deferred);
+    assert!(volume.is_deserted());
+    other.begin();
+    assert!(!volume.is_deserted());
+    volume.leave(&other);
+    assert!(volume.is_deserted(), "it has gone over");
+    one.begin();
+    drop(one);
+    assert!(volume.is_deserted(), "it has hung up");
+    export.close().unwrap();
 }
