@@ -91,6 +91,7 @@ pub const MOVE_NAMES: &[&str] = &[
     "fence.lifted",
     "prepare.written",
     "takeover.fenced",
+    "handoff.lacking",
     "handoff.taken",
     "give-up.recorded",
     "way-back.ended",

@@ -29,7 +29,8 @@ use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
 use super::open_tied::{
-    open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
+    check_for_return, open_recorded, open_return, overwritten_of, settle_base, settle_lacking,
+    settle_way_back, tell_doubt,
 };
 use super::seeding::SeedImage;
 use super::{Volume, system_clock};
@@ -421,6 +422,9 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         return open_given_up(config, state, state_path);
     }
     let wanted = source_of(config, &identity)?;
+    if identity.ties.only_here {
+        check_for_return(&wanted)?;
+    }
     let seeds = open_seeds(&wanted, &config.image)?;
     if wanted.uri != identity.source_uri {
         state.change(|identity| identity.source_uri = wanted.uri.clone())?;
@@ -449,6 +453,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    settle_lacking(&map)?;
     let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
@@ -561,7 +566,11 @@ pub(super) fn move_in(
     let arrival = match ticket.filter(|_| parts.fenced_source()) {
         Some(ticket) => {
             let arrival = arrival(config, wanted, ticket, parts.geometry)?;
-            Some(arrival.with_overwritten(overwritten))
+            let arrival = arrival.with_overwritten(overwritten);
+            Some(match parts.only_here() {
+                true => arrival.with_old_copy_needed(parts.life() != Some(Life::Standby)),
+                false => arrival,
+            })
         }
         None => None,
     };

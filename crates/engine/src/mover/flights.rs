@@ -174,6 +174,19 @@ impl Flights {
         unsent
     }
 
+    /// Those that pass through.
+    pub fn passing(&self) -> Vec<FlightId> {
+        let passing = |f: &Flight| f.purpose == Purpose::PassThrough;
+        let mut passing: Vec<FlightId> = self
+            .all
+            .iter()
+            .filter(|(_, f)| passing(f))
+            .map(|(id, _)| *id)
+            .collect();
+        passing.sort_unstable();
+        passing
+    }
+
     pub fn range(&self, id: FlightId) -> Option<BlockRange> {
         self.all.get(&id).map(|f| f.range)
     }

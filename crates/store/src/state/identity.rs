@@ -61,6 +61,10 @@ pub struct Ties {
     pub departed: Option<Departure>,
     /// What was here when the move began is the old copy that this volume once took over.
     pub base: Option<VolumeId>,
+    /// The source did not have all of the disk when this volume began to take it back: what it had
+    /// not fetched is only in the old copy that is here. Before the handoff nothing is written into
+    /// that; after it all is here but what was recorded as lacking.
+    pub only_here: bool,
     /// The source keeps a fence: the handoff is not done before it has closed it.
     pub fenced_source: bool,
     /// What is written here after completion is recorded as well, so that the way back is short.
@@ -142,6 +146,9 @@ impl Identity {
         }
         if let Some(base) = ties.base {
             line("base", &hex(&base));
+        }
+        if ties.only_here {
+            line("only-here", KEPT);
         }
         if ties.fenced_source {
             line("source-fence", KEPT);
@@ -236,6 +243,7 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("base", text) => {
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
             }
+            ("only-here", KEPT) => ties.only_here = true,
             ("source-fence", KEPT) => ties.fenced_source = true,
             ("way-back", KEPT) => ties.way_back = true,
             ("closed", time) => {

@@ -260,6 +260,11 @@ impl FrameSession {
         let tell = Tell::decode(&frame.payload)
             .ok_or_else(|| io::Error::other("a message about the move that makes no sense"))?;
         let told = self.volume.answer(tell, &mut self.bound).encode();
+        // Whoever still fetches from the old copy that is here reads just that.
+        self.relocation = match self.volume.reads_old_copy(&self.bound) {
+            true => None,
+            false => self.volume.relocation(),
+        };
         let mut pieces = told.chunks(limits::QUANTUM_BYTES as usize).peekable();
         while let Some(piece) = pieces.next() {
             let mut header = Header::request(Kind::Told, Priority::DEMAND, frame.header.id, 0, 0);
