@@ -453,7 +453,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
-    settle_lacking(&map)?;
+    settle_lacking(&map.state, &map.residency)?;
     let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");

@@ -142,18 +142,14 @@ pub(super) fn settle_way_back(
 /// For a disk that has come back over the old copy of which its source did not have all: what was
 /// recorded as lacking at the handoff comes from there, and all else is here, whether the process
 /// came to mark it or not.
-pub(super) fn settle_lacking(map: &OpenedMap) -> Result<(), OpenError> {
-    let identity = map.state.identity();
-    if identity.ties.only_here && identity.life == Life::Arriving {
-        mark_all_but(&map.residency, &map.state.lacking()?);
+///
+/// Doing so again changes nothing: what is marked once never becomes missing.
+pub(super) fn settle_lacking(state: &StateDir, residency: &Residency) -> Result<(), StateError> {
+    let identity = state.identity();
+    if !identity.ties.only_here || identity.life != Life::Arriving {
+        return Ok(());
     }
-    Ok(())
-}
-
-/// Marks as here what is not in a set. Doing so again changes nothing: what is marked once never
-/// becomes missing.
-pub(super) fn mark_all_but(residency: &Residency, lacking: &BlockSet) {
-    for range in complement(lacking, residency.geometry()) {
+    for range in complement(&state.lacking()?, residency.geometry()) {
         let runs: Vec<_> = residency.runs(range).collect();
         for (run, state) in runs {
             match state {
@@ -164,6 +160,7 @@ pub(super) fn mark_all_but(residency: &Residency, lacking: &BlockSet) {
             }
         }
     }
+    Ok(())
 }
 
 pub(super) fn tell_doubt(running: &Running, doubt: Option<&str>) {
