@@ -7,8 +7,6 @@ mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
 
-use std::path::Path;
-
 use guest::Guest;
 use hikkoshi_daemon::config::HandoffPolicy;
 use hikkoshi_daemon::status::LifeState;
@@ -172,4 +170,175 @@ fn a_disk_comes_back_before_all_of_it_was_there() {
         assert!(crossed <= most, "{crossed} bytes crossed the link");
         moved.finish();
     }
+}
+
+#[test]
+fn a_return_goes_on_after_either_site_was_restarted() {
+    for way_back in [true, false] {
+        let mut moved = Moved::new(way_back);
+        moved.begin_return();
+        moved.change(0xb3);
+        // Before the handoff.
+        let mut lazily = moved.returning();
+        lazily.source().background = false;
+        moved.a.take().unwrap().stop();
+        moved.a = Some(Site::start(moved.dir.path(), "a", lazily));
+        moved.restart_b();
+        moved.check_a();
+        moved.change(0xb4);
+        moved.a().export().handoff().unwrap();
+        // After it, with what comes from B still to come.
+        let mut wanted = moved.returning();
+        wanted.source().background = false;
+        moved.a.take().unwrap().stop();
+        moved.a = Some(Site::start(moved.dir.path(), "a", wanted));
+        assert_eq!(moved.a().status().state, LifeState::Arriving);
+        moved.restart_b();
+        assert_eq!(moved.b().status().state, LifeState::Departed);
+        let part = Guest::connect(&moved.a().address()).read(3 << 20, BLOCK);
+        assert!(part == moved.data[3 << 20..(3 << 20) + BLOCK]);
+        moved.a.take().unwrap().stop();
+        moved.a = Some(Site::start(moved.dir.path(), "a", moved.returning()));
+        moved.finish();
+    }
+}
+
+/// All of the disk ends up at B, from the old copy at A.
+fn all_arrives_at_b(mut moved: Moved) {
+    moved.change(0xb7);
+    moved.read_at_b(0..SIZE);
+    wait_until("all is at B", || moved.b().is_local());
+    moved.a.take().unwrap().stop();
+    moved.read_at_b(0..SIZE);
+    assert!(moved.b().contents() == moved.data);
+}
+
+#[test]
+fn a_return_that_is_given_up_leaves_all_as_it_was() {
+    for restarted in [false, true] {
+        let mut moved = Moved::new(true);
+        moved.begin_return();
+        moved.a().export().abort().unwrap();
+        assert_eq!(moved.a().status().state, LifeState::GivenUp);
+        let told = moved.a().status().notes.join("; ");
+        assert!(told.contains("keep the image"), "{told}");
+        let mut guest = Guest::connect(&moved.a().address());
+        assert!(
+            !guest.try_write(0, &[0; BLOCK]),
+            "the old copy takes writes"
+        );
+        moved.change(0xb5);
+        moved.read_at_b((4 << 20)..(5 << 20));
+        if restarted {
+            moved.a.take().unwrap().stop();
+            moved.a = Some(Site::start(moved.dir.path(), "a", Wanted::plain(On::Unix)));
+            assert_eq!(moved.a().status().state, LifeState::Departed);
+            // And once more.
+            moved.begin_return();
+            moved.change(0xb6);
+            moved.a().export().abort().unwrap();
+        }
+        assert!(moved.a().contents() == pattern(SIZE));
+        all_arrives_at_b(moved);
+    }
+}
+
+#[test]
+fn all_may_arrive_while_a_return_stands_by() {
+    for way_back in [true, false] {
+        let mut moved = Moved::new(way_back);
+        moved.begin_return();
+        moved.read_at_b(0..SIZE);
+        wait_until("all is at B", || {
+            moved.b().status().state == LifeState::Departing
+        });
+        moved.change(0xb8);
+        assert!(moved.a().contents() == pattern(SIZE));
+        moved.a().export().handoff().unwrap();
+        moved.finish();
+    }
+}
+
+#[test]
+fn the_first_write_at_the_old_site_takes_the_disk_back() {
+    let mut moved = Moved::new(false);
+    moved.a.take().unwrap().stop();
+    let mut wanted = moved.returning();
+    wanted.source().handoff = HandoffPolicy::FirstWrite;
+    moved.a = Some(Site::start(moved.dir.path(), "a", wanted));
+    let mut guest = Guest::connect(&moved.a().address());
+    guest.write(512, &[0xa2; 512]);
+    moved.data[512..1024].fill(0xa2);
+    assert_eq!(moved.b().status().state, LifeState::Departed);
+    moved.finish();
+}
+
+/// What the image at A says against a return.
+fn refused(moved: &mut Moved, change: impl FnOnce(&mut Wanted)) -> String {
+    let mut wanted = moved.returning();
+    change(&mut wanted);
+    let why = Site::try_start(moved.dir.path(), "a", wanted).err();
+    why.expect("it must be refused")
+}
+
+#[test]
+fn an_old_copy_that_is_needed_is_never_overwritten() {
+    let mut moved = Moved::new(true);
+    let image = moved.a().image.clone();
+    moved.a.take().unwrap().stop();
+    let other = moved.b().image.clone();
+    for option in ["--verify", "--seed-image"] {
+        let why = refused(&mut moved, |wanted| match option {
+            "--verify" => wanted.source().verify = true,
+            _ => wanted.source().seed_images = vec![other.clone()],
+        });
+        assert!(why.contains(&format!("leave {option}")), "{why}");
+    }
+    // Something else has written to it: not even on demand.
+    let before = std::fs::metadata(&image).unwrap().modified().unwrap();
+    let later = before + std::time::Duration::from_secs(5);
+    let touch = |time| {
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(&image)
+            .unwrap();
+        file.set_modified(time).unwrap();
+    };
+    touch(later);
+    let why = refused(&mut moved, |wanted| wanted.source().overwrite = true);
+    assert!(why.contains("changed by something else"), "{why}");
+    touch(before);
+    moved.start_return();
+    moved.a.take().unwrap().stop();
+    touch(later);
+    let why = refused(&mut moved, |_| ());
+    assert!(why.contains("touch"), "{why}");
+    touch(before);
+    moved.start_return();
+    moved.a().export().abort().unwrap();
+    all_arrives_at_b(moved);
+}
+
+#[test]
+fn only_the_copy_that_a_disk_comes_from_takes_it_back_early() {
+    let mut moved = Moved::new(true);
+    // C takes over, and has next to nothing.
+    let mut wanted = lazily(moved.b(), true);
+    wanted.source().handoff = HandoffPolicy::Command;
+    let c = Site::start(moved.dir.path(), "c", wanted);
+    c.export().handoff().unwrap();
+    moved.a.take().unwrap().stop();
+    for overwrite in [false, true] {
+        let mut wanted = Wanted::from(On::Unix, &c.uri());
+        wanted.source().comes_back = true;
+        wanted.source().overwrite = overwrite;
+        let why = Site::try_start(moved.dir.path(), "a", wanted)
+            .err()
+            .unwrap();
+        assert!(why.contains("no older one"), "{why}");
+    }
+    // Refused, it is what it was, and C gets all of it.
+    moved.a = Some(Site::start(moved.dir.path(), "a", Wanted::plain(On::Unix)));
+    let all = Guest::connect(&c.address()).read(0, SIZE);
+    assert!(all == moved.data);
 }
