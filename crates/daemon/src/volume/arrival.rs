@@ -382,7 +382,16 @@ impl Volume {
                 _ => break,
             }
         }
-        arrival.state().abort_heard = !arrival.is_stopping();
+        let heard = !arrival.is_stopping();
+        if heard && arrival.has_base {
+            let mut journal = lock(&self.journal);
+            if let Some(state) = journal.state.as_mut() {
+                let outcome = state.change(|identity| identity.ties.gave_up = false);
+                // Else the next start says it once more.
+                let _ = self.note_state("recording that the source has heard", outcome);
+            }
+        }
+        arrival.state().abort_heard = heard;
         arrival.changed.notify_all();
     }
 

@@ -398,6 +398,9 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         ));
     }
     let mut state = StateDir::open(state_path)?;
+    if state.identity().ties.gave_up {
+        say_that_the_return_was_given_up(config, &mut state)?;
+    }
     let identity = state.identity().clone();
     if identity.life == Life::Local {
         let had_source = !identity.source_uri.is_empty();
@@ -498,6 +501,25 @@ fn open_given_up(
     open_new(config, source, state_path)
 }
 
+/// The same of a return into this old copy, which may have been killed before its source heard of it.
+fn say_that_the_return_was_given_up(
+    config: &ExportConfig,
+    state: &mut StateDir,
+) -> Result<(), OpenError> {
+    let identity = state.identity();
+    let ticket = Ticket::new(identity.volume_id, None, Stance::Standby, true);
+    let source = SourceConfig::new(identity.source_uri.clone());
+    match say_that_it_is_off(config, &source, &ticket) {
+        Ok(()) => state.change(|identity| identity.ties.gave_up = false)?,
+        Err(error) => tracing::warn!(
+            "the return from {} was given up, and that could not be told there ({error}): if it takes \
+             no writes, start this again when it can be reached",
+            identity.source_uri
+        ),
+    }
+    Ok(())
+}
+
 /// Lets the source of a move that was given up take writes again. Does nothing where it does.
 fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Result<(), SourceError> {
     if !identity.ties.fenced_source {
@@ -506,10 +528,20 @@ fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Resul
     let id = identity.volume_id;
     let ticket = Ticket::new(id, identity.ties.base, Stance::Standby, true);
     let wanted = SourceConfig::new(identity.source_uri.clone());
+    say_that_it_is_off(config, &wanted, &ticket)
+}
+
+/// Tells a source that a move will not come about.
+pub(super) fn say_that_it_is_off(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    ticket: &Arc<Ticket>,
+) -> Result<(), SourceError> {
+    let id = ticket.id();
     let line = MoveLine::new(NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,
         handshake_timeout: FIRST_CONNECT_TIMEOUT,
-        ..source_config(&wanted, config, Some(&ticket))?
+        ..source_config(wanted, config, Some(ticket))?
     });
     match line.tell(&Tell::Abort { id }, LAST_WORD_TIMEOUT) {
         // It has moved on by another move, or is another disk: nothing is fenced for this one.

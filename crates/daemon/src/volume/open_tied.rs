@@ -20,7 +20,7 @@ use hikkoshi_wan::{Source, Ticket};
 use super::arrival::complement;
 use super::open::{
     OpenError, Running, connect, first_life, fitting, inode_of, move_in, open_existing, open_plain,
-    open_seeds, refuse, seed, set_tag, settle_image, tell_rewritten,
+    open_seeds, refuse, say_that_it_is_off, seed, set_tag, settle_image, tell_rewritten,
 };
 use super::wayback::{self, NoSource};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
@@ -231,14 +231,19 @@ pub(super) fn open_return(
         } else {
             not_as_it_was(&base)
         };
-        if let Some(why) = why {
+        let options = check_for_return(wanted);
+        if why.is_some() || options.is_err() {
             source.close();
+            // Or it would go on waiting for a return that never comes.
+            let _ = say_that_it_is_off(config, wanted, &ticket);
+        }
+        options?;
+        if let Some(why) = why {
             return refuse(format!(
                 "the disk cannot come back into {} now: {why}; nothing was changed here",
                 config.image.display()
             ));
         }
-        check_for_return(wanted).inspect_err(|_| source.close())?;
     } else if base.is_ok() && told.old_copy != OldCopy::Known {
         source.close();
         if !wanted.overwrite {

@@ -65,6 +65,9 @@ pub struct Ties {
     /// not fetched is only in the old copy that is here. Before the handoff nothing is written into
     /// that; after it all is here but what was recorded as lacking.
     pub only_here: bool,
+    /// This volume was a return that was given up, and its source may not have heard so: it may keep
+    /// a fence for it.
+    pub gave_up: bool,
     /// The source keeps a fence: the handoff is not done before it has closed it.
     pub fenced_source: bool,
     /// What is written here after completion is recorded as well, so that the way back is short.
@@ -150,6 +153,9 @@ impl Identity {
         if ties.only_here {
             line("only-here", KEPT);
         }
+        if ties.gave_up {
+            line("return", GIVEN_UP);
+        }
         if ties.fenced_source {
             line("source-fence", KEPT);
         }
@@ -229,6 +235,7 @@ impl Identity {
 
 /// What is said of a tie that is there.
 const KEPT: &str = "kept";
+const GIVEN_UP: &str = "given-up";
 
 /// The lines of the ties, as many as there are.
 fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError> {
@@ -244,6 +251,7 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
             }
             ("only-here", KEPT) => ties.only_here = true,
+            ("return", GIVEN_UP) => ties.gave_up = true,
             ("source-fence", KEPT) => ties.fenced_source = true,
             ("way-back", KEPT) => ties.way_back = true,
             ("closed", time) => {

@@ -627,6 +627,7 @@ impl StateDir {
                         image_mtime,
                         intact,
                     }),
+                    gave_up: true,
                     ..Ties::default()
                 };
             }
