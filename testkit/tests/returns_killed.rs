@@ -159,8 +159,10 @@ fn play_return(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String> {
     let told;
     if who == Who::A {
         // It may not even come to serve.
-        let served = sites.back.start_to_die(Some(point)).is_ok();
-        if served {
+        if let Err(error) = sites.back.start_to_die(Some(point)) {
+            let text = format!("{error:#}");
+            ensure!(text.contains("signal: 9"), "not killed: {text}");
+        } else {
             sites.guest.work(&mut sites.b.client()?, 10)?;
             let _ = sites.back.daemon().try_command(&["handoff"]);
             // Some die only as they write or fetch.

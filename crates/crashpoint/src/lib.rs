@@ -91,10 +91,18 @@ pub const MOVE_NAMES: &[&str] = &[
     "fence.lifted",
     "prepare.written",
     "takeover.fenced",
+    "lacking.written",
+    "lacking.synced",
+    "lacking.renamed",
+    "lacking.done",
     "handoff.lacking",
     "handoff.taken",
     "give-up.recorded",
     "way-back.ended",
+    "overwritten.written",
+    "overwritten.synced",
+    "overwritten.renamed",
+    "overwritten.done",
     "return.begun",
 ];
 
