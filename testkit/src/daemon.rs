@@ -3,11 +3,11 @@
 use crate::cache;
 use crate::client::Client;
 use crate::netns::Namespace;
-use crate::packages;
 use crate::process::Process;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -52,6 +52,21 @@ impl Daemon {
         Self::launch(site, cache::hikkoshi()?, &[], dir, name, image, extra)
     }
 
+    /// One whose system calls are recorded: `tracer` is a program with its arguments that starts
+    /// ours and leaves it its process id.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_recorded(
+        dir: &Path,
+        name: &str,
+        image: &Path,
+        extra: &[&str],
+        tracer: &[OsString],
+    ) -> Result<Self> {
+        Self::launch(None, cache::hikkoshi()?, tracer, dir, name, image, extra)
+    }
+
     /// The binary with crash points, which kills itself at `point` (`NAME:N`; none: nowhere).
     ///
     /// # Errors
@@ -64,15 +79,16 @@ impl Daemon {
         point: Option<&str>,
     ) -> Result<Self> {
         let binary = cache::armed_hikkoshi()?;
-        let order = point.map(|point| format!("HIKKOSHI_CRASH_AT={point}"));
-        let variables: Vec<String> = order.into_iter().collect();
-        Self::launch(None, binary, &variables, dir, name, image, extra)
+        // It replaces itself by the program: the process id stays the child's.
+        let order = point.map(|point| ["env".into(), format!("HIKKOSHI_CRASH_AT={point}").into()]);
+        let before: Vec<OsString> = order.into_iter().flatten().collect();
+        Self::launch(None, binary, &before, dir, name, image, extra)
     }
 
     fn launch(
         site: Option<&Namespace>,
         binary: PathBuf,
-        variables: &[String],
+        before: &[OsString],
         dir: &Path,
         name: &str,
         image: &Path,
@@ -90,15 +106,11 @@ impl Daemon {
         ];
         arguments.extend(extra.iter().map(|&word| word.to_owned()));
         let log = dir.join(format!("{name}.log"));
-        let process = if variables.is_empty() {
-            Process::start(site, &binary, &arguments, &log)?
-        } else {
-            // It replaces itself by the program: the process id stays the child's.
-            let mut words = variables.to_vec();
-            words.push(binary.display().to_string());
-            words.extend(arguments);
-            Process::start(site, packages::require("env")?, &words, &log)?
-        };
+        let mut words = before.to_vec();
+        words.push(binary.clone().into());
+        words.extend(arguments.into_iter().map(OsString::from));
+        let program = PathBuf::from(words.remove(0));
+        let process = Process::start(site, &program, &words, &log)?;
         let mut daemon = Self {
             process,
             binary,

@@ -10,6 +10,7 @@ pub mod cache;
 pub mod client;
 pub mod console;
 pub mod crash;
+pub mod cut;
 pub mod daemon;
 pub mod faults;
 pub mod guest;

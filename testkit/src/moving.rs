@@ -280,8 +280,12 @@ impl Site {
 
     /// Its address, whether it is served or not.
     pub fn uri(&self) -> String {
-        let socket = self.dir.join(format!("{}.nbd", self.name));
-        format!("nbd+unix:///?socket={}", socket.display())
+        format!("nbd+unix:///?socket={}", self.socket().display())
+    }
+
+    /// Its socket, whether it is served or not.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join(format!("{}.nbd", self.name))
     }
 
     /// Its image.

@@ -40,8 +40,11 @@ pub enum Refusal {
          again, as it was at the handoff"
     )]
     FenceGone,
-    /// The destination has given this move up.
-    #[error("this move was given up")]
+    /// The destination has given this move up, or a person has at the source.
+    #[error(
+        "this move was given up, or its fence was lifted by hand at the source: the disk stays there; \
+         say `hikkoshi abort` here, and begin anew"
+    )]
     GivenUp,
 }
 
@@ -67,7 +70,9 @@ pub fn attach(departed: Option<VolumeId>, id: VolumeId, stance: Stance) -> Resul
     }
 }
 
-/// What becomes of a request for the handoff. `given_up`: this move was given up before.
+/// What becomes of a request for the handoff. `given_up`: this move was given up before, or its fence
+/// was lifted by hand: the VM has gone on at the source, and must not be stopped by a write that has
+/// waited at the destination since.
 ///
 /// # Errors
 /// See [`Refusal`].

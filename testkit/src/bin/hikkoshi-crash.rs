@@ -20,6 +20,7 @@ Usage: hikkoshi-crash [OPTION]...
   --file-systems LIST  of tmpfs,ext4,xfs,btrfs [default: all; the others need root]
   --armed PATH         the binary with crash points [default: it is built]
   --no-points          no kills at named points
+  --moves              nothing but power cuts of moves, at both ends
   --root DIR           a directory in memory [default: /dev/shm]
   --evidence DIR       where what belongs to a failure is kept
                        [default: crash-evidence in cargo's target directory]
@@ -44,6 +45,7 @@ fn run() -> Result<()> {
     let mut file_systems = NAMES.to_vec();
     let mut armed = None;
     let mut points = true;
+    let mut only_moves = false;
     let mut root = PathBuf::from("/dev/shm");
     let mut evidence = None;
     let mut words = std::env::args().skip(1);
@@ -61,6 +63,7 @@ fn run() -> Result<()> {
             "--file-systems" => file_systems = soak::parse_file_systems(&value()?)?,
             "--armed" => armed = Some(PathBuf::from(value()?)),
             "--no-points" => points = false,
+            "--moves" => (only_moves, points) = (true, false),
             "--root" => root = value()?.into(),
             "--evidence" => evidence = Some(PathBuf::from(value()?)),
             "--help" => {
@@ -95,6 +98,7 @@ fn run() -> Result<()> {
         limit,
         jobs,
         file_systems,
+        only_moves,
         root: scratch.path().to_path_buf(),
         evidence,
     })

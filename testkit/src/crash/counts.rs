@@ -17,17 +17,20 @@ pub enum Kind {
     Named,
     /// The power cut, replayed from a recording.
     PowerCut,
+    /// The power cut at either end of a move, or at both, replayed from a recording of both.
+    MoveCut,
     /// An orderly end in between.
     Orderly,
 }
 
 impl Kind {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::UnderLoad,
         Self::AtStart,
         Self::Resident,
         Self::Named,
         Self::PowerCut,
+        Self::MoveCut,
         Self::Orderly,
     ];
 
@@ -38,6 +41,7 @@ impl Kind {
             Self::Resident => "kill -9, volume complete",
             Self::Named => "kill -9 at a named point",
             Self::PowerCut => "power cut",
+            Self::MoveCut => "power cut of a move",
             Self::Orderly => "orderly end (not a crash)",
         }
     }
@@ -53,6 +57,7 @@ pub struct Counts {
 struct Inner {
     restarts: BTreeMap<(Kind, &'static str), u64>,
     points: BTreeMap<String, u64>,
+    writers: BTreeMap<&'static str, u64>,
     volumes: u64,
     recordings: u64,
     refused: u64,
@@ -77,6 +82,11 @@ impl Counts {
     /// How often a named point was reached.
     pub fn reached(&self, name: &str) -> u64 {
         self.with(|c| c.points.get(name).copied().unwrap_or(0))
+    }
+
+    /// After a power cut of a move this one was found to accept writes.
+    pub fn writer(&self, who: &'static str) {
+        self.with(|c| *c.writers.entry(who).or_default() += 1);
     }
 
     /// A volume was carried to its end.
@@ -121,12 +131,13 @@ impl Counts {
             };
             format!(
                 "{crashes} crashes: {} under load, {} starting, {} complete, {} named, {} power \
-                 cuts; {} volumes, {} recordings; {} refused, {} wrong",
+                 cuts, {} of moves; {} volumes, {} recordings; {} refused, {} wrong",
                 of(Kind::UnderLoad),
                 of(Kind::AtStart),
                 of(Kind::Resident),
                 of(Kind::Named),
                 of(Kind::PowerCut),
+                of(Kind::MoveCut),
                 c.volumes,
                 c.recordings,
                 c.refused,
@@ -159,6 +170,9 @@ impl Counts {
             let _ = writeln!(out, "crashes in all: {crashes}");
             let _ = writeln!(out, "volumes carried to their end: {}", c.volumes);
             let _ = writeln!(out, "recordings replayed: {}", c.recordings);
+            if !c.writers.is_empty() {
+                let _ = writeln!(out, "writers after power cuts of moves: {:?}", c.writers);
+            }
             let _ = writeln!(out, "starts refused: {}", c.refused);
             let _ = writeln!(out, "disks with something lost or wrong: {}", c.wrong);
             if !c.points.is_empty() {

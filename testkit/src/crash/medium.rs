@@ -87,6 +87,8 @@ pub struct Cut {
     pub at_ns: u64,
     /// Names what becomes of all that was not synced.
     pub seed: u64,
+    /// Nothing becomes of it: this side has power, and only its process ends.
+    pub spares: bool,
 }
 
 /// A file as it is found.
@@ -121,6 +123,11 @@ impl Medium {
     /// How many calls there are.
     pub fn calls(&self) -> usize {
         self.instants.len()
+    }
+
+    /// When each call began and ended, and whether it was about the state.
+    pub fn instants(&self) -> &[(u64, u64, bool)] {
+        &self.instants
     }
 
     fn apply(
@@ -266,6 +273,7 @@ impl Medium {
         Ok(Cut {
             at_ns,
             seed: random.next(),
+            spares: false,
         })
     }
 
@@ -278,7 +286,7 @@ impl Medium {
         let mut random = Random::new(cut.seed);
         let mut made: Vec<PathBuf> = Vec::new();
         for (dir, log) in &self.dirs {
-            let names = log.after(cut.at_ns, &mut random);
+            let names = log.after(cut, &mut random);
             if !made.contains(dir) && dir != root {
                 continue;
             }
@@ -289,7 +297,7 @@ impl Medium {
                         made.push(path);
                     }
                     Node::File(file) => {
-                        let found = self.files[file].after(cut.at_ns, &mut random);
+                        let found = self.files[file].after(cut, &mut random);
                         if path.extension().is_some_and(|extension| extension == "img") {
                             fs::hard_link(image, &path)?;
                         }
@@ -321,6 +329,13 @@ enum Fate {
 }
 
 impl Fate {
+    fn of_cut(cut: Cut, random: &mut Random) -> Self {
+        match cut.spares {
+            true => Self::Kept,
+            false => Self::random(random),
+        }
+    }
+
     fn random(random: &mut Random) -> Self {
         match random.below(8) {
             0 => Self::Lost,
@@ -351,9 +366,10 @@ impl Fate {
 }
 
 impl DirLog {
-    fn after(&self, at_ns: u64, random: &mut Random) -> BTreeMap<PathBuf, Node> {
+    fn after(&self, cut: Cut, random: &mut Random) -> BTreeMap<PathBuf, Node> {
+        let at_ns = cut.at_ns;
         let stable = stable_until(&self.syncs, at_ns);
-        let fate = Fate::random(random);
+        let fate = Fate::of_cut(cut, random);
         let mut names = BTreeMap::new();
         for step in self.steps.iter().filter(|step| step.begun_ns <= at_ns) {
             if step.ended_ns >= stable && !fate.of_part(random) {
@@ -377,9 +393,10 @@ impl DirLog {
 }
 
 impl FileLog {
-    fn after(&self, at_ns: u64, random: &mut Random) -> Found {
+    fn after(&self, cut: Cut, random: &mut Random) -> Found {
+        let at_ns = cut.at_ns;
         let stable = stable_until(&self.syncs, at_ns);
-        let fate = Fate::random(random);
+        let fate = Fate::of_cut(cut, random);
         // What the cache held, and what of it had reached the medium.
         let mut cache: Vec<u8> = Vec::new();
         let mut medium: Vec<u8> = Vec::new();
@@ -412,7 +429,7 @@ impl FileLog {
         let stable = stable_until(&self.full_syncs, at_ns);
         let mut mark = None;
         for step in self.marks.iter().filter(|step| step.begun_ns <= at_ns) {
-            if step.ended_ns < stable || random.below(2) == 0 {
+            if cut.spares || step.ended_ns < stable || random.below(2) == 0 {
                 mark = Some(step.what.clone());
             }
         }

@@ -3,6 +3,7 @@
 //! - [`sweep`] carries volumes through kills, and compares after every restart;
 //! - [`record`] and [`powercut`] record what the binary does to its files, and start it on what a
 //!   medium may hold after a cut at any instant;
+//! - [`movecut`] does so with both ends of a move;
 //! - [`soak`] does both on several file systems until enough is done.
 //!
 //! A kill at a random instant cannot be repeated exactly: the seed repeats the volume, the
@@ -16,6 +17,7 @@ pub mod disk;
 pub mod filesystem;
 pub mod load;
 pub mod medium;
+pub mod movecut;
 pub mod powercut;
 pub mod record;
 pub mod soak;

@@ -5,6 +5,7 @@ use super::Programs;
 use super::counts::Counts;
 use super::filesystem::{self, FileSystem};
 use super::load::Tally;
+use super::movecut;
 use super::powercut;
 use super::sources::Sources;
 use super::sweep::Sweep;
@@ -19,6 +20,9 @@ use std::time::{Duration, Instant};
 
 /// How often the progress is shown.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// Every so many volumes one is moved and both its ends recorded. Odd: there are four file systems.
+const MOVES_EVERY: u64 = 15;
 
 /// What is to be done.
 #[derive(Clone, Debug)]
@@ -35,6 +39,8 @@ pub struct Plan {
     pub jobs: u64,
     /// File systems.
     pub file_systems: Vec<&'static str>,
+    /// Nothing but power cuts of moves.
+    pub only_moves: bool,
     /// A directory in memory; everything is below it.
     pub root: PathBuf,
     /// Where what belongs to a failure is kept.
@@ -174,7 +180,14 @@ impl Shared<'_> {
         };
         let dir = sweep.file_system.dir.join(format!("{seed:016x}"));
         let mut what = format!("volume {seed:016x} on {}", sweep.file_system.name);
-        let outcome = match self.next_point(seed) {
+        // By number, so that a sample has some, on all file systems.
+        let of_move = self.plan.only_moves || number % MOVES_EVERY == MOVES_EVERY / 2;
+        let point = if of_move { None } else { self.next_point(seed) };
+        let outcome = match point {
+            None if of_move => {
+                what.push_str(", moved, and the power cut");
+                movecut::run(&sweep, seed, &|| self.is_done())
+            }
             Some((name, nth)) => {
                 what.push_str(&format!(", killed at {name}:{nth}"));
                 sweep.named_volume(seed, name, nth).and_then(|reached| {

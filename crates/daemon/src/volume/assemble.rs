@@ -143,6 +143,7 @@ impl Parts<'_> {
     fn volume(self, life: LifeState, at_release: Option<AtCompletion>) -> Volume {
         let identity = self.state.as_ref().map(StateDir::identity);
         let departed = identity.and_then(|identity| identity.ties.departed);
+        let released = identity.and_then(|identity| identity.ties.released);
         let source = self.config.source.as_ref();
         let (way_back, trouble) = WayBack::new(self.state.as_ref(), at_release);
         let volume = Volume {
@@ -174,7 +175,7 @@ impl Parts<'_> {
             tally: Tally::default(),
             heat: Heat::new(self.geometry.size_bytes()),
             heat_place: self.heat_place,
-            departures: Departures::new(departed, self.make_state),
+            departures: Departures::new(departed, released, self.make_state),
             arrival: None,
             plain: AtomicBool::new(true),
             way_back,

@@ -73,6 +73,7 @@ pub struct Departures {
     sessions: RwLock<Vec<Arc<Session>>>,
     departed: Mutex<Option<Departure>>,
     has_departed: AtomicBool,
+    /// Also those that were released by hand.
     given_up: Mutex<Vec<MoveId>>,
     /// All has arrived where it departed to.
     arrived: AtomicBool,
@@ -103,10 +104,15 @@ pub struct Bound {
 }
 
 impl Departures {
-    /// Those of a volume that has departed, or not.
-    pub fn new(departed: Option<Departure>, make_state: Option<MakeState>) -> Self {
+    /// Those of a volume that has departed, or not. `released`: the move that was released by hand.
+    pub fn new(
+        departed: Option<Departure>,
+        released: Option<MoveId>,
+        make_state: Option<MakeState>,
+    ) -> Self {
         let this = Self {
             departed: Mutex::new(departed),
+            given_up: Mutex::new(released.into_iter().collect()),
             has_departed: AtomicBool::new(departed.is_some()),
             make_state,
             ..Self::default()
@@ -160,6 +166,16 @@ impl Departures {
         // Before any write that ends from now on looks at it.
         self.tracking.store(true, Ordering::SeqCst);
         session
+    }
+
+    fn refuse_from_now_on(&self, id: MoveId) {
+        let mut given_up = lock(&self.given_up);
+        if !given_up.contains(&id) {
+            if given_up.len() >= MAX_GIVEN_UP {
+                given_up.remove(0);
+            }
+            given_up.push(id);
+        }
     }
 
     fn close(&self, id: MoveId) {
@@ -735,21 +751,13 @@ impl Volume {
     /// A destination has given up, durably, before it took a write: all is as before.
     fn abort_departure(&self, id: MoveId) -> Result<Told, String> {
         let _deciding = lock(&self.departures.deciding);
-        {
-            let mut given_up = lock(&self.departures.given_up);
-            if !given_up.contains(&id) {
-                if given_up.len() >= MAX_GIVEN_UP {
-                    given_up.remove(0);
-                }
-                given_up.push(id);
-            }
-        }
+        self.departures.refuse_from_now_on(id);
         let known = self.departures.find(id).is_some();
         self.departures.close(id);
         self.speed_up(id);
         let departed = self.departures.departed().map(|d| d.to);
         if handover::abort(departed, id) {
-            self.lift_fence().map_err(|e| e.to_string())?;
+            self.lift_fence(None).map_err(|e| e.to_string())?;
         } else if known {
             self.departures.version.fetch_add(1, Ordering::AcqRel);
         }
@@ -762,15 +770,18 @@ impl Volume {
         Ok(Told::Fine)
     }
 
-    /// Lifts the fence by hand.
+    /// Lifts the fence. `released`: by hand, against this move.
     ///
     /// # Errors
     /// It is not recorded; the fence stays.
-    pub(super) fn lift_fence(&self) -> io::Result<()> {
+    fn lift_fence(&self, released: Option<MoveId>) -> io::Result<()> {
         {
             let mut journal = lock(&self.journal);
             if let Some(state) = journal.state.as_mut() {
-                let outcome = state.change(|identity| identity.ties.departed = None);
+                let outcome = state.change(|identity| {
+                    identity.ties.departed = None;
+                    identity.ties.released = released.or(identity.ties.released);
+                });
                 self.note_state("recording that the fence is lifted", outcome)?;
             }
             crash_point!("fence.lifted");
@@ -795,8 +806,11 @@ impl Volume {
         let Some(departure) = self.departures.departed() else {
             return Err(io::Error::other("there is no fence here"));
         };
+        // Its VM may be waiting there for the answer to a handoff that did not get through. This
+        // one is older by now than what is written here.
         self.departures.close(departure.to);
-        self.lift_fence()?;
+        self.lift_fence(Some(departure.to))?;
+        self.departures.refuse_from_now_on(departure.to);
         self.event(
             EventKind::FenceLifted,
             "the fence was lifted by hand: writes are accepted here again; what was written at the \

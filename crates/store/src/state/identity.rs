@@ -59,6 +59,9 @@ pub struct Departure {
 pub struct Ties {
     /// Where the disk has moved on to, and since when nothing is written here.
     pub departed: Option<Departure>,
+    /// The last move whose fence was lifted by hand: it never gets the disk any more, however late it
+    /// asks.
+    pub released: Option<VolumeId>,
     /// What was here when the move began is the old copy that this volume once took over.
     pub base: Option<VolumeId>,
     /// The source did not have all of the disk when this volume began to take it back: what it had
@@ -146,6 +149,9 @@ impl Identity {
         // Only what there is: without ties the file is as it was before there were any.
         if let Some(departure) = ties.departed {
             line("departed", &written(departure));
+        }
+        if let Some(released) = ties.released {
+            line("released", &hex(&released));
         }
         if let Some(base) = ties.base {
             line("base", &hex(&base));
@@ -246,6 +252,9 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("departed", text) => {
                 let departure = departure(text).ok_or(IdentityError::Line("departed"))?;
                 ties.departed = Some(departure);
+            }
+            ("released", text) => {
+                ties.released = Some(unhex(text).ok_or(IdentityError::Line("released"))?);
             }
             ("base", text) => {
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);

@@ -55,9 +55,14 @@ fn after(at_ns: u64) -> (HashSet<Vec<u8>>, HashSet<Vec<PathBuf>>) {
     let (mut contents, mut names) = (HashSet::new(), HashSet::new());
     for seed in 0..400 {
         let mut random = Random::new(seed);
-        let found = medium.dirs[Path::new(ROOT)].after(at_ns, &mut random);
+        let cut = Cut {
+            at_ns,
+            seed,
+            spares: false,
+        };
+        let found = medium.dirs[Path::new(ROOT)].after(cut, &mut random);
         names.insert(found.into_keys().collect());
-        contents.insert(medium.files[0].after(at_ns, &mut random).content);
+        contents.insert(medium.files[0].after(cut, &mut random).content);
     }
     (contents, names)
 }
