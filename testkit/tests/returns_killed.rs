@@ -156,8 +156,7 @@ impl Sites {
 fn play_return(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String> {
     let mut sites = Sites::new(dir, seed)?;
     sites.a.take()?.stop()?;
-    let told;
-    if who == Who::A {
+    let told = if who == Who::A {
         // It may not even come to serve.
         if let Err(error) = sites.back.start_to_die(Some(point)) {
             let text = format!("{error:#}");
@@ -174,7 +173,7 @@ fn play_return(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String> {
             dies.wait_killed()?;
         }
         sites.back.start()?;
-        told = sites.one_or_a_way_on()?;
+        sites.one_or_a_way_on()?
     } else {
         sites.back.start()?;
         sites.b.kill()?;
@@ -190,8 +189,8 @@ fn play_return(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String> {
         })?;
         // Held up, and no more.
         ensure!(handed.status.success(), "{}", sites.back.story());
-        told = sites.one_or_a_way_on()?;
-    }
+        sites.one_or_a_way_on()?
+    };
     sites.come_back().with_context(|| told.clone())?;
     Ok(told)
 }

@@ -3,7 +3,7 @@
 
 use hikkoshi_wan::transport::message::{self, Extent};
 use hikkoshi_wan::transport::pack::{Packer, Packing};
-use hikkoshi_wan::transport::session::{Attached, MoveId, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, MoveId, OldCopy, Stance, Tell, Told};
 
 use crate::input::Input;
 use crate::nbd_server::script::range;

@@ -616,7 +616,7 @@ impl Volume {
             return Err("the disk did not come here from that old copy".to_owned());
         }
         self.departures.went_back.store(true, Ordering::Release);
-        let mut runs = self.differs_exactly(from)?;
+        let mut runs = self.differs_exactly(from, limits::TOLD_RANGES)?;
         let more = runs.len() > limits::TOLD_RANGES;
         runs.truncate(limits::TOLD_RANGES);
         // All that is told was marked before; with this it is durable.

@@ -92,6 +92,7 @@ struct Wire {
     ticket: Arc<Ticket>,
     /// It is A's, which after the handoff asks for nothing that B does not have.
     gets_it_whole: bool,
+    size_bytes: u64,
     bound: Mutex<Bound>,
     up: AtomicBool,
     asked: Mutex<Vec<Asked>>,
@@ -102,9 +103,15 @@ struct Wire {
 }
 
 impl Wire {
-    fn new(peer: &Arc<Peer>, ticket: &Arc<Ticket>, gets_it_whole: bool) -> Arc<Self> {
+    fn new(
+        peer: &Arc<Peer>,
+        ticket: &Arc<Ticket>,
+        gets_it_whole: bool,
+        size_bytes: u64,
+    ) -> Arc<Self> {
         Arc::new(Self {
             gets_it_whole,
+            size_bytes,
             peer: Arc::clone(peer),
             ticket: Arc::clone(ticket),
             bound: Mutex::default(),
@@ -262,7 +269,7 @@ impl Wire {
 impl Source for Wire {
     fn info(&self) -> SourceInfo {
         SourceInfo {
-            size_bytes: DISK,
+            size_bytes: self.size_bytes,
             read_only: false,
             can_multi_conn: false,
             has_extents: true,
@@ -334,7 +341,8 @@ impl MoveLink for Line {
         if self.loses() {
             return Err(gone());
         }
-        match Told::decode(&told.encode(), DISK).unwrap() {
+        let size_bytes = volume.geometry().size_bytes();
+        match Told::decode(&told.encode(), size_bytes).unwrap() {
             Told::Refused(why) => Err(refused(why)),
             told => Ok(told),
         }
@@ -379,6 +387,8 @@ struct Site {
 
 struct World {
     geometry: Geometry,
+    /// The disk when B took it over.
+    original: Vec<u8>,
     clock_ms: Arc<AtomicU64>,
     a: Site,
     b: Site,
@@ -406,18 +416,24 @@ enum Who {
     B,
 }
 
+/// How a read ended: with bytes of its own (`None`: it is in the image), or not at all.
+type End = Result<Option<Vec<u8>>, ()>;
+
 /// A read that waits, at which site, and what it may see.
 struct Waiting {
     at: Who,
     bytes: ByteRange,
     allowed: Vec<Vec<u8>>,
-    /// `None` inside: it is in the image.
-    end: Arc<Mutex<Option<Result<Option<Vec<u8>>, ()>>>>,
+    end: Arc<Mutex<Option<End>>>,
 }
 
 impl World {
     fn new(way_back: bool, background: bool) -> Self {
-        let geometry = Geometry::new(DISK, 4096).unwrap();
+        Self::of(original(), 4096, way_back, background)
+    }
+
+    fn of(original: Vec<u8>, block_bytes: u32, way_back: bool, background: bool) -> Self {
+        let geometry = Geometry::new(original.len() as u64, block_bytes).unwrap();
         let identity = |volume_id, life, ties| Identity {
             volume_id,
             geometry,
@@ -457,13 +473,18 @@ impl World {
         let mut this = Self {
             geometry,
             clock_ms: Arc::default(),
-            a: site(original(), identity([0xa; 16], Life::Local, departed), true),
+            a: site(
+                original.clone(),
+                identity([0xa; 16], Life::Local, departed),
+                true,
+            ),
             b: site(
-                vec![0; DISK as usize],
+                vec![0; original.len()],
                 identity(B, Life::Arriving, arriving),
                 background,
             ),
-            oracle: Oracle::new(original()),
+            oracle: Oracle::new(original.clone()),
+            original,
             returns: 0,
             given_up: Vec::new(),
             seen: Seen::default(),
@@ -542,7 +563,12 @@ impl World {
             _ => Stance::Arriving,
         };
         let ticket = Ticket::new(identity.volume_id, identity.ties.base, stance, true);
-        let wire = Wire::new(&other, &ticket, identity.ties.only_here);
+        let wire = Wire::new(
+            &other,
+            &ticket,
+            identity.ties.only_here,
+            geometry.size_bytes(),
+        );
         let wanted = site.config.source.as_ref().unwrap();
         let arrival = identity.ties.only_here.then(|| {
             let line = Arc::new(Line {
@@ -621,7 +647,6 @@ impl World {
 
     /// The disk: what is in the image of whoever has it, and what that may fetch.
     fn view(&self) -> Vec<u8> {
-        let original = original();
         let who = self.active().unwrap_or(Who::B);
         let b = self.volume(Who::B);
         let there = b.relocation().map(|r| Arc::clone(&r.residency));
@@ -633,7 +658,7 @@ impl World {
         };
         let elsewhere = match who {
             Who::A => self.b.store.content(),
-            Who::B => original,
+            Who::B => self.original.clone(),
         };
         for block in (0..self.geometry.blocks()).map(BlockIndex) {
             if relocation.residency.state(block).is_resident() {
@@ -661,7 +686,7 @@ impl World {
     fn check(&self, waiting: &mut Vec<Waiting>) {
         if self.active() != Some(Who::A) {
             assert!(
-                self.a.store.content() == original(),
+                self.a.store.content() == self.original,
                 "the old copy was written into"
             );
         }
@@ -1000,4 +1025,36 @@ fn a_return_before_all_is_there_loses_nothing_and_never_has_two_writers() {
         all.partials,
     ];
     assert!(happened.iter().all(|n| *n > 0), "{all:?}");
+}
+
+/// More runs than one answer has room for.
+#[test]
+fn what_lies_scattered_is_told_to_the_last_block() {
+    let runs = 2 * hikkoshi_wan::transport::limits::TOLD_RANGES + 100;
+    let mut world = World::of(vec![7; runs * 1024], 512, true, false);
+    let mut expected = vec![7; runs * 1024];
+    let b = world.volume(Who::B);
+    let relocation = b.relocation();
+    for run in 0..runs {
+        let at = run * 1024 + 512;
+        b.write(relocation.as_ref(), at as u64, &[9; 512]).unwrap();
+        expected[at..at + 512].fill(9);
+    }
+    world.begin_return();
+    let a = world.volume(Who::A);
+    world
+        .a
+        .line
+        .as_ref()
+        .unwrap()
+        .loses
+        .store(false, Ordering::Relaxed);
+    a.hand_off().unwrap();
+    let lacking = a.relocation().unwrap().residency.missing_blocks();
+    assert_eq!(lacking, runs as u64);
+    assert!(world.view() == expected);
+    // And once more from what is durable.
+    world.oracle.now.clone_from(&expected);
+    world.crash(Who::A, Some(1));
+    assert!(world.view() == expected);
 }

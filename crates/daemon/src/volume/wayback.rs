@@ -125,8 +125,8 @@ impl Volume {
 
     /// From a byte on, the blocks in which this disk, of which maybe not all is here, differs from the
     /// copy that it comes from. All of them are here, and there are none between the runs that are told:
-    /// whoever has that copy can ask for these and for no others. Only once nothing is written here
-    /// any more.
+    /// whoever has that copy can ask for these and for no others. At most `most` runs, and one more
+    /// if there is one. Only once nothing is written here any more.
     ///
     /// What is absent is that copy's. What is clean is, too, while it is recorded what is written;
     /// after a doubt (a power cut: what nobody flushed may have reached a clean block without its
@@ -134,7 +134,11 @@ impl Volume {
     ///
     /// # Errors
     /// Blocks are here in part.
-    pub(super) fn differs_exactly(&self, from: u64) -> Result<Vec<BlockRange>, String> {
+    pub(super) fn differs_exactly(
+        &self,
+        from: u64,
+        most: usize,
+    ) -> Result<Vec<BlockRange>, String> {
         let blocks = self.geometry.blocks();
         let from = BlockRange::new((from / self.geometry.block_bytes()).min(blocks), blocks);
         let Some(relocation) = self.relocation() else {
@@ -155,8 +159,10 @@ impl Volume {
                     ));
                 }
             }
+            let enough = runs.len() > most;
             match runs.last_mut() {
                 Some(last) if last.end == run.start => last.end = run.end,
+                _ if enough => break,
                 _ => runs.push(run),
             }
         }
