@@ -7,8 +7,10 @@ mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
 
+use std::time::Duration;
+
 use guest::Guest;
-use hikkoshi_daemon::config::HandoffPolicy;
+use hikkoshi_daemon::config::{HandoffPolicy, SourceLoss};
 use hikkoshi_daemon::status::LifeState;
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
@@ -270,6 +272,31 @@ fn the_first_write_at_the_old_site_takes_the_disk_back() {
     guest.write(512, &[0xa2; 512]);
     moved.data[512..1024].fill(0xa2);
     assert_eq!(moved.b().status().state, LifeState::Departed);
+    moved.finish();
+}
+
+/// Over a connection that stood before the handoff, B reads nothing that is written after it.
+#[test]
+fn nobody_reads_an_old_copy_that_is_written_into() {
+    let mut moved = Moved::new(true);
+    moved.a.take().unwrap().stop();
+    moved.a = Some(Site::start(moved.dir.path(), "a", moved.returning()));
+    let mut wanted = lazily(moved.a(), true);
+    wanted.source().on_loss = SourceLoss::Error(Duration::ZERO);
+    moved.b.take().unwrap().stop();
+    moved.b = Some(Site::start(moved.dir.path(), "b", wanted));
+    wait_until("B reaches A", || {
+        moved.b().status().source_connected == Some(true)
+    });
+    moved.read_at_b((4 << 20)..(4 << 20) + BLOCK);
+    moved.a().export().handoff().unwrap();
+    let mut at_b = Guest::connect(&moved.b().address());
+    for block in 1..20 {
+        let at = (4 << 20) + 8 * block * BLOCK;
+        Guest::connect(&moved.a().address()).write(at as u64, &[0xa5; BLOCK]);
+        moved.data[at..at + BLOCK].fill(0xa5);
+        assert!(at_b.try_read(at as u64, BLOCK).is_none(), "B has read it");
+    }
     moved.finish();
 }
 

@@ -163,28 +163,24 @@ impl Flights {
 
     /// Kept flights that were not handed to the source yet.
     pub fn unsent(&self) -> Vec<FlightId> {
-        let kept = |f: &Flight| !f.sent && f.purpose != Purpose::PassThrough;
-        let mut unsent: Vec<FlightId> = self
-            .all
-            .iter()
-            .filter(|(_, f)| kept(f))
-            .map(|(id, _)| *id)
-            .collect();
-        unsent.sort_unstable();
-        unsent
+        self.those(|f| !f.sent && f.purpose != Purpose::PassThrough)
     }
 
     /// Those that pass through.
     pub fn passing(&self) -> Vec<FlightId> {
-        let passing = |f: &Flight| f.purpose == Purpose::PassThrough;
-        let mut passing: Vec<FlightId> = self
+        self.those(|f| f.purpose == Purpose::PassThrough)
+    }
+
+    /// In the order of their numbers.
+    fn those(&self, wanted: impl Fn(&Flight) -> bool) -> Vec<FlightId> {
+        let mut those: Vec<FlightId> = self
             .all
             .iter()
-            .filter(|(_, f)| passing(f))
+            .filter(|(_, f)| wanted(f))
             .map(|(id, _)| *id)
             .collect();
-        passing.sort_unstable();
-        passing
+        those.sort_unstable();
+        those
     }
 
     pub fn range(&self, id: FlightId) -> Option<BlockRange> {
