@@ -372,18 +372,23 @@ impl Volume {
 
     fn say_that_it_is_given_up(&self, arrival: &Arrival) {
         let id = arrival.ticket.id();
+        let mut told_it = false;
         while !arrival.is_stopping() {
             match arrival.link.tell(&Tell::Abort { id }, SHORT_PATIENCE) {
+                Ok(_) => {
+                    told_it = true;
+                    break;
+                }
                 // Unreachable, or it could not make it durable: its fence stands until it has.
                 Err(error) if error.kind != SourceErrorKind::Untrusted => {
                     arrival.pause(RETRY_AFTER * 10);
                 }
-                // Done; or it is another disk by now, or has moved on by another move.
-                _ => break,
+                // It is another disk by now, or has moved on by another move.
+                Err(_) => break,
             }
         }
         let heard = !arrival.is_stopping();
-        if heard && arrival.has_base {
+        if told_it && arrival.has_base {
             let mut journal = lock(&self.journal);
             if let Some(state) = journal.state.as_mut() {
                 let outcome = state.change(|identity| identity.ties.gave_up = false);

@@ -510,7 +510,9 @@ fn say_that_the_return_was_given_up(
     let ticket = Ticket::new(identity.volume_id, None, Stance::Standby, true);
     let source = SourceConfig::new(identity.source_uri.clone());
     match say_that_it_is_off(config, &source, &ticket) {
-        Ok(()) => state.change(|identity| identity.ties.gave_up = false)?,
+        // What answers there is nobody who keeps a fence for it; the right one may be there later.
+        Ok(false) => {}
+        Ok(true) => state.change(|identity| identity.ties.gave_up = false)?,
         Err(error) => tracing::warn!(
             "the return from {} was given up, and that could not be told there ({error}): if it takes \
              no writes, start this again when it can be reached",
@@ -528,15 +530,16 @@ fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Resul
     let id = identity.volume_id;
     let ticket = Ticket::new(id, identity.ties.base, Stance::Standby, true);
     let wanted = SourceConfig::new(identity.source_uri.clone());
-    say_that_it_is_off(config, &wanted, &ticket)
+    say_that_it_is_off(config, &wanted, &ticket).map(drop)
 }
 
-/// Tells a source that a move will not come about.
+/// Tells a source that a move will not come about. Whether it has heard; if not, nothing is fenced
+/// there for this move.
 pub(super) fn say_that_it_is_off(
     config: &ExportConfig,
     wanted: &SourceConfig,
     ticket: &Arc<Ticket>,
-) -> Result<(), SourceError> {
+) -> Result<bool, SourceError> {
     let id = ticket.id();
     let line = MoveLine::new(NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,
@@ -545,8 +548,8 @@ pub(super) fn say_that_it_is_off(
     });
     match line.tell(&Tell::Abort { id }, LAST_WORD_TIMEOUT) {
         // It has moved on by another move, or is another disk: nothing is fenced for this one.
-        Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(()),
-        told => told.map(drop),
+        Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(false),
+        told => told.map(|_| true),
     }
 }
 

@@ -404,6 +404,10 @@ pub(super) fn settle_base(
             ))
         ));
     }
+    if ties.only_here && state.identity().life == Life::Standby {
+        // Nothing of it was overwritten, whatever has become of the file that says so.
+        return Ok(Some(base));
+    }
     if known && ties.closed_at.is_none_or(|time| modified == Some(time)) {
         return Ok(Some(base));
     }
