@@ -209,6 +209,7 @@ fn messages(input: &mut Input<'_>) {
         return;
     };
     if let Told::Changes { ranges }
+    | Told::Differs { ranges, .. }
     | Told::Fenced {
         ranges: Some(ranges),
         ..

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)]
 
 #[path = "site/guest.rs"]
-#[allow(dead_code)]
 mod guest;
 mod site;
 #[path = "../../wan/tests/support/mod.rs"]

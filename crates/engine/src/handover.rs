@@ -89,6 +89,17 @@ pub fn handoff(
     }
 }
 
+/// Whose source an old copy still is while the disk comes back into it before all of it had left:
+/// what was never fetched from it is nowhere else. `stance`: where the return stands; one that was
+/// given up stands where it stood before. Its source can be that only as long as nothing is written
+/// here, and needs it only as long as it may write itself.
+pub fn source_of(old_copy_of: Option<VolumeId>, stance: Stance) -> Option<VolumeId> {
+    match stance {
+        Stance::Standby => old_copy_of,
+        Stance::Arriving => None,
+    }
+}
+
 /// Whether the fence is to be lifted because a destination has given up.
 pub fn abort(departed: Option<VolumeId>, id: VolumeId) -> bool {
     departed == Some(id)
@@ -229,6 +240,17 @@ mod tests {
             vec![next]
         }
 
+        /// The destination is a return into the old copy from which the source still fetches: who may
+        /// read there.
+        fn may_fetch(&self, number: u8) -> bool {
+            let source = [9; 16];
+            let stance = match self.lives[usize::from(number)] {
+                Life::Standby | Life::GivenUp => Stance::Standby,
+                Life::Arriving => Stance::Arriving,
+            };
+            attach(source_of(Some(source), stance), source, Stance::Arriving).is_ok()
+        }
+
         fn check(&self) {
             let arrived = self
                 .lives
@@ -238,7 +260,15 @@ mod tests {
             let writers = arrived + usize::from(self.source_accepts_writes());
             assert!(writers <= 1, "two copies accept writes: {self:?}");
             for number in [0_u8, 1] {
+                // A source that is written, or may be again, has all that it lacks; and whoever
+                // writes into the old copy has nobody who reads it.
+                assert_eq!(
+                    self.may_fetch(number),
+                    self.lives[usize::from(number)] != Life::Arriving,
+                    "{self:?}"
+                );
                 if self.lives[usize::from(number)] == Life::Arriving {
+                    assert!(!self.source_accepts_writes(), "{self:?}");
                     assert_eq!(self.departed, Some(number), "{self:?}");
                     assert!(attach(self.departed.map(id), id(number), Stance::Arriving).is_ok());
                 }

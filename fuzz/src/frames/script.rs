@@ -3,7 +3,7 @@
 
 use hikkoshi_wan::transport::message::{self, Extent};
 use hikkoshi_wan::transport::pack::{Packer, Packing};
-use hikkoshi_wan::transport::session::{Attached, MoveId, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, MoveId, OldCopy, Stance, Tell, Told};
 
 use crate::input::Input;
 use crate::nbd_server::script::range;
@@ -353,7 +353,11 @@ fn told(program: &mut Input<'_>) -> Vec<u8> {
             generation: number,
             epoch: number,
             departed: which & 0x80 != 0,
-            knows_base: which & 0x40 != 0,
+            old_copy: match which & 0x60 {
+                0 => OldCopy::Unknown,
+                0x20 => OldCopy::Needed { block_bytes: 4096 },
+                _ => OldCopy::Known,
+            },
         }),
         1 => Told::Changes { ranges },
         2 => Told::Fenced {

@@ -125,8 +125,8 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "handoff not durable",
         file: GUEST,
         edits: &[(
-            "            let outcome = state.record_arriving(at_source);\n",
-            "            let _ = (state, at_source);\n            let outcome = Ok(());\n",
+            "            let outcome = state.record_arriving_but(at_source, lacking);\n",
+            "            let _ = (state, at_source, lacking);\n            let outcome = Ok(());\n",
         )],
     },
     Mutation {

@@ -14,11 +14,12 @@ use std::time::Duration;
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
+use hikkoshi_engine::handover;
 use hikkoshi_engine::heat::HeatMap;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
-use hikkoshi_wan::transport::session::{Tell, Told};
+use hikkoshi_wan::transport::session::{MoveId, OldCopy, Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
 
 use super::gate::Gate;
@@ -59,6 +60,10 @@ pub struct Arrival {
     prepare: Prepare,
     /// The image holds the disk as it was at the handoff to [`Ticket::base`].
     has_base: bool,
+    /// And the source still fetches from it what it has not yet: nothing is written into it before
+    /// the handoff, and the source is served it until then.
+    only_here: bool,
+    old_copy_over: AtomicBool,
     /// What is read most was told by a file.
     knows_heat: bool,
     /// What may have been overwritten of that: more than the source knows of, if it lost what it had
@@ -127,6 +132,8 @@ impl Arrival {
         };
         Self {
             has_base: ticket.base().is_some(),
+            only_here: false,
+            old_copy_over: AtomicBool::new(false),
             knows_heat: wanted.heat.is_some(),
             ticket,
             link,
@@ -163,6 +170,25 @@ impl Arrival {
     pub fn with_overwritten(mut self, set: BlockSet) -> Self {
         self.overwritten = Mutex::new(set);
         self
+    }
+
+    /// For a disk of which the source does not have all: the rest is only in the old copy that is
+    /// here. `over`: the handoff is behind it.
+    #[must_use]
+    pub fn with_old_copy_needed(mut self, over: bool) -> Self {
+        self.only_here = true;
+        self.old_copy_over = AtomicBool::new(over);
+        // What is copied ahead would be written into it.
+        self.prepare = Prepare::None;
+        self.installing.close();
+        self
+    }
+
+    /// Lets what is copied ahead be written again.
+    fn install_again(&self) {
+        if self.has_base && !self.only_here {
+            self.installing.open();
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -212,6 +238,44 @@ impl Volume {
         self.arrival
             .as_ref()
             .is_some_and(|a| a.given_up.load(Ordering::Acquire))
+    }
+
+    /// Whose source the old copy here still is, while nothing was written into it.
+    pub(super) fn old_copy_of(&self) -> Option<MoveId> {
+        let arrival = self.arrival.as_ref().filter(|arrival| arrival.only_here)?;
+        let over = arrival.old_copy_over.load(Ordering::Acquire);
+        let stance = match over {
+            false => handover::Stance::Standby,
+            true => handover::Stance::Arriving,
+        };
+        handover::source_of(arrival.ticket.base(), stance)
+    }
+
+    /// Nobody reads the old copy any more, not even what was read of it before and is not sent yet:
+    /// from here on it may be written into.
+    pub(super) fn end_old_copy(&self) {
+        if let Some(arrival) = self.arrival.as_ref().filter(|arrival| arrival.only_here) {
+            arrival.old_copy_over.store(true, Ordering::Release);
+            self.old_copy_is_over();
+        }
+    }
+
+    /// Whether the source has only a part of the disk, and the rest is here.
+    pub(super) fn rest_is_here(&self) -> bool {
+        self.arrival
+            .as_ref()
+            .is_some_and(|arrival| arrival.only_here)
+    }
+
+    /// What a person should know of the old copy that is here.
+    pub(super) fn old_copy_note(&self) -> Option<String> {
+        self.old_copy_of()?;
+        Some(
+            "not all of the disk is at the source: the rest is only in the old copy that is here, \
+             and is served to the source from it: keep the image, and this running; what was \
+             written there is fetched after the handoff"
+                .to_owned(),
+        )
     }
 
     /// Whether the source has heard that the move was given up.
@@ -277,7 +341,8 @@ impl Volume {
                 return;
             };
             let over = at_once || arrival.state().over;
-            if (self.copies_ahead(arrival) || arrival.has_base) && !over {
+            let has_base = arrival.has_base && !arrival.only_here;
+            if (self.copies_ahead(arrival) || has_base) && !over {
                 self.prepare_some(arrival, &relocation);
             } else {
                 arrival.pause(RETRY_AFTER);
@@ -309,17 +374,31 @@ impl Volume {
 
     fn say_that_it_is_given_up(&self, arrival: &Arrival) {
         let id = arrival.ticket.id();
+        let mut told_it = false;
         while !arrival.is_stopping() {
             match arrival.link.tell(&Tell::Abort { id }, SHORT_PATIENCE) {
+                Ok(_) => {
+                    told_it = true;
+                    break;
+                }
                 // Unreachable, or it could not make it durable: its fence stands until it has.
                 Err(error) if error.kind != SourceErrorKind::Untrusted => {
                     arrival.pause(RETRY_AFTER * 10);
                 }
-                // Done; or it is another disk by now, or has moved on by another move.
-                _ => break,
+                // It is another disk by now, or has moved on by another move.
+                Err(_) => break,
             }
         }
-        arrival.state().abort_heard = !arrival.is_stopping();
+        let heard = !arrival.is_stopping();
+        if told_it && arrival.has_base {
+            let mut journal = lock(&self.journal);
+            if let Some(state) = journal.state.as_mut() {
+                let outcome = state.change(|identity| identity.ties.gave_up = false);
+                // Else the next start says it once more.
+                let _ = self.note_state("recording that the source has heard", outcome);
+            }
+        }
+        arrival.state().abort_heard = heard;
         arrival.changed.notify_all();
     }
 
@@ -403,7 +482,7 @@ impl Volume {
     /// beginning is an old copy that counts; `None`: it is not known, or could not be.
     fn follow_tracking(&self, arrival: &Arrival) -> Option<bool> {
         let attached = arrival.ticket.attached().filter(|a| a.epoch != 0)?;
-        let all_copied = arrival.has_base && attached.knows_base;
+        let all_copied = arrival.has_base && attached.old_copy == OldCopy::Known;
         let mut state = arrival.state();
         if state.epoch != attached.epoch {
             if arrival.has_base && !all_copied {
@@ -557,6 +636,9 @@ impl Volume {
         let Some(base) = arrival.ticket.base() else {
             return Ok(());
         };
+        if arrival.only_here {
+            return Err(io::Error::other("the old copy is needed as it is"));
+        }
         let mut overwritten = lock(&arrival.overwritten);
         if ranges.iter().all(|range| overwritten.holds(*range)) {
             return Ok(());
@@ -585,7 +667,7 @@ impl Volume {
         arrival.installing.close();
         let left = self.store.sync().and_then(|()| self.store.modified());
         if left.is_err() {
-            arrival.installing.open();
+            arrival.install_again();
         }
         Ok((left?, lock(&arrival.overwritten).is_empty()))
     }
@@ -727,9 +809,8 @@ impl Volume {
     /// The source refuses, or cannot be reached; nothing has happened here, and it may be tried
     /// again.
     pub(super) fn take_over(&self, arrival: &Arrival) -> io::Result<Takeover> {
-        let id = arrival.ticket.id();
         let since = self.now();
-        if arrival.has_base {
+        if arrival.has_base && !arrival.only_here {
             // Right after the start: what is here counts, if it is the old copy.
             let _ = self.follow_tracking(arrival);
         }
@@ -737,26 +818,8 @@ impl Volume {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
             }
-            let epoch = arrival.state().epoch;
-            let told = arrival.link.tell(&Tell::Handoff { id, epoch }, PATIENCE);
-            match told {
-                Ok(Told::Fenced { generation, ranges }) => {
-                    crash_point!("takeover.fenced");
-                    arrival.installing.close();
-                    let mut state = arrival.state();
-                    state.over = true;
-                    let known = state.epoch == epoch && epoch != 0;
-                    let copied = match ranges.filter(|_| known) {
-                        Some(ranges) => {
-                            let covering = |range| self.geometry.covering(range);
-                            state.precopy.changed(ranges.into_iter().map(covering));
-                            state.precopy.finish()
-                        }
-                        None => Vec::new(),
-                    };
-                    return Ok(Takeover { generation, copied });
-                }
-                Ok(_) => return Err(io::Error::other("the source answered something else")),
+            match self.ask_for_handoff(arrival) {
+                Ok(takeover) => return Ok(takeover),
                 Err(error) if error.kind == SourceErrorKind::Disconnected => {
                     tracing::debug!("the handoff did not get through: {error}");
                     if let SourceLoss::Error(after) = self.on_loss
@@ -778,6 +841,76 @@ impl Volume {
                     }
                     return Err(io::Error::other(error.to_string()));
                 }
+            }
+        }
+    }
+
+    /// Asks once for the handoff, and for what is to be known of the disk then.
+    fn ask_for_handoff(&self, arrival: &Arrival) -> Result<Takeover, SourceError> {
+        let id = arrival.ticket.id();
+        let epoch = arrival.state().epoch;
+        let Told::Fenced { generation, ranges } =
+            arrival.link.tell(&Tell::Handoff { id, epoch }, PATIENCE)?
+        else {
+            return Err(something_else());
+        };
+        crash_point!("takeover.fenced");
+        if arrival.only_here {
+            let lacking = self.ask_what_differs(arrival)?;
+            arrival.state().over = true;
+            let copied = complement(&lacking, self.geometry);
+            return Ok(Takeover {
+                generation,
+                copied,
+                lacking: Some(lacking),
+            });
+        }
+        arrival.installing.close();
+        let mut state = arrival.state();
+        state.over = true;
+        let known = state.epoch == epoch && epoch != 0;
+        let copied = match ranges.filter(|_| known) {
+            Some(ranges) => {
+                let covering = |range| self.geometry.covering(range);
+                state.precopy.changed(ranges.into_iter().map(covering));
+                state.precopy.finish()
+            }
+            None => Vec::new(),
+        };
+        Ok(Takeover {
+            generation,
+            copied,
+            lacking: None,
+        })
+    }
+
+    /// In which blocks the disk that was handed over differs from the old copy that is here. The
+    /// source has these and may lack all others.
+    fn ask_what_differs(&self, arrival: &Arrival) -> Result<BlockSet, SourceError> {
+        let id = arrival.ticket.id();
+        let base = arrival.ticket.base().ok_or_else(something_else)?;
+        let mut set = BlockSet::new();
+        let mut from = 0;
+        loop {
+            let tell = Tell::Differs { id, base, from };
+            let Told::Differs { ranges, more } = arrival.link.tell(&tell, PATIENCE)? else {
+                return Err(something_else());
+            };
+            let before = from;
+            for range in ranges {
+                let blocks = self.geometry.within(range);
+                // A block of which it has only a part could not be fetched.
+                if range.start < from || self.geometry.bytes(blocks) != range {
+                    return Err(something_else());
+                }
+                set.insert(blocks);
+                from = range.end;
+            }
+            if !more {
+                return Ok(set);
+            }
+            if from == before {
+                return Err(something_else());
             }
         }
     }
@@ -837,9 +970,7 @@ impl Volume {
             let outcome = state.give_up(image_mtime, intact);
             let outcome = self.note_state("recording that the move is given up", outcome);
             if outcome.is_err() {
-                if arrival.has_base {
-                    arrival.installing.open();
-                }
+                arrival.install_again();
                 arrival.wants_to_give_up.store(false, Ordering::Release);
             }
             outcome?;
@@ -886,6 +1017,32 @@ impl Volume {
 pub(super) struct Takeover {
     /// The source's generation.
     pub generation: u64,
-    /// What was copied ahead and is what the source has for good.
+    /// What was copied ahead, or was here before, and is what the source has for good.
     pub copied: Vec<BlockRange>,
+    /// What the source has and nothing else, where all that it does not have is here.
+    pub lacking: Option<BlockSet>,
+}
+
+fn something_else() -> SourceError {
+    SourceError::new(
+        SourceErrorKind::Refused,
+        "the source answered something else",
+    )
+}
+
+/// All blocks that are not in a set.
+pub(super) fn complement(set: &BlockSet, geometry: Geometry) -> Vec<BlockRange> {
+    let all = geometry.all();
+    let mut at = all.start;
+    let mut runs = Vec::new();
+    for run in set.runs(all.end) {
+        if at < run.start {
+            runs.push(BlockRange::new(at, run.start));
+        }
+        at = run.end;
+    }
+    if at < all.end {
+        runs.push(BlockRange::new(at, all.end));
+    }
+    runs
 }

@@ -79,6 +79,17 @@ impl Parts<'_> {
         identity.is_some_and(|identity| identity.ties.fenced_source)
     }
 
+    /// Where the durable state says that it stands.
+    pub fn life(&self) -> Option<Life> {
+        self.state.as_ref().map(|state| state.identity().life)
+    }
+
+    /// Whether its source has only a part of the disk, and the rest is here.
+    pub fn only_here(&self) -> bool {
+        let identity = self.state.as_ref().map(StateDir::identity);
+        identity.is_some_and(|identity| identity.ties.only_here)
+    }
+
     /// An image that needs nobody.
     pub fn plain(self) -> Arc<Volume> {
         Arc::new(self.volume(LifeState::Local, None))
@@ -87,7 +98,7 @@ impl Parts<'_> {
     /// A volume with a relocation, which stands where the durable state says. Nothing comes before
     /// [`Relocation::start`].
     pub fn moving(self, moving: Moving<'_>) -> Arc<Volume> {
-        let (life, phase) = match self.state.as_ref().map(|state| state.identity().life) {
+        let (life, phase) = match self.life() {
             Some(Life::Standby) => (LifeState::Standby, Phase::Standby),
             // The way back is kept.
             Some(Life::Local) => (LifeState::Local, Phase::Complete),
@@ -110,6 +121,7 @@ impl Parts<'_> {
                 SourceLoss::Error(after) => Some(after),
             },
             has_extents: source.info().has_extents,
+            exact: self.only_here(),
         };
         let mover = Mover::new(self.geometry, phase, policy);
         // Each knows the other.

@@ -9,7 +9,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::changes::{ChangeMap, coarsened};
@@ -17,7 +17,7 @@ use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::handover::{self, Handoff, Refusal};
 use hikkoshi_store::state::{Departure, StateDir, StateError};
 use hikkoshi_wan::transport::limits;
-use hikkoshi_wan::transport::session::{Attached, MoveId, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, MoveId, OldCopy, Stance, Tell, Told};
 
 use super::gate::{Gate, Inside};
 use super::storage::ImageAddress;
@@ -41,6 +41,11 @@ const SLOW_GRACE: Duration = Duration::from_millis(100);
 /// A bound that nobody has asked for again for so long ends: whoever wanted it is gone.
 const SLOW_FOR: Duration = Duration::from_secs(10);
 
+/// How long the rests of blocks that were written in part are waited for before the disk goes back to
+/// where they are, twice; together well below what an answer may take.
+const REST_LIMIT: Duration = Duration::from_secs(5);
+const REST_BEAT: Duration = Duration::from_millis(2);
+
 /// Makes the durable state of a plain image, which has none until it is needed.
 pub type MakeState = Box<dyn Fn() -> Result<StateDir, StateError> + Send + Sync>;
 
@@ -52,6 +57,8 @@ struct Session {
     map: ChangeMap,
     /// The old copy that it has, if it is known in what that differs: that was marked.
     base: Option<MoveId>,
+    /// It has the old copy from which blocks are still fetched here.
+    needed: bool,
     /// The answer to its last question, until it asks the next.
     told: Mutex<(u64, Vec<BlockRange>)>,
     /// When it was heard of last, in turns of [`Departures::turn`].
@@ -71,6 +78,8 @@ pub struct Departures {
     given_up: Mutex<Vec<MoveId>>,
     /// All has arrived where it departed to.
     arrived: AtomicBool,
+    /// It departed to where it came from, before all of it was here.
+    went_back: AtomicBool,
     /// Grows whenever somebody who reads here might not be allowed to any more.
     version: AtomicU64,
     /// Whoever said who it is before this version must say so again: what it read for was fenced
@@ -193,6 +202,7 @@ impl Session {
             epoch: epoch | 1,
             map: ChangeMap::new(geometry),
             base: None,
+            needed: false,
             told: Mutex::new((0, Vec::new())),
             heard: AtomicU64::new(0),
         })
@@ -430,7 +440,20 @@ impl Volume {
             });
         }
         if self.has_departed() {
-            return Some(if self.departures.arrived.load(Ordering::Acquire) {
+            let arrived = self.departures.arrived.load(Ordering::Acquire);
+            return Some(if self.went_back() {
+                if arrived {
+                    "the disk has gone back to where it came from, and all of it is there: what is \
+                     here is no whole disk, and can be removed"
+                        .to_owned()
+                } else {
+                    "the disk has gone back to where it came from before all of it was here, and what \
+                     was written here is still being fetched: keep this running; if it never went \
+                     on there, `hikkoshi abort` there takes that back; nothing is written here until \
+                     then, or until `hikkoshi release --force`"
+                        .to_owned()
+                }
+            } else if arrived {
                 "the disk has moved on, and all of it has arrived: this old copy is needed no \
                  more; it takes no writes until `hikkoshi release --force`"
                     .to_owned()
@@ -477,6 +500,7 @@ impl Volume {
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
             Tell::Bases { id } => self.tell_bases(id),
+            Tell::Differs { id, base, from } => self.tell_differs(id, base, from),
             Tell::Slow { id, bytes_per_s } => {
                 self.slow_down(id, bytes_per_s);
                 Ok(Told::Fine)
@@ -493,6 +517,12 @@ impl Volume {
                         "all of the disk has arrived at its new place; this old copy is needed no \
                          more",
                     );
+                    if self.went_back()
+                        && let Some(relocation) = self.unfinished()
+                    {
+                        // Nothing comes from there any more.
+                        relocation.retire();
+                    }
                 }
                 Ok(Told::Fine)
             }
@@ -520,7 +550,22 @@ impl Volume {
             Stance::Standby => handover::Stance::Standby,
             Stance::Arriving => handover::Stance::Arriving,
         };
-        handover::attach(self.departures.departed().map(|d| d.to), id, stance)
+        let mut departed = self.departures.departed().map(|d| d.to);
+        if departed.is_none() {
+            departed = self.old_copy_of().filter(|to| *to == id);
+        }
+        handover::attach(departed, id, stance)
+    }
+
+    /// Whether a client of ours reads the old copy that is here, and not the disk that comes back.
+    pub fn reads_old_copy(&self, bound: &Bound) -> bool {
+        let id = bound.who.map(|(id, _)| id);
+        id.is_some() && self.old_copy_of() == id
+    }
+
+    /// Whoever read the old copy must say again who it is.
+    pub(super) fn old_copy_is_over(&self) {
+        self.departures.version.fetch_add(1, Ordering::AcqRel);
     }
 
     fn attach(
@@ -545,11 +590,16 @@ impl Volume {
             version,
         };
         let departed = self.departures.departed().is_some_and(|d| d.to == id);
+        let needed = self.needs(base);
         let mut attached = Attached {
             generation: self.generation(),
             epoch: 0,
-            departed,
-            knows_base: false,
+            departed: departed || self.old_copy_of() == Some(id),
+            old_copy: if needed {
+                self.needed_copy()
+            } else {
+                OldCopy::Unknown
+            },
         };
         let given_up = lock(&self.departures.given_up).contains(&id);
         // A volume that stands by itself does not see what changes.
@@ -557,10 +607,15 @@ impl Volume {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
             let session = match known {
                 Some(session) => {
-                    attached.knows_base = base.is_some() && session.base == base;
+                    if session.needed {
+                        attached.old_copy = self.needed_copy();
+                    } else if base.is_some() && session.base == base {
+                        attached.old_copy = OldCopy::Known;
+                    }
                     session
                 }
                 None if departed => return Ok(Told::Attached(attached)),
+                None if needed => self.begin_return(id)?,
                 None => self.begin_session(id, base, &mut attached)?,
             };
             attached.epoch = session.epoch;
@@ -576,14 +631,12 @@ impl Volume {
     ) -> Result<Arc<Session>, String> {
         if base.is_some() && !self.is_local() {
             return Err(
-                "not all of the disk has arrived here: until then the old copy is needed as it is, and \
-                 cannot take the disk back"
+                "not all of the disk has arrived here: until then only the copy that it comes from \
+                 can take it back, and no older one"
                     .to_owned(),
             );
         }
-        self.need_state().map_err(|e| {
-            format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
-        })?;
+        self.need_state_for_a_move()?;
         let mut session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
         // Whether it is known does not change to the better; in what it differs is asked below.
         session.base = base.filter(|base| self.knows_base(*base));
@@ -593,7 +646,7 @@ impl Volume {
         match session.base.map(|base| self.since(base)) {
             None => {}
             Some(Some(runs)) => {
-                attached.knows_base = true;
+                attached.old_copy = OldCopy::Known;
                 for run in runs {
                     session.map.mark(run);
                 }
@@ -605,18 +658,113 @@ impl Volume {
             }
         }
         if !known {
-            self.event(
-                EventKind::Departing,
-                match self.storage_move() {
-                    None => "a new site prepares to take the disk over; the VM still runs here"
-                        .to_owned(),
-                    Some(to) => format!(
-                        "the disk is being copied to {to}; until the switch it is here as before"
-                    ),
-                },
-            );
+            self.tell_departing();
         }
         Ok(session)
+    }
+
+    fn tell_departing(&self) {
+        self.event(
+            EventKind::Departing,
+            match self.storage_move() {
+                None => {
+                    "a new site prepares to take the disk over; the VM still runs here".to_owned()
+                }
+                Some(to) => format!(
+                    "the disk is being copied to {to}; until the switch it is here as before"
+                ),
+            },
+        );
+    }
+
+    // A return before all is here
+
+    /// Whether this old copy is still needed here: it is the one that the disk comes from.
+    fn needs(&self, base: Option<MoveId>) -> bool {
+        base.is_some() && base == self.way_back.own_id() && !self.is_local()
+    }
+
+    fn needed_copy(&self) -> OldCopy {
+        let block = self.geometry.block_bytes();
+        OldCopy::Needed {
+            block_bytes: u32::try_from(block).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// A session of the site that the disk comes from and that still has what is missing here. It
+    /// copies nothing ahead, so nothing is marked for it: what differs is told after the handoff.
+    fn begin_return(&self, id: MoveId) -> Result<Arc<Session>, String> {
+        self.need_state_for_a_move()?;
+        let mut session = Session::new(id, self.geometry).map_err(|e| e.to_string())?;
+        session.needed = true;
+        if self.departures.find(id).is_none() {
+            self.tell_departing();
+        }
+        Ok(self.departures.open(session))
+    }
+
+    /// Waits until no block is here in part, since its rest cannot be fetched any more once the disk
+    /// has gone back.
+    fn complete_partials(&self, limit: Duration) -> Result<(), String> {
+        let Some(relocation) = self.unfinished() else {
+            return Ok(());
+        };
+        let begun = Instant::now();
+        loop {
+            let partials = relocation.residency.partials();
+            if partials.is_empty() {
+                return Ok(());
+            }
+            if begun.elapsed() >= limit {
+                return Err(format!(
+                    "{} blocks that were written in part still wait for their rest from the old \
+                     copy ({}), and the disk cannot go back before they have it",
+                    partials.len(),
+                    if relocation.is_source_usable() {
+                        "which answers"
+                    } else {
+                        "which cannot be reached"
+                    }
+                ));
+            }
+            let blocks: Vec<_> = partials.into_iter().map(|(block, _)| block).collect();
+            relocation.drive(|m, now, out| m.partial(now, blocks, &relocation.residency, out));
+            std::thread::sleep(REST_BEAT);
+        }
+    }
+
+    /// What the old copy lacks from a place on, after the handoff: exactly, and durable here.
+    fn tell_differs(&self, id: MoveId, base: MoveId, from: u64) -> Result<Told, String> {
+        if self.departures.departed().is_none_or(|d| d.to != id) {
+            return Err("the disk has not been handed over to you".to_owned());
+        }
+        if self.way_back.own_id() != Some(base) {
+            return Err("the disk did not come here from that old copy".to_owned());
+        }
+        self.departures.went_back.store(true, Ordering::Release);
+        let mut runs = self.differs_exactly(from, limits::TOLD_RANGES)?;
+        let more = runs.len() > limits::TOLD_RANGES;
+        runs.truncate(limits::TOLD_RANGES);
+        // All that is told was marked before; with this it is durable.
+        self.commit().map_err(|e| {
+            format!("what has come here could not be made durable, so it cannot be told: {e}")
+        })?;
+        let bytes = |run: &BlockRange| self.geometry.bytes(*run);
+        Ok(Told::Differs {
+            ranges: runs.iter().map(bytes).collect(),
+            more,
+        })
+    }
+
+    /// The disk has gone back to where it came from before all of it was here.
+    pub(super) fn went_back(&self) -> bool {
+        self.has_departed() && self.departures.went_back.load(Ordering::Acquire)
+    }
+
+    fn need_state_for_a_move(&self) -> Result<(), String> {
+        self.need_state().map_err(|e| {
+            format!("the handoff could not be recorded at this source, so it cannot begin: {e}")
+        })
     }
 
     /// The durable state, made now if there is none: a fence must outlive a restart.
@@ -645,13 +793,25 @@ impl Volume {
         match handover::handoff(departed, id, given_up).map_err(|e| e.to_string())? {
             Handoff::Repeat => {}
             // Every connection that asks for it has attached; anything else is no move.
-            Handoff::Close if self.departures.find(id).is_none() => {
-                return Err("this move has not attached here, so nothing is handed over".to_owned());
-            }
             Handoff::Close => {
+                let Some(session) = self.departures.find(id) else {
+                    return Err(
+                        "this move has not attached here, so nothing is handed over".to_owned()
+                    );
+                };
                 self.need_state().map_err(|e| e.to_string())?;
+                if session.needed {
+                    // Most of it while the VM still writes; it may write more.
+                    let _ = self.complete_partials(REST_LIMIT);
+                }
                 self.departures.gate.close();
                 crash_point!("fence.closed");
+                if session.needed
+                    && let Err(why) = self.complete_partials(REST_LIMIT)
+                {
+                    self.departures.gate.open();
+                    return Err(why);
+                }
                 if let Err(error) = self.record_departure(id) {
                     // Only where it is known that nothing was recorded; a poisoned volume takes no
                     // writes anyway, and says what is to be done.
@@ -659,6 +819,8 @@ impl Volume {
                     return Err(format!("the fence could not be made durable: {error}"));
                 }
                 crash_point!("fence.recorded");
+                let back = session.needed && !self.is_local();
+                self.departures.went_back.store(back, Ordering::Release);
                 self.event(
                     EventKind::Departed,
                     match self.storage_move() {
@@ -770,6 +932,7 @@ impl Volume {
             self.set_departed(None);
         }
         self.departures.arrived.store(false, Ordering::Release);
+        self.departures.went_back.store(false, Ordering::Release);
         if let Some(relocation) = self.relocation() {
             relocation.drive(|m, now, out| m.resume(now, &relocation.residency, out));
         }

@@ -198,10 +198,13 @@ impl Volume {
         crash_point!("handoff.begun");
         if let Some(state) = journal.state.as_mut() {
             let at_source = takeover.as_ref().map_or(0, |t| t.generation);
-            let outcome = state.record_arriving(at_source);
+            let lacking = takeover.as_ref().and_then(|t| t.lacking.as_ref());
+            let outcome = state.record_arriving_but(at_source, lacking);
             self.note_state("recording the handoff", outcome)?;
         }
         crash_point!("handoff.recorded");
+        // Before anything is written into it.
+        self.end_old_copy();
         // Only now: until it is recorded, the disk may still go another way.
         for run in takeover.into_iter().flat_map(|t| t.copied) {
             relocation.now_clean(run);

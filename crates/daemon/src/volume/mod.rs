@@ -26,6 +26,8 @@ pub mod proof;
 mod proof_tests;
 pub mod relocation;
 mod report;
+#[cfg(test)]
+mod return_tests;
 pub mod seeding;
 mod space;
 pub mod storage;

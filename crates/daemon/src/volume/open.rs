@@ -29,7 +29,8 @@ use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
 use super::open_tied::{
-    open_recorded, open_return, overwritten_of, settle_base, settle_way_back, tell_doubt,
+    check_for_return, open_recorded, open_return, overwritten_of, settle_base, settle_lacking,
+    settle_way_back, tell_doubt,
 };
 use super::seeding::SeedImage;
 use super::storage::{self, ImageAddress};
@@ -414,6 +415,9 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         ));
     }
     let mut state = StateDir::open(state_path)?;
+    if state.identity().ties.gave_up {
+        say_that_the_return_was_given_up(config, &mut state)?;
+    }
     let identity = state.identity().clone();
     if identity.life == Life::Local {
         let returns = config.source.as_ref().filter(|source| source.comes_back);
@@ -432,6 +436,9 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         return open_given_up(config, state, state_path);
     }
     let wanted = source_of(config, &identity)?;
+    if identity.ties.only_here {
+        check_for_return(&wanted)?;
+    }
     let seeds = open_seeds(&wanted, &config.image)?;
     if wanted.uri != identity.source_uri {
         state.change(|identity| identity.source_uri = wanted.uri.clone())?;
@@ -470,6 +477,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
+    settle_lacking(&map.state, &map.residency)?;
     let doubt = settle_way_back(&mut map, &store, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
@@ -537,6 +545,27 @@ fn open_given_up(
     open_new(config, source, state_path)
 }
 
+/// The same of a return into this old copy, which may have been killed before its source heard of it.
+fn say_that_the_return_was_given_up(
+    config: &ExportConfig,
+    state: &mut StateDir,
+) -> Result<(), OpenError> {
+    let identity = state.identity();
+    let ticket = Ticket::new(identity.volume_id, None, Stance::Standby, true);
+    let source = SourceConfig::new(identity.source_uri.clone());
+    match say_that_it_is_off(config, &source, &ticket) {
+        // What answers there is nobody who keeps a fence for it; the right one may be there later.
+        Ok(false) => {}
+        Ok(true) => state.change(|identity| identity.ties.gave_up = false)?,
+        Err(error) => tracing::warn!(
+            "the return from {} was given up, and that could not be told there ({error}): if it takes \
+             no writes, start this again when it can be reached",
+            identity.source_uri
+        ),
+    }
+    Ok(())
+}
+
 /// Lets the source of a move that was given up take writes again. Does nothing where it does.
 fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Result<(), SourceError> {
     if !identity.ties.fenced_source {
@@ -545,15 +574,26 @@ fn say_that_it_was_given_up(config: &ExportConfig, identity: &Identity) -> Resul
     let id = identity.volume_id;
     let ticket = Ticket::new(id, identity.ties.base, Stance::Standby, true);
     let wanted = SourceConfig::new(identity.source_uri.clone());
+    say_that_it_is_off(config, &wanted, &ticket).map(drop)
+}
+
+/// Tells a source that a move will not come about. Whether it has heard; if not, nothing is fenced
+/// there for this move.
+pub(super) fn say_that_it_is_off(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    ticket: &Arc<Ticket>,
+) -> Result<bool, SourceError> {
+    let id = ticket.id();
     let line = MoveLine::new(NbdSourceConfig {
         connect_timeout: FIRST_CONNECT_TIMEOUT,
         handshake_timeout: FIRST_CONNECT_TIMEOUT,
-        ..source_config(&wanted, config, Some(&ticket))?
+        ..source_config(wanted, config, Some(ticket))?
     });
     match line.tell(&Tell::Abort { id }, LAST_WORD_TIMEOUT) {
         // It has moved on by another move, or is another disk: nothing is fenced for this one.
-        Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(()),
-        told => told.map(drop),
+        Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(false),
+        told => told.map(|_| true),
     }
 }
 
@@ -609,7 +649,11 @@ pub(super) fn move_in(
                 Some(link) => Arrival::new(ticket, link, wanted, parts.geometry),
                 None => arrival(config, wanted, ticket, parts.geometry)?,
             };
-            Some(arrival.with_overwritten(overwritten))
+            let arrival = arrival.with_overwritten(overwritten);
+            Some(match parts.only_here() {
+                true => arrival.with_old_copy_needed(parts.life() != Some(Life::Standby)),
+                false => arrival,
+            })
         }
         None => None,
     };

@@ -9,16 +9,18 @@ use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::DEFAULT_BLOCK_BYTES;
 use hikkoshi_engine::journal::VolumeId;
+use hikkoshi_engine::residency::{BlockState, Residency};
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::live::{self, OpenedMap, Recovered};
 use hikkoshi_store::state::{Departure, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_store::{FileStore, Store};
-use hikkoshi_wan::transport::session::Stance;
+use hikkoshi_wan::transport::session::{OldCopy, Stance};
 use hikkoshi_wan::{Source, Ticket};
 
+use super::arrival::complement;
 use super::open::{
     OpenError, Running, connect, first_life, fitting, inode_of, move_in, open_existing, open_plain,
-    open_seeds, refuse, seed, set_tag, settle_image, tell_rewritten,
+    open_seeds, refuse, say_that_it_is_off, seed, set_tag, settle_image, tell_rewritten,
 };
 use super::wayback::{self, NoSource};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
@@ -121,6 +123,10 @@ pub(super) fn settle_way_back(
     let doubt = wayback::doubt(&map.state, modified(store)?, survived(map));
     let ties = &map.state.identity().ties;
     let before = map.state.identity().life == Life::Standby;
+    if ties.only_here && before {
+        // The time that the old copy was written last stays, since it is not.
+        return Ok(None);
+    }
     if doubt.is_some() {
         map.state.end_way_back()?;
     } else if ties.closed_at.is_some() || (wanted.way_back && before && !ties.way_back) {
@@ -131,6 +137,30 @@ pub(super) fn settle_way_back(
         })?;
     }
     Ok(doubt)
+}
+
+/// For a disk that has come back over the old copy of which its source did not have all: what was
+/// recorded as lacking at the handoff comes from there, and all else is here, whether the process
+/// came to mark it or not.
+///
+/// Doing so again changes nothing: what is marked once never becomes missing.
+pub(super) fn settle_lacking(state: &StateDir, residency: &Residency) -> Result<(), StateError> {
+    let identity = state.identity();
+    if !identity.ties.only_here || identity.life != Life::Arriving {
+        return Ok(());
+    }
+    for range in complement(&state.lacking()?, residency.geometry()) {
+        let runs: Vec<_> = residency.runs(range).collect();
+        for (run, state) in runs {
+            match state {
+                BlockState::Absent => residency.mark_clean(run),
+                // What a guest did not write of it is here as well.
+                BlockState::Partial => residency.mark_owned(run),
+                BlockState::Clean | BlockState::Owned => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn tell_doubt(running: &Running, doubt: Option<&str>) {
@@ -166,8 +196,8 @@ pub(super) fn open_return(
     let store = fitting(config, open_existing(config)?, identity.geometry)?;
     let rewritten = settle_image(config, &store)?;
     let mut base = match old_copy(&state, &store, departure)? {
-        Ok(overwritten) => Some((departure.to, overwritten)),
-        Err(_) if wanted.overwrite => None,
+        Ok(overwritten) => Ok((departure.to, overwritten)),
+        Err(why) if wanted.overwrite => Err(why),
         Err(why) => return refuse_difference(config, why),
     };
     let seeds = open_seeds(wanted, &config.image)?;
@@ -181,8 +211,40 @@ pub(super) fn open_return(
         })?;
         Ok::<_, OpenError>((source, ticket))
     };
-    let (mut source, mut ticket) = dial(base.as_ref().map(|(id, _)| *id))?;
-    if base.is_some() && !ticket.attached().is_some_and(|a| a.knows_base) {
+    // Also where it is none any more: whoever still needs it must say so.
+    let (mut source, mut ticket) = dial(Some(departure.to))?;
+    let told = ticket.attached().unwrap_or_default();
+    let only_here = matches!(told.old_copy, OldCopy::Needed { .. });
+    if let OldCopy::Needed { block_bytes } = told.old_copy {
+        let here = identity.geometry.block_bytes();
+        let why = if told.epoch == 0 {
+            Some(
+                "the disk has not arrived there, and is only here: `hikkoshi abort` there takes the move \
+                 back"
+                    .to_owned(),
+            )
+        } else if !u64::from(block_bytes).is_multiple_of(here) {
+            Some(format!(
+                "not all of the disk has arrived there, and what has is kept in blocks of {block_bytes} \
+                 bytes, here in blocks of {here}: wait until all of it is there"
+            ))
+        } else {
+            not_as_it_was(&base)
+        };
+        let options = check_for_return(wanted);
+        if why.is_some() || options.is_err() {
+            source.close();
+            // Or it would go on waiting for a return that never comes.
+            let _ = say_that_it_is_off(config, wanted, &ticket);
+        }
+        options?;
+        if let Some(why) = why {
+            return refuse(format!(
+                "the disk cannot come back into {} now: {why}; nothing was changed here",
+                config.image.display()
+            ));
+        }
+    } else if base.is_ok() && told.old_copy != OldCopy::Known {
         source.close();
         if !wanted.overwrite {
             return refuse_difference(
@@ -191,9 +253,13 @@ pub(super) fn open_return(
                  hikkoshi that was started with --way-back does, until a doubt or `release` ends it)",
             );
         }
-        base = None;
+        base = Err(String::new());
+        (source, ticket) = dial(None)?;
+    } else if base.is_err() {
+        source.close();
         (source, ticket) = dial(None)?;
     }
+    let base = base.ok();
     let fenced_source = ticket.settle();
     check_size(wanted, &*source, &identity)?;
     let now = wanted.handoff == HandoffPolicy::Now;
@@ -206,7 +272,10 @@ pub(super) fn open_return(
         ties: Ties {
             base: base.as_ref().map(|(id, _)| *id),
             fenced_source,
+            only_here,
             way_back: wanted.way_back,
+            // Nothing is written into it before the handoff.
+            closed_at: departure.image_mtime.filter(|_| only_here),
             ..Ties::default()
         },
         ..identity
@@ -224,6 +293,36 @@ pub(super) fn open_return(
         running.volume().hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)
+}
+
+/// Why an old copy cannot be what a source still needs.
+fn not_as_it_was(base: &Result<(VolumeId, BlockSet), String>) -> Option<String> {
+    let why = match base {
+        Ok((_, overwritten)) if overwritten.is_empty() => return None,
+        Ok(_) => "a return that was given up has written into it",
+        Err(why) => why.as_str(),
+    };
+    Some(format!(
+        "not all of the disk has arrived there, and what is missing is fetched from this old copy, which \
+         is not what it was: {why}"
+    ))
+}
+
+/// What cannot be while the rest of a disk is only here.
+pub(super) fn check_for_return(wanted: &SourceConfig) -> Result<(), OpenError> {
+    const NOT_ALL: &str = "the disk comes back before all of it was at the other site";
+    if wanted.verify {
+        return refuse(format!(
+            "{NOT_ALL}, so there is nothing whole to compare it with; leave --verify away"
+        ));
+    }
+    if !wanted.seed_images.is_empty() {
+        return refuse(format!(
+            "{NOT_ALL}: only what was written there comes, and seed images are not looked through for \
+             that; leave --seed-image away"
+        ));
+    }
+    Ok(())
 }
 
 fn refuse_difference<T>(
@@ -293,6 +392,22 @@ pub(super) fn settle_base(
     };
     let known = matches!(state.overwritten(base), Ok(Some(_)));
     let modified = modified(store)?;
+    if ties.only_here && state.identity().life == Life::Standby && ties.closed_at != modified {
+        return refuse(format!(
+            "the old copy was changed by something else since this return began, and the source still \
+             needs it as it was: bring the image back, with its time of modification ({}); nothing is \
+             served until then",
+            ties.closed_at.map_or("unknown".to_owned(), |time| format!(
+                "{}.{:09} seconds since 1970, as `touch -d @SECONDS` sets it",
+                time.div_euclid(1_000_000_000),
+                time.rem_euclid(1_000_000_000)
+            ))
+        ));
+    }
+    if ties.only_here && state.identity().life == Life::Standby {
+        // Nothing of it was overwritten, whatever has become of the file that says so.
+        return Ok(Some(base));
+    }
     if known && ties.closed_at.is_none_or(|time| modified == Some(time)) {
         return Ok(Some(base));
     }

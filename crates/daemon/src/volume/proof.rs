@@ -149,9 +149,12 @@ impl Relocation {
         let known = std::mem::replace(&mut proof.told_lost, true);
         if error.kind == SourceErrorKind::Untrusted {
             // Its handshake tells already that it is another one: a disk of another size, say, or
-            // one that was not handed over to this move.
-            self.event(EventKind::SourceRefused, error.to_string());
-            self.count(|tally| &tally.source_refusals);
+            // one that was not handed over to this move. Where the disk has gone back to it, it has
+            // begun to write, and this is the end.
+            if !self.went_back() {
+                self.event(EventKind::SourceRefused, error.to_string());
+                self.count(|tally| &tally.source_refusals);
+            }
         } else if !known {
             let text = format!("the source is gone: {error}; trying to reach it again");
             self.event(EventKind::SourceLost, text);

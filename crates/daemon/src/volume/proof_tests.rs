@@ -230,6 +230,7 @@ fn reads_fail_by_policy_while_another_disk_answers() {
         max_rate: None,
         loss_timeout: Some(Duration::from_secs(5)),
         has_extents: false,
+        exact: false,
     };
     let relocation = world.relocation().unwrap();
     *lock(&relocation.mover) = hikkoshi_engine::mover::Mover::new(

@@ -179,9 +179,17 @@ impl Relocation {
     }
 
     /// The source is away, or not believed, and why.
-    pub(super) fn source_told(&self, error: &SourceError) {
+    pub(super) fn source_told(self: &Arc<Self>, error: &SourceError) {
         *lock(&self.trouble) = Some(error.clone());
         self.source_went(error);
+        if error.kind == SourceErrorKind::Untrusted && self.went_back() {
+            // The disk goes on there: what is missing here will not come any more.
+            self.drive(|m, _, out| m.abandon(out));
+        }
+    }
+
+    pub(super) fn went_back(&self) -> bool {
+        self.volume().is_some_and(|volume| volume.went_back())
     }
 
     /// Looks at the mover, for the status.

@@ -73,7 +73,17 @@ impl Volume {
         let Some(relocation) = relocation else {
             return notes;
         };
-        if self.has_given_up() {
+        notes.extend(self.old_copy_note());
+        if self.has_given_up() && self.rest_is_here() {
+            notes.push(if self.abort_was_heard() {
+                "the return was given up; the VM goes on at the source, which still fetches from here"
+                    .to_owned()
+            } else {
+                "the return was given up, and the source has not heard of it yet: if it takes no \
+                 writes, keep this running until it does"
+                    .to_owned()
+            });
+        } else if self.has_given_up() {
             notes.push(if self.abort_was_heard() {
                 "the move here was given up; the VM goes on at the source; remove this image and \
                  its state"
@@ -96,6 +106,9 @@ impl Volume {
                         .to_owned()
                 }
             });
+        }
+        if self.went_back() {
+            return notes;
         }
         if relocation.is_source_refused() || !relocation.source.is_connected() {
             let what = if relocation.is_source_refused() {

@@ -41,7 +41,7 @@ impl PlaneMemory for SharedWords {
     }
 }
 
-fn words(g: Geometry) -> SharedWords {
+pub(super) fn words(g: Geometry) -> SharedWords {
     SharedWords(Arc::new(
         (0..Residency::required_words(g))
             .map(|_| AtomicU64::new(0))
@@ -52,17 +52,24 @@ fn words(g: Geometry) -> SharedWords {
 /// What a byte range may hold.
 pub(super) struct Oracle {
     /// What a read must give: the last write that was answered.
-    now: Vec<u8>,
+    pub(super) now: Vec<u8>,
     /// What every sector held at the last flush, and everything that was written to it since.
     since_flush: HashMap<usize, Vec<[u8; SECTOR]>>,
 }
 
 impl Oracle {
+    pub(super) fn new(now: Vec<u8>) -> Self {
+        Self {
+            now,
+            since_flush: HashMap::new(),
+        }
+    }
+
     fn sector(&self, n: usize) -> [u8; SECTOR] {
         self.now[n * SECTOR..(n + 1) * SECTOR].try_into().unwrap()
     }
 
-    fn write(&mut self, offset: usize, data: &[u8]) {
+    pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
         let sectors = offset / SECTOR..(offset + data.len()).div_ceil(SECTOR);
         for n in sectors.clone() {
             let before = self.sector(n);
@@ -75,12 +82,12 @@ impl Oracle {
         }
     }
 
-    fn flushed(&mut self) {
+    pub(super) fn flushed(&mut self) {
         self.since_flush.clear();
     }
 
     /// After a power cut: every sector holds what was flushed or something written since.
-    fn settle(&mut self, found: &[u8]) -> Result<(), String> {
+    pub(super) fn settle(&mut self, found: &[u8]) -> Result<(), String> {
         for n in 0..self.now.len() / SECTOR {
             let sector = &found[n * SECTOR..(n + 1) * SECTOR];
             let allowed = match self.since_flush.get(&n) {
@@ -146,7 +153,7 @@ fn config(handoff: HandoffPolicy) -> ExportConfig {
     }
 }
 
-fn original() -> Vec<u8> {
+pub(super) fn original() -> Vec<u8> {
     let mut data: Vec<u8> = (0..DISK).map(|n| (n / 512 % 251) as u8 | 1).collect();
     // Holes, some aligned to blocks and some not.
     data[4096 * 10..4096 * 20].fill(0);
@@ -186,10 +193,7 @@ impl World {
         let config = config(handoff);
         let volume = assemble(&config, &store, &source, state, residency, &clock_ms);
         let original = original();
-        let oracle = Oracle {
-            now: original.clone(),
-            since_flush: HashMap::new(),
-        };
+        let oracle = Oracle::new(original.clone());
         Self {
             geometry,
             config,

@@ -64,6 +64,11 @@ impl WayBack {
         (this, trouble)
     }
 
+    /// The move that brought the disk here.
+    pub(super) fn own_id(&self) -> Option<VolumeId> {
+        self.id
+    }
+
     pub(super) fn is_kept(&self) -> bool {
         self.kept.load(Ordering::Acquire)
     }
@@ -116,6 +121,52 @@ impl Volume {
                 || lock(&self.way_back.inherited)
                     .iter()
                     .any(|(id, _)| *id == base))
+    }
+
+    /// From a byte on, the blocks in which this disk, of which maybe not all is here, differs from the
+    /// copy that it comes from. All of them are here, and there are none between the runs that are told:
+    /// whoever has that copy can ask for these and for no others. At most `most` runs, and one more
+    /// if there is one. Only once nothing is written here any more.
+    ///
+    /// What is absent is that copy's. What is clean is, too, while it is recorded what is written;
+    /// after a doubt (a power cut: what nobody flushed may have reached a clean block without its
+    /// record) or without such a record it counts as other than that copy.
+    ///
+    /// # Errors
+    /// Blocks are here in part.
+    pub(super) fn differs_exactly(
+        &self,
+        from: u64,
+        most: usize,
+    ) -> Result<Vec<BlockRange>, String> {
+        let blocks = self.geometry.blocks();
+        let from = BlockRange::new((from / self.geometry.block_bytes()).min(blocks), blocks);
+        let Some(relocation) = self.relocation() else {
+            // It has become whole, and nothing is known of what has changed.
+            return Ok(vec![from]);
+        };
+        let kept = self.way_back.is_kept();
+        let mut runs: Vec<BlockRange> = Vec::new();
+        for (run, state) in relocation.residency.runs(from) {
+            match state {
+                BlockState::Absent => continue,
+                BlockState::Clean if kept => continue,
+                BlockState::Clean | BlockState::Owned => {}
+                BlockState::Partial => {
+                    return Err(format!(
+                        "block {} is here in part, and its rest is only in the old copy",
+                        run.start
+                    ));
+                }
+            }
+            let enough = runs.len() > most;
+            match runs.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ if enough => break,
+                _ => runs.push(run),
+            }
+        }
+        Ok(runs)
     }
 
     /// All older copies of which it is known in what they differ, for whoever takes the disk over.
@@ -196,7 +247,9 @@ impl Volume {
     /// Records, as the last thing before the end, when the image was written last.
     pub(super) fn note_close(&self, state: &mut StateDir) -> io::Result<()> {
         let ties = &state.identity().ties;
-        if !ties.way_back && ties.base.is_none() {
+        // An old copy that is not written into before the handoff has its time already.
+        let standing = ties.only_here && state.identity().life == Life::Standby;
+        if standing || !ties.way_back && ties.base.is_none() {
             return Ok(());
         }
         let written = self.store.modified()?;

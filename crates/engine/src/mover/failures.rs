@@ -21,7 +21,7 @@ fn missing_of(residency: &Residency, range: BlockRange) -> Option<BlockRange> {
 impl<W> Mover<W> {
     /// A fetch came, but the local store could not keep it. Returns the readers that need nothing
     /// else: they are to be answered from its data, together with what is here. Those that need
-    /// more are asked for anew, as reads that pass through.
+    /// more are asked for anew, as reads that pass through, or fail where none can.
     pub fn unkept(
         &mut self,
         now: Duration,
@@ -43,6 +43,9 @@ impl<W> Mover<W> {
             let range = waiter.range;
             if lost.range.start <= range.start && range.end <= lost.range.end {
                 answered.extend(self.waiters.remove(&id).map(|w| w.who));
+            } else if self.policy.exact {
+                // The source does not have all that it needs.
+                self.fail_waiter(id, ReadFailure::StoreFailed, out);
             } else {
                 waiter.outstanding = 0;
                 self.flights.detach(id, range);

@@ -184,15 +184,24 @@ impl Flights {
 
     /// Kept flights that were not handed to the source yet.
     pub fn unsent(&self) -> Vec<FlightId> {
-        let kept = |f: &Flight| !f.sent && f.purpose != Purpose::PassThrough;
-        let mut unsent: Vec<FlightId> = self
+        self.those(|f| !f.sent && f.purpose != Purpose::PassThrough)
+    }
+
+    /// Those that pass through.
+    pub fn passing(&self) -> Vec<FlightId> {
+        self.those(|f| f.purpose == Purpose::PassThrough)
+    }
+
+    /// In the order of their numbers.
+    fn those(&self, wanted: impl Fn(&Flight) -> bool) -> Vec<FlightId> {
+        let mut those: Vec<FlightId> = self
             .all
             .iter()
-            .filter(|(_, f)| kept(f))
+            .filter(|(_, f)| wanted(f))
             .map(|(id, _)| *id)
             .collect();
-        unsent.sort_unstable();
-        unsent
+        those.sort_unstable();
+        those
     }
 
     pub fn range(&self, id: FlightId) -> Option<BlockRange> {

@@ -182,6 +182,8 @@ pub struct Policy {
     pub loss_timeout: Option<Duration>,
     /// Whether the source tells holes and zeroes.
     pub has_extents: bool,
+    /// The source has what is missing here and nothing else: not a block more is asked for.
+    pub exact: bool,
 }
 
 /// The state of one relocation. `W` stands for a reader that waits.
@@ -415,6 +417,9 @@ impl<W> Mover<W> {
         if self.phase == Phase::Standby {
             self.phase = Phase::Arriving;
             self.seeds_may_move(now);
+            if self.policy.exact {
+                self.settle_passing(now, residency, out);
+            }
         }
         self.pump(now, residency, out);
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::flights::Purpose;
 use super::{Action, MAX_FETCH_BYTES, MERGE_GAP_BYTES, Mover, Phase, ReadFailure};
-use crate::geometry::{BlockRange, Geometry};
+use crate::geometry::BlockRange;
 use crate::residency::Residency;
 
 /// A reader and how many fetches it still waits for.
@@ -43,11 +43,56 @@ impl<W> Mover<W> {
         if self.phase == Phase::Standby {
             self.launch_for(now, id, range, Purpose::PassThrough, out);
         } else {
-            for run in missing_runs(self.geometry, residency, range) {
+            for run in self.missing_runs(residency, range) {
                 self.await_run(now, id, run, out);
             }
         }
         self.wake_if_ready(id, out);
+    }
+
+    /// Reads that pass by to a source which from now on has only what is missing here: they are
+    /// answered from what is here, and wait for the rest as reads of now.
+    pub(super) fn settle_passing(
+        &mut self,
+        now: Duration,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) {
+        for id in self.flights.passing() {
+            let Some(passing) = self.flights.remove(id) else {
+                continue;
+            };
+            for waiter in passing.waiters {
+                let Some(range) = self.waiters.get_mut(&waiter).map(|w| {
+                    w.outstanding = 0;
+                    w.range
+                }) else {
+                    continue;
+                };
+                for run in self.missing_runs(residency, range) {
+                    self.await_run(now, waiter, run, out);
+                }
+                self.wake_if_ready(waiter, out);
+            }
+        }
+    }
+
+    /// The missing runs of `range`, those with a small gap between them joined.
+    fn missing_runs(&self, residency: &Residency, range: BlockRange) -> Vec<BlockRange> {
+        let gap = match self.policy.exact {
+            true => 0,
+            false => MERGE_GAP_BYTES / self.geometry.block_bytes(),
+        };
+        let mut runs: Vec<BlockRange> = Vec::new();
+        let mut at = range.start;
+        while let Some(run) = residency.next_missing(at, range.end) {
+            at = run.end;
+            match runs.last_mut() {
+                Some(last) if run.start - last.end <= gap => last.end = run.end,
+                _ => runs.push(run),
+            }
+        }
+        runs
     }
 
     /// Attaches a reader to what is in flight for `run`, and launches the rest.
@@ -116,19 +161,4 @@ impl<W> Mover<W> {
             out.push(Action::Fail(waiter.who, why));
         }
     }
-}
-
-/// The missing runs of `range`, those with a small gap between them joined.
-fn missing_runs(geometry: Geometry, residency: &Residency, range: BlockRange) -> Vec<BlockRange> {
-    let gap = MERGE_GAP_BYTES / geometry.block_bytes();
-    let mut runs: Vec<BlockRange> = Vec::new();
-    let mut at = range.start;
-    while let Some(run) = residency.next_missing(at, range.end) {
-        at = run.end;
-        match runs.last_mut() {
-            Some(last) if run.start - last.end <= gap => last.end = run.end,
-            _ => runs.push(run),
-        }
-    }
-    runs
 }

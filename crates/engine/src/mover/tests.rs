@@ -18,6 +18,7 @@ pub(super) fn disk(mib: u64) -> (Geometry, Residency) {
 
 pub(super) fn policy() -> Policy {
     Policy {
+        exact: false,
         background: true,
         max_rate: None,
         loss_timeout: None,
@@ -442,4 +443,55 @@ fn the_background_rests_while_the_store_takes_nothing() {
     }
     assert!(!mover.store_rests());
     assert!(sort(out).fetches.len() > 1, "the others follow");
+}
+
+/// A source that has only what is missing here is never asked for a block between two of those.
+#[test]
+fn nothing_but_what_is_missing_is_asked_of_an_exact_source() {
+    let (g, r) = disk(1);
+    for (from, to) in [(0, 4), (5, 6), (8, 40), (41, 256)] {
+        r.mark_clean(BlockRange::new(from, to));
+    }
+    let exact = Policy {
+        exact: true,
+        background: false,
+        ..policy()
+    };
+    let (mut mover, _) = arriving(g, &r, exact);
+    let mut out = Vec::new();
+    mover.read(MS, 1, BlockRange::new(0, 64), &r, &mut out);
+    let asked: Vec<BlockRange> = sort(out).fetches.iter().map(|fetch| fetch.1).collect();
+    let missing = [(4, 5), (6, 8), (40, 41)].map(|(from, to)| BlockRange::new(from, to));
+    assert_eq!(asked, missing);
+}
+
+/// Reads that pass by to the source when the disk comes are answered from what is here then.
+#[test]
+fn what_passes_by_at_the_handoff_is_not_left_to_an_exact_source() {
+    let (g, r) = disk(1);
+    let exact = Policy {
+        exact: true,
+        background: false,
+        ..policy()
+    };
+    let mut mover = Mover::new(g, Phase::Standby, exact);
+    let mut out = Vec::new();
+    mover.source_up(MS, &r, &mut out);
+    mover.read(MS, 1, BlockRange::new(0, 4), &r, &mut out);
+    mover.read(MS, 2, BlockRange::new(3, 10), &r, &mut out);
+    out.clear();
+    for run in [(0, 5), (6, 256)] {
+        r.mark_clean(BlockRange::new(run.0, run.1));
+    }
+    mover.handoff(MS, &r, &mut out);
+    let seen = sort(std::mem::take(&mut out));
+    assert_eq!(seen.woken, [1]);
+    let [(flight, range, lane)] = seen.fetches[..] else {
+        panic!("not one fetch: {:?}", seen.fetches);
+    };
+    assert_eq!((range, lane), (BlockRange::new(5, 6), Lane::Demand));
+    r.mark_clean(range);
+    mover.landed(MS, flight, 4096, &r, &mut out);
+    assert!(matches!(out[..], [Action::Wake(2), Action::Complete]));
+    assert_eq!(mover.waiting(), 0);
 }

@@ -67,6 +67,13 @@ pub struct Ties {
     pub released: Option<VolumeId>,
     /// What was here when the move began is the old copy that this volume once took over.
     pub base: Option<VolumeId>,
+    /// The source did not have all of the disk when this volume began to take it back: what it had
+    /// not fetched is only in the old copy that is here. Before the handoff nothing is written into
+    /// that; after it all is here but what was recorded as lacking.
+    pub only_here: bool,
+    /// This volume was a return that was given up, and its source may not have heard so: it may keep
+    /// a fence for it.
+    pub gave_up: bool,
     /// The source keeps a fence: the handoff is not done before it has closed it.
     pub fenced_source: bool,
     /// What is written here after completion is recorded as well, so that the way back is short.
@@ -155,6 +162,12 @@ impl Identity {
         if let Some(base) = ties.base {
             line("base", &hex(&base));
         }
+        if ties.only_here {
+            line("only-here", KEPT);
+        }
+        if ties.gave_up {
+            line("return", GIVEN_UP);
+        }
         if ties.fenced_source {
             line("source-fence", KEPT);
         }
@@ -234,6 +247,7 @@ impl Identity {
 
 /// What is said of a tie that is there.
 const KEPT: &str = "kept";
+const GIVEN_UP: &str = "given-up";
 
 /// The lines of the ties, as many as there are.
 fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError> {
@@ -255,6 +269,8 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("base", text) => {
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
             }
+            ("only-here", KEPT) => ties.only_here = true,
+            ("return", GIVEN_UP) => ties.gave_up = true,
             ("source-fence", KEPT) => ties.fenced_source = true,
             ("way-back", KEPT) => ties.way_back = true,
             ("closed", time) => {

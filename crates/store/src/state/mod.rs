@@ -39,6 +39,7 @@ const BASES: &str = "bases";
 const OVERWRITTEN: &str = "overwritten";
 /// Not kept here; but it goes with the state.
 const HEAT: &str = "heat";
+const LACKING: &str = "lacking";
 
 /// Bounds of the log, in bytes. It may grow to a quarter of the map before a snapshot is written,
 /// so that snapshots cost at most a few times what the commits do.
@@ -272,7 +273,7 @@ impl StateDir {
     ) -> Result<Self, StateError> {
         let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
         // Those of a volume that was here before would be taken for damage.
-        for name in [WITNESSES, BASES, OVERWRITTEN] {
+        for name in [WITNESSES, BASES, OVERWRITTEN, LACKING] {
             remove(&*dir, name)?;
         }
         let made = put(&*dir, LOG, &vec![0; PREALLOCATED_BYTES])
@@ -435,6 +436,7 @@ impl StateDir {
         // 1. what was recorded for a way back to here is nobody's now: the disk is elsewhere
         self.end_way_back()?;
         remove(&*self.dir, WITNESSES)?;
+        remove(&*self.dir, LACKING)?;
         // 2. a map of which nothing is here
         let map = journal::empty_snapshot(identity.volume_id, 0, identity.geometry);
         put(&*self.dir, LOG, &vec![0; PREALLOCATED_BYTES])?;
@@ -487,6 +489,19 @@ impl StateDir {
     pub fn keep_overwritten(&self, base: VolumeId, set: &BlockSet) -> Result<(), StateError> {
         let content = journal::encode_bases(base, self.geometry(), &[(base, set.clone())]);
         put(&*self.dir, OVERWRITTEN, &content)
+    }
+
+    /// What is to come from the source, of a disk that has come back over its old copy: all else was
+    /// here at the handoff.
+    ///
+    /// # Errors
+    /// It is missing or damaged: then nobody knows what is here.
+    pub fn lacking(&self) -> Result<BlockSet, StateError> {
+        let found = self.read_bases(LACKING, self.volume_id())?;
+        let found = found.and_then(|found| found.into_iter().next());
+        found.map(|(_, set)| set).ok_or(StateError::Missing {
+            path: self.dir.path(LACKING),
+        })
     }
 
     fn read_bases(&self, name: &str, owner: VolumeId) -> Result<Option<Bases>, StateError> {
@@ -592,6 +607,27 @@ impl StateDir {
     /// # Errors
     /// The medium fails; the state is unusable then.
     pub fn record_arriving(&mut self, at_source: u64) -> Result<(), StateError> {
+        self.record_arriving_but(at_source, None)
+    }
+
+    /// The same for a disk that comes back over the old copy that its source still needed
+    /// ([`Ties::only_here`]): `lacking` is to come from there, and all else is here. In this order:
+    /// 1. what is lacking; before the next step it counts for nothing;
+    /// 2. that the VM runs here.
+    ///
+    /// # Errors
+    /// As [`StateDir::record_arriving`].
+    pub fn record_arriving_but(
+        &mut self,
+        at_source: u64,
+        lacking: Option<&BlockSet>,
+    ) -> Result<(), StateError> {
+        if let Some(set) = lacking {
+            let id = self.volume_id();
+            let content = journal::encode_bases(id, self.geometry(), &[(id, set.clone())]);
+            self.guarded(|this| put(&*this.dir, LACKING, &content))?;
+            crash_point!("handoff.lacking");
+        }
         let last = || StateError::Identity {
             path: self.dir.path(VOLUME),
             source: IdentityError::Line("generation"),
@@ -603,6 +639,10 @@ impl StateDir {
             identity.generation = generation;
             // From here on the image is no copy of what it was.
             identity.ties.base = None;
+            if identity.ties.only_here {
+                // When the old copy was written last.
+                identity.ties.closed_at = None;
+            }
         })?;
         let _ = self.dir.remove(OVERWRITTEN);
         Ok(())
@@ -625,6 +665,7 @@ impl StateDir {
                         image_mtime,
                         intact,
                     }),
+                    gave_up: true,
                     ..Ties::default()
                 };
             }
@@ -638,8 +679,12 @@ impl StateDir {
     /// # Errors
     /// The medium fails; the state is unusable then.
     pub fn record_local(&mut self) -> Result<(), StateError> {
-        self.change(|identity| identity.life = Life::Local)?;
+        self.change(|identity| {
+            identity.life = Life::Local;
+            identity.ties.only_here = false;
+        })?;
         crash_point!("completion.recorded");
+        let _ = self.dir.remove(LACKING);
         if !self.identity.keeps_map() {
             self.drop_map();
         }

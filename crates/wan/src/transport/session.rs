@@ -62,6 +62,16 @@ pub enum Tell {
         /// The move.
         id: MoveId,
     },
+    /// In which blocks does the disk, which was handed over, differ from the old copy `base`, from
+    /// this byte on? Asked of a source that still fetched from that copy.
+    Differs {
+        /// The move.
+        id: MoveId,
+        /// The old copy.
+        base: MoveId,
+        /// From where.
+        from: u64,
+    },
     /// Everything has arrived: the source is needed no more.
     Done {
         /// The move.
@@ -103,6 +113,13 @@ pub enum Told {
     Bases(Vec<(MoveId, Vec<ByteRange>)>),
     /// To HEAT: a heat map, as it is on disk.
     Heat(Vec<u8>),
+    /// To DIFFERS: exactly these, all of which the source has, durably.
+    Differs {
+        /// In order.
+        ranges: Vec<ByteRange>,
+        /// There are more behind the last one.
+        more: bool,
+    },
     /// Done.
     Fine,
     /// It cannot be, with a reason for people.
@@ -118,8 +135,24 @@ pub struct Attached {
     pub epoch: u64,
     /// It has handed over to this move already.
     pub departed: bool,
-    /// It knows the base that was named: what differs from it is what CHANGES tells first.
-    pub knows_base: bool,
+    /// What the old copy that was named is to it.
+    pub old_copy: OldCopy,
+}
+
+/// What an old copy is to a source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OldCopy {
+    /// It does not know in what its disk differs from it.
+    #[default]
+    Unknown,
+    /// It knows: what differs is what CHANGES tells first.
+    Known,
+    /// It still needs it: what it has not fetched from there yet is nowhere else. Nothing may be
+    /// written into it before the handoff, and what differs then is told to DIFFERS.
+    Needed {
+        /// The bytes of a block there: what it has, it has in whole blocks.
+        block_bytes: u32,
+    },
 }
 
 const ATTACH: u8 = 1;
@@ -130,6 +163,7 @@ const BASES: u8 = 5;
 const DONE: u8 = 6;
 const HEAT: u8 = 7;
 const SLOW: u8 = 8;
+const DIFFERS: u8 = 9;
 const REFUSED: u8 = 0xff;
 
 const NO_BASE: MoveId = [0; 16];
@@ -170,6 +204,12 @@ impl Tell {
             }
             Self::Abort { id } => begun(ABORT, id),
             Self::Bases { id } => begun(BASES, id),
+            Self::Differs { id, base, from } => {
+                let mut out = begun(DIFFERS, id);
+                out.extend_from_slice(base);
+                out.extend_from_slice(&from.to_be_bytes());
+                out
+            }
             Self::Done { id } => begun(DONE, id),
             Self::Heat { id } => begun(HEAT, id),
             Self::Slow { id, bytes_per_s } => {
@@ -208,6 +248,11 @@ impl Tell {
             },
             ABORT => Self::Abort { id },
             BASES => Self::Bases { id },
+            DIFFERS => Self::Differs {
+                id,
+                base: input.id().filter(|base| *base != NO_BASE)?,
+                from: input.u64()?,
+            },
             DONE => Self::Done { id },
             HEAT => Self::Heat { id },
             SLOW => Self::Slow {
@@ -229,7 +274,14 @@ impl Told {
                 out.extend_from_slice(&attached.generation.to_be_bytes());
                 out.extend_from_slice(&attached.epoch.to_be_bytes());
                 out.push(u8::from(attached.departed));
-                out.push(u8::from(attached.knows_base));
+                match attached.old_copy {
+                    OldCopy::Unknown => out.push(0),
+                    OldCopy::Known => out.push(1),
+                    OldCopy::Needed { block_bytes } => {
+                        out.push(2);
+                        out.extend_from_slice(&block_bytes.to_be_bytes());
+                    }
+                }
                 out
             }
             Self::Changes { ranges } => {
@@ -254,6 +306,11 @@ impl Told {
                 out
             }
             Self::Heat(map) => [&[HEAT][..], map].concat(),
+            Self::Differs { ranges, more } => {
+                let mut out = vec![DIFFERS, u8::from(*more)];
+                put_ranges(&mut out, ranges);
+                out
+            }
             Self::Fine => vec![DONE],
             Self::Refused(text) => [&[REFUSED][..], cut(text).as_bytes()].concat(),
         }
@@ -268,7 +325,14 @@ impl Told {
                 generation: input.u64()?,
                 epoch: input.u64()?,
                 departed: input.flag()?,
-                knows_base: input.flag()?,
+                old_copy: match input.byte()? {
+                    0 => OldCopy::Unknown,
+                    1 => OldCopy::Known,
+                    2 => OldCopy::Needed {
+                        block_bytes: input.take().map(u32::from_be_bytes)?,
+                    },
+                    _ => return None,
+                },
             }),
             CHANGES => Self::Changes {
                 ranges: input.ranges(u64::MAX, size_bytes)?,
@@ -291,6 +355,10 @@ impl Told {
                 }
                 Self::Bases(bases)
             }
+            DIFFERS => Self::Differs {
+                more: input.flag()?,
+                ranges: input.ranges(u64::MAX, size_bytes)?,
+            },
             DONE => Self::Fine,
             HEAT => return Some(Self::Heat(input.0.to_vec())),
             REFUSED => {
@@ -409,6 +477,11 @@ mod tests {
             (id(), any::<u64>()).prop_map(|(id, epoch)| Tell::Handoff { id, epoch }),
             id().prop_map(|id| Tell::Abort { id }),
             id().prop_map(|id| Tell::Bases { id }),
+            (id(), id(), any::<u64>()).prop_map(|(id, base, from)| Tell::Differs {
+                id,
+                base,
+                from
+            }),
             id().prop_map(|id| Tell::Done { id }),
             id().prop_map(|id| Tell::Heat { id }),
             (id(), any::<u64>()).prop_map(|(id, bytes_per_s)| Tell::Slow { id, bytes_per_s }),
@@ -429,13 +502,17 @@ mod tests {
 
     fn a_told() -> impl Strategy<Value = Told> {
         prop_oneof![
-            any::<(u64, u64, bool, bool)>().prop_map(
-                |(generation, epoch, departed, knows_base)| {
+            any::<(u64, u64, bool, u8, u32)>().prop_map(
+                |(generation, epoch, departed, old_copy, block_bytes)| {
                     Told::Attached(Attached {
                         generation,
                         epoch,
                         departed,
-                        knows_base,
+                        old_copy: match old_copy % 3 {
+                            0 => OldCopy::Unknown,
+                            1 => OldCopy::Known,
+                            _ => OldCopy::Needed { block_bytes },
+                        },
                     })
                 }
             ),
@@ -450,6 +527,8 @@ mod tests {
             }),
             prop::collection::vec((any::<MoveId>(), some_ranges()), 0..limits::TOLD_BASES)
                 .prop_map(Told::Bases),
+            (some_ranges(), any::<bool>())
+                .prop_map(|(ranges, more)| Told::Differs { ranges, more }),
             Just(Told::Fine),
             prop::collection::vec(any::<u8>(), 0..200).prop_map(Told::Heat),
             "[a-z é]{0,300}".prop_map(Told::Refused),

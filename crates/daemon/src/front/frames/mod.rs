@@ -292,6 +292,11 @@ impl FrameSession {
         // What was sent behind it counted on another answer.
         self.dismissed = matches!((tell, &told), (Tell::Attach { .. }, Told::Refused(_)));
         let told = told.encode();
+        // Whoever still fetches from the old copy that is here reads just that.
+        self.relocation = match self.volume.reads_old_copy(&self.bound) {
+            true => None,
+            false => self.volume.relocation(),
+        };
         let mut pieces = told.chunks(limits::QUANTUM_BYTES as usize).peekable();
         while let Some(piece) = pieces.next() {
             let mut header = Header::request(Kind::Told, Priority::DEMAND, frame.header.id, 0, 0);

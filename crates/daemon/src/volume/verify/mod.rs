@@ -126,6 +126,13 @@ impl Volume {
                 self.name
             )));
         }
+        if self.rest_is_here() && !self.is_local() {
+            return Err(CommandError::Conflict(format!(
+                "cannot verify export {:?}: the disk came back before all of it was at the source, so \
+                 there is nothing whole to compare it with",
+                self.name
+            )));
+        }
         let no_source = || {
             CommandError::Conflict(format!(
                 "cannot verify export {:?}: it has no source to compare with; a disk that moves is \
