@@ -245,6 +245,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     owned_bytes: 1 << 20,
     absent_bytes: 1 << 30,
     wire_bytes: 77,
+    codec: Some("zstd:3".into()),
     source_connected: Some(true),
     source_down_s: None,
     reads_waiting: 0,

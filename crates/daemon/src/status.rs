@@ -98,6 +98,10 @@ pub struct ExportStatus {
     /// started.
     #[serde(default)]
     pub seeded_bytes: u64,
+    /// How data crosses the link now, written as `--compress` is; `null` while none has come, and
+    /// where plain NBD is spoken.
+    #[serde(default)]
+    pub codec: Option<String>,
     /// Whether the source is reachable; `null` when there is none.
     pub source_connected: Option<bool>,
     /// For how many seconds the source has been away; `null` while it is there, or with none.
@@ -170,6 +174,18 @@ pub struct Counters {
     #[serde(default)]
     pub packed_bytes_saved: u64,
     /// Connections to the source given up because bytes were changed on their way.
+    /// Of these, bytes that the source told to be zero before any data was asked for: holes.
+    #[serde(default)]
+    pub hole_bytes_skipped: u64,
+    /// Bytes that were written here before they came, so that they were not needed any more.
+    #[serde(default)]
+    pub overwritten_bytes: u64,
+    /// Bytes of the disk that came as data.
+    #[serde(default)]
+    pub data_bytes: u64,
+    /// What those were on the link, requests included.
+    #[serde(default)]
+    pub data_wire_bytes: u64,
     #[serde(default)]
     pub checksum_failures: u64,
     /// Bytes that were asked for and then not sent, because they were wanted no more.

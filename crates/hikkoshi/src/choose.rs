@@ -158,6 +158,7 @@ pub(crate) mod tests {
 
     fn found(daemon: &str, name: &str, state: LifeState) -> Found {
         Found {
+            codec: None,
             daemon: ControlClient::new(daemon),
             status: status(name, state),
         }

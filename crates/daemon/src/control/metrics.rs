@@ -164,6 +164,26 @@ const METRICS: &[Metric] = &[
         |s| Some(s.seeded_bytes),
     ),
     counter(
+        "hole_bytes_skipped_total",
+        "Of these, bytes that the source told to be zero before any data was asked for.",
+        |s| Some(s.counters.hole_bytes_skipped),
+    ),
+    counter(
+        "overwritten_bytes_total",
+        "Bytes that were written here before they came, and so were not needed.",
+        |s| Some(s.counters.overwritten_bytes),
+    ),
+    counter(
+        "data_bytes_total",
+        "Bytes of the disk that came as data.",
+        |s| Some(s.counters.data_bytes),
+    ),
+    counter(
+        "data_wire_bytes_total",
+        "What those were on the link: the quotient is the ratio of compression.",
+        |s| Some(s.counters.data_wire_bytes),
+    ),
+    counter(
         "packed_bytes_saved_total",
         "Bytes that did not cross the link because what did was compressed.",
         |s| Some(s.counters.packed_bytes_saved),
@@ -249,6 +269,19 @@ pub(super) fn render(exports: &[ExportStatus]) -> String {
 
 /// A label's value, as the format wants it.
 fn escape(text: &str) -> String {
+    line(format_args!(
+        "# HELP hikkoshi_codec How data crosses the link: 1 for what is used now."
+    ));
+    line(format_args!("# TYPE hikkoshi_codec gauge"));
+    for status in exports {
+        if let Some(codec) = &status.codec {
+            let export = escape(&status.export);
+            let codec = escape(codec);
+            line(format_args!(
+                "hikkoshi_codec{{export=\"{export}\",codec=\"{codec}\"}} 1"
+            ));
+        }
+    }
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")
         .replace('\n', "\\n")

@@ -36,6 +36,7 @@ impl Pretend {
                 owned_bytes: 0,
                 absent_bytes: 1 << 30,
                 wire_bytes: 0,
+                codec: source.then(|| "zstd:3".into()),
                 source_connected: source.then_some(true),
                 source_down_s: None,
                 reads_waiting: 0,

@@ -65,6 +65,14 @@ pub struct Traffic {
     pub zero_bytes_skipped: AtomicU64,
     /// Bytes that were in a seed image and so were not sent.
     pub seeded_bytes: AtomicU64,
+    /// Of these, bytes that the source told to be zero before any data was asked for.
+    pub hole_bytes_skipped: AtomicU64,
+    /// Bytes that guests wrote here before they came.
+    pub overwritten_bytes: AtomicU64,
+    /// Bytes of the disk that came as data, and what they were on the link.
+    pub data_bytes: AtomicU64,
+    /// See there.
+    pub data_wire_bytes: AtomicU64,
     /// Bytes that did not cross the link because what did was compressed.
     pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
@@ -82,6 +90,10 @@ impl Traffic {
             (&self.wire_bytes, &other.wire_bytes),
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.hole_bytes_skipped, &other.hole_bytes_skipped),
+            (&self.overwritten_bytes, &other.overwritten_bytes),
+            (&self.data_bytes, &other.data_bytes),
+            (&self.data_wire_bytes, &other.data_wire_bytes),
             (&self.seeded_bytes, &other.seeded_bytes),
             (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
@@ -385,7 +397,8 @@ impl Relocation {
             .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
         let holes: u64 = fetched.holes.iter().map(|(_, len)| len).sum();
         let data = (fetched.data.len() as u64).saturating_sub(holes);
-        self.traffic
+        let traffic = &self.traffic;
+        traffic
             .packed_bytes_saved
             .fetch_add(data.saturating_sub(fetched.wire_bytes), Ordering::Relaxed);
     }
@@ -394,6 +407,12 @@ impl Relocation {
         match error.kind {
             SourceErrorKind::Refused => {
                 let known = lock(&self.trouble).replace(error.clone());
+        if data > 0 {
+            traffic.data_bytes.fetch_add(data, Ordering::Relaxed);
+            traffic
+                .data_wire_bytes
+                .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+        }
                 // A disk with a bad spot says the same again and again.
                 if known.is_none_or(|known| known.message != error.message) {
                     let text = format!("the source refused a read: {error}");
@@ -728,9 +747,12 @@ impl Relocation {
                     self.store
                         .write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch)?;
                     crash_point!("install.zeroed");
-                    self.traffic
-                        .zero_bytes_skipped
-                        .fetch_add(bytes.len(), Ordering::Relaxed);
+                    for skipped in [
+                        &self.traffic.zero_bytes_skipped,
+                        &self.traffic.hole_bytes_skipped,
+                    ] {
+                        skipped.fetch_add(bytes.len(), Ordering::Relaxed);
+                    }
                     self.now_clean(run);
                 }
                 BlockState::Partial => {
