@@ -137,6 +137,10 @@ pub struct ExportStatus {
     pub eta_s: Option<u64>,
     /// The cap on the background copy in bytes per second; `null` without one.
     pub limit_bytes_per_s: Option<u64>,
+    /// The cap on what all disks of this daemon copy in the background together, in bytes per second;
+    /// `null` without one, and for a disk that has no source.
+    #[serde(default)]
+    pub common_limit_bytes_per_s: Option<u64>,
     /// The image file or block device.
     pub image: String,
     /// The last move to another image of this machine; `null` if there was none since the daemon
@@ -170,10 +174,6 @@ pub struct Counters {
     pub blocks_installed: u64,
     /// Bytes found to be zero at the source, so never sent.
     pub zero_bytes_skipped: u64,
-    /// Bytes that did not cross the link because what did was compressed.
-    #[serde(default)]
-    pub packed_bytes_saved: u64,
-    /// Connections to the source given up because bytes were changed on their way.
     /// Of these, bytes that the source told to be zero before any data was asked for: holes.
     #[serde(default)]
     pub hole_bytes_skipped: u64,
@@ -186,6 +186,10 @@ pub struct Counters {
     /// What those were on the link, requests included.
     #[serde(default)]
     pub data_wire_bytes: u64,
+    /// Bytes that did not cross the link because what did was compressed.
+    #[serde(default)]
+    pub packed_bytes_saved: u64,
+    /// Connections to the source given up because bytes were changed on their way.
     #[serde(default)]
     pub checksum_failures: u64,
     /// Bytes that were asked for and then not sent, because they were wanted no more.

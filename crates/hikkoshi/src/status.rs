@@ -208,6 +208,10 @@ fn copying(status: &ExportStatus) -> String {
     if let Some(limit) = status.limit_bytes_per_s {
         text.push_str(&format!(", limited to {}", show_rate(limit)));
     }
+    if let Some(limit) = status.common_limit_bytes_per_s {
+        let limit = show_rate(limit);
+        text.push_str(&format!(", all disks together to {limit}"));
+    }
     text
 }
 
@@ -236,10 +240,6 @@ mod tests {
         );
     }
 
-    #[test]
-    fn scripts_see_the_documented_fields() {
-        let line = json(&status("web", LifeState::Standby)).unwrap();
-        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
     #[test]
     fn people_see_how_it_comes_and_what_need_not() {
         let mut one = status("web", LifeState::Arriving);
@@ -271,6 +271,10 @@ mod tests {
         assert_eq!(coding(&one).as_deref(), Some(expected));
     }
 
+    #[test]
+    fn scripts_see_the_documented_fields() {
+        let line = json(&status("web", LifeState::Standby)).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(line.matches('\n').count(), 1);
         for field in [
             "export",

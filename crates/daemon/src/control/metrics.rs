@@ -73,6 +73,11 @@ const METRICS: &[Metric] = &[
         |s| s.limit_bytes_per_s,
     ),
     gauge(
+        "copy_common_limit_bytes_per_second",
+        "The cap on the background copy of all disks of the daemon together; no sample without one.",
+        |s| s.common_limit_bytes_per_s,
+    ),
+    gauge(
         "source_connected",
         "Whether the source is reachable and believed to be the same disk; no sample without one.",
         |s| s.source_connected.map(u64::from),
@@ -159,11 +164,6 @@ const METRICS: &[Metric] = &[
         |s| Some(s.counters.zero_bytes_skipped),
     ),
     counter(
-        "seeded_bytes_total",
-        "Bytes that were found in a seed image and so were not sent.",
-        |s| Some(s.seeded_bytes),
-    ),
-    counter(
         "hole_bytes_skipped_total",
         "Of these, bytes that the source told to be zero before any data was asked for.",
         |s| Some(s.counters.hole_bytes_skipped),
@@ -182,6 +182,11 @@ const METRICS: &[Metric] = &[
         "data_wire_bytes_total",
         "What those were on the link: the quotient is the ratio of compression.",
         |s| Some(s.counters.data_wire_bytes),
+    ),
+    counter(
+        "seeded_bytes_total",
+        "Bytes that were found in a seed image and so were not sent.",
+        |s| Some(s.seeded_bytes),
     ),
     counter(
         "packed_bytes_saved_total",
@@ -264,11 +269,6 @@ pub(super) fn render(exports: &[ExportStatus]) -> String {
             ));
         }
     }
-    out
-}
-
-/// A label's value, as the format wants it.
-fn escape(text: &str) -> String {
     line(format_args!(
         "# HELP hikkoshi_codec How data crosses the link: 1 for what is used now."
     ));
@@ -282,6 +282,11 @@ fn escape(text: &str) -> String {
             ));
         }
     }
+    out
+}
+
+/// A label's value, as the format wants it.
+fn escape(text: &str) -> String {
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")
         .replace('\n', "\\n")

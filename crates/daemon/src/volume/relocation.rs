@@ -273,8 +273,14 @@ impl Relocation {
     }
 
     /// Its bytes come over a link that other disks use, too.
-    pub fn share(&self, link: &Arc<mover::Path>) {
-        lock(&self.mover).share(link);
+    /// `behind`: by how much its clock is behind the one that is common to them.
+    pub fn share(&self, link: &Arc<mover::Path>, behind: Duration) {
+        lock(&self.mover).share(link, behind);
+    }
+
+    /// A cap holds for what it and other disks copy together.
+    pub fn share_cap(&self, cap: &Arc<mover::Cap>, behind: Duration) {
+        lock(&self.mover).share_cap(cap, behind);
     }
 
     /// Time has passed.
@@ -401,18 +407,18 @@ impl Relocation {
         traffic
             .packed_bytes_saved
             .fetch_add(data.saturating_sub(fetched.wire_bytes), Ordering::Relaxed);
-    }
-
-    fn note_failure(&self, error: &SourceError) -> FetchFailure {
-        match error.kind {
-            SourceErrorKind::Refused => {
-                let known = lock(&self.trouble).replace(error.clone());
         if data > 0 {
             traffic.data_bytes.fetch_add(data, Ordering::Relaxed);
             traffic
                 .data_wire_bytes
                 .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
         }
+    }
+
+    fn note_failure(&self, error: &SourceError) -> FetchFailure {
+        match error.kind {
+            SourceErrorKind::Refused => {
+                let known = lock(&self.trouble).replace(error.clone());
                 // A disk with a bad spot says the same again and again.
                 if known.is_none_or(|known| known.message != error.message) {
                     let text = format!("the source refused a read: {error}");

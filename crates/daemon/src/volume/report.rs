@@ -226,6 +226,7 @@ impl Controlled for Volume {
             rate_bytes_per_s: rate,
             eta_s: (rate > 0 && absent_bytes > 0).then(|| absent_bytes.div_ceil(rate)),
             limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.limit())),
+            common_limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.common_limit())),
             image: self.image.display().to_string(),
             storage_move: None,
             source: r.map(|r| r.source.info().uri),
