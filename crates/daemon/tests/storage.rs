@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use guest::Guest;
 use hikkoshi_daemon::config::{
@@ -21,7 +22,8 @@ use hikkoshi_daemon::export::Export;
 use hikkoshi_daemon::registry::CommandError;
 use hikkoshi_daemon::status::{LifeState, StorageMoveStatus, StoragePhase};
 use hikkoshi_daemon::volume::storage::source::ImageSource;
-use hikkoshi_wan::Source;
+use hikkoshi_wan::transport::session::{Stance, Tell, Told};
+use hikkoshi_wan::{MoveLine, MoveLink, Source, SourceError, SourceErrorKind, Ticket};
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -470,4 +472,31 @@ fn the_old_image_conforms_as_a_source() {
     support::conforms(&*source, &data, &|| {});
     assert!(!source.is_connected(), "it was closed");
     export.close().unwrap();
+}
+
+/// A destination whose handoff has waited for a link all the time.
+fn late_handoff(site: &Site) -> Result<Told, SourceError> {
+    let id = [0x55; 16];
+    let mut config = site.client();
+    config.ticket = Some(Ticket::new(id, None, Stance::Standby, true));
+    MoveLine::new(config).tell(&Tell::Handoff { id, epoch: 0 }, Duration::from_secs(60))
+}
+
+/// A move whose fence was lifted by hand gets the disk no more, also from another image. It was forgotten
+/// with the old one.
+#[test]
+fn a_move_that_was_released_by_hand_stays_so_over_a_change_of_storage() {
+    let dir = TempDir::new().unwrap();
+    let data = pattern(SIZE);
+    let site = Site::with(dir.path(), "a", &data, On::Unix);
+    assert!(matches!(late_handoff(&site), Ok(Told::Fenced { .. })));
+    site.export().release(true).unwrap();
+    site.export()
+        .move_storage(&order(&dir.path().join("b")))
+        .unwrap();
+    done(&site);
+    let error = late_handoff(&site).unwrap_err();
+    assert_eq!(error.kind, SourceErrorKind::Refused, "{error}");
+    assert_eq!(site.status().state, LifeState::Local);
+    assert!(disk(&site) == data);
 }

@@ -924,6 +924,9 @@ impl Volume {
                     identity.ties.departed = None;
                     identity.ties.moved_to = None;
                     identity.ties.released = released.or(identity.ties.released);
+                    // Where this was a return that was given up, its source was to be told so. It is
+                    // of no account now, and must not take writes again because of that.
+                    identity.ties.gave_up &= released.is_none();
                 });
                 self.note_state("recording that the fence is lifted", outcome)?;
             }
@@ -960,6 +963,13 @@ impl Volume {
              new site is not here",
         );
         Ok(())
+    }
+
+    /// The last move whose fence was lifted by hand.
+    pub(super) fn released(&self) -> Option<MoveId> {
+        let journal = lock(&self.journal);
+        let state = journal.state.as_ref()?;
+        state.identity().ties.released
     }
 
     fn tell_bases(&self, id: MoveId) -> Result<Told, String> {

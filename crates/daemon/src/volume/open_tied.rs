@@ -273,6 +273,8 @@ pub(super) fn open_return(
             base: base.as_ref().map(|(id, _)| *id),
             fenced_source,
             only_here,
+            // Once the disk is here again, it still is not for whom it was not then.
+            released: identity.ties.released,
             way_back: wanted.way_back,
             // Nothing is written into it before the handoff.
             closed_at: departure.image_mtime.filter(|_| only_here),

@@ -666,6 +666,7 @@ impl StateDir {
                         intact,
                     }),
                     gave_up: true,
+                    released: identity.ties.released,
                     ..Ties::default()
                 };
             }
