@@ -738,11 +738,18 @@ impl Volume {
         if self.departures.departed().is_none_or(|d| d.to != id) {
             return Err("the disk has not been handed over to you".to_owned());
         }
-        if self.way_back.own_id() != Some(base) {
+        let comes_from_it = self.way_back.own_id() == Some(base);
+        if !comes_from_it && !self.is_local() {
             return Err("the disk did not come here from that old copy".to_owned());
         }
-        self.departures.went_back.store(true, Ordering::Release);
-        let mut runs = self.differs_exactly(from, limits::TOLD_RANGES)?;
+        let mut runs = if comes_from_it {
+            self.departures.went_back.store(true, Ordering::Release);
+            self.differs_exactly(from, limits::TOLD_RANGES)?
+        } else {
+            // It has become whole since the return began, and has moved on, to another image maybe. The
+            // fence is closed by now, and there must be a way on: all of it is here.
+            vec![self.blocks_from(from)]
+        };
         let more = runs.len() > limits::TOLD_RANGES;
         runs.truncate(limits::TOLD_RANGES);
         // All that is told was marked before; with this it is durable.
