@@ -500,3 +500,27 @@ fn a_move_that_was_released_by_hand_stays_so_over_a_change_of_storage() {
     assert_eq!(site.status().state, LifeState::Local);
     assert!(disk(&site) == data);
 }
+
+/// With `--prepare full` the switch waited behind the command for what was not copied, and giving up and the
+/// end of the daemon waited with it.
+#[test]
+fn a_switch_by_hand_waits_for_no_full_copy() {
+    let dir = TempDir::new().unwrap();
+    let (_, b) = names(&dir);
+    let data = pattern(SIZE);
+    let site = Site::with(dir.path(), "a", &data, On::Unix);
+    let mut full = order(&b);
+    (full.prepare, full.max_rate) = (Prepare::Full, Some(1));
+    site.export().move_storage(&full).unwrap();
+    site.export().pause().unwrap();
+    let export = site.export();
+    let (sender, switched) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(export.handoff().map_err(|e| e.to_string())));
+    let outcome = switched.recv_timeout(Duration::from_secs(60));
+    assert_eq!(outcome, Ok(Ok(())));
+    assert_eq!(phase(&site), StoragePhase::Copying);
+    site.export().set_limit(None).unwrap();
+    site.export().resume().unwrap();
+    done(&site);
+    assert!(disk(&site) == data);
+}
