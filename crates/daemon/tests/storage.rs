@@ -3,6 +3,8 @@
 
 #[path = "site/guest.rs"]
 mod guest;
+#[path = "site/late.rs"]
+mod late;
 mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
@@ -22,8 +24,8 @@ use hikkoshi_daemon::export::Export;
 use hikkoshi_daemon::registry::CommandError;
 use hikkoshi_daemon::status::{LifeState, StorageMoveStatus, StoragePhase};
 use hikkoshi_daemon::volume::storage::source::ImageSource;
-use hikkoshi_wan::transport::session::{Stance, Tell, Told};
-use hikkoshi_wan::{MoveLine, MoveLink, Source, SourceError, SourceErrorKind, Ticket};
+use hikkoshi_wan::Source;
+use late::{assert_is_released, release_by_hand};
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -474,14 +476,6 @@ fn the_old_image_conforms_as_a_source() {
     export.close().unwrap();
 }
 
-/// A destination whose handoff has waited for a link all the time.
-fn late_handoff(site: &Site) -> Result<Told, SourceError> {
-    let id = [0x55; 16];
-    let mut config = site.client();
-    config.ticket = Some(Ticket::new(id, None, Stance::Standby, true));
-    MoveLine::new(config).tell(&Tell::Handoff { id, epoch: 0 }, Duration::from_secs(60))
-}
-
 /// A move whose fence was lifted by hand gets the disk no more, also from another image. It was forgotten
 /// with the old one.
 #[test]
@@ -489,14 +483,12 @@ fn a_move_that_was_released_by_hand_stays_so_over_a_change_of_storage() {
     let dir = TempDir::new().unwrap();
     let data = pattern(SIZE);
     let site = Site::with(dir.path(), "a", &data, On::Unix);
-    assert!(matches!(late_handoff(&site), Ok(Told::Fenced { .. })));
-    site.export().release(true).unwrap();
+    release_by_hand(&site);
     site.export()
         .move_storage(&order(&dir.path().join("b")))
         .unwrap();
     done(&site);
-    let error = late_handoff(&site).unwrap_err();
-    assert_eq!(error.kind, SourceErrorKind::Refused, "{error}");
+    assert_is_released(&site);
     assert_eq!(site.status().state, LifeState::Local);
     assert!(disk(&site) == data);
 }

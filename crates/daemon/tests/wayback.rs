@@ -3,20 +3,21 @@
 
 #[path = "site/guest.rs"]
 mod guest;
+#[path = "site/late.rs"]
+mod late;
 mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
 
 use std::path::Path;
-use std::time::Duration;
 
 use guest::Guest;
 use hikkoshi_daemon::config::HandoffPolicy;
 use hikkoshi_daemon::events::EventKind;
 use hikkoshi_daemon::status::LifeState;
 use hikkoshi_store::state::StateDir;
-use hikkoshi_wan::transport::session::{Stance, Tell, Told};
-use hikkoshi_wan::{MoveLine, MoveLink, SourceError, SourceErrorKind, Ticket};
+use hikkoshi_wan::transport::session::Told;
+use late::{assert_is_released, handoff_to, release_by_hand};
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -249,14 +250,6 @@ fn a_released_way_back_is_recorded_no_more() {
     assert!(!b.status().way_back.kept);
 }
 
-/// A destination whose handoff has waited for a link all the time.
-fn late_handoff(site: &Site) -> Result<Told, SourceError> {
-    let id = [0x55; 16];
-    let mut config = site.client();
-    config.ticket = Some(Ticket::new(id, None, Stance::Standby, true));
-    MoveLine::new(config).tell(&Tell::Handoff { id, epoch: 0 }, Duration::from_secs(60))
-}
-
 /// A move whose fence was lifted by hand gets the disk no more, also after the disk has gone away and
 /// come back. It was forgotten, and its VM would have gone on with memory of an older disk.
 #[test]
@@ -264,13 +257,7 @@ fn a_move_that_was_released_by_hand_stays_so_over_a_return() {
     let dir = TempDir::new().unwrap();
     let data = pattern(SIZE);
     let a = Site::with(dir.path(), "a", &data, On::Unix);
-    assert!(matches!(late_handoff(&a), Ok(Told::Fenced { .. })));
-    a.export().release(true).unwrap();
-    let refused = |site: &Site| {
-        let error = late_handoff(site).unwrap_err();
-        assert_eq!(error.kind, SourceErrorKind::Refused, "{error}");
-    };
-    refused(&a);
+    release_by_hand(&a);
     let b = moved(dir.path(), "b", recording(&a));
     a.stop();
     // One that is given up, and one that is not.
@@ -279,7 +266,7 @@ fn a_move_that_was_released_by_hand_stays_so_over_a_return() {
     a.stop();
     let a = Site::start(dir.path(), "a", returning(&b));
     come_back(&a);
-    refused(&a);
+    assert_is_released(&a);
     assert_eq!(a.status().state, LifeState::Local);
     assert!(a.contents() == data);
 }
@@ -296,10 +283,7 @@ fn whoever_was_released_against_by_hand_is_not_told_to_go_on() {
     let a = Site::start(dir.path(), "a", returning(&b));
     let state = dir.path().join("a.hikkoshi");
     let id = StateDir::whose(&state).unwrap().unwrap().volume_id;
-    let mut config = b.client();
-    config.ticket = Some(Ticket::new(id, None, Stance::Standby, true));
-    let fence = Tell::Handoff { id, epoch: 0 };
-    let told = MoveLine::new(config).tell(&fence, Duration::from_secs(60));
+    let told = handoff_to(&b, id);
     assert!(matches!(told, Ok(Told::Fenced { .. })), "{told:?}");
     b.stop();
     a.export().abort().unwrap();
