@@ -344,6 +344,12 @@ impl Volume {
             let has_base = arrival.has_base && !arrival.only_here;
             if (self.copies_ahead(arrival) || has_base) && !over {
                 self.prepare_some(arrival, &relocation);
+            } else if at_once && arrival.only_here {
+                // Not before this is served: the source may have to fetch from here first. Says itself
+                // what is in the way.
+                if self.hand_off().is_err() {
+                    arrival.pause(RETRY_AFTER * 10);
+                }
             } else {
                 arrival.pause(RETRY_AFTER);
             }

@@ -291,7 +291,8 @@ pub(super) fn open_return(
     let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
-    if now {
+    // Else the thread that keeps the move asks for it, once the old copy is served.
+    if now && !only_here {
         running.volume().hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)
