@@ -364,7 +364,7 @@ impl Underway {
         error: &std::io::Error,
     ) -> Result<(), (Running, Stay)> {
         let why = Stay::Failed(format!("the switch failed: {error}"));
-        if !self.old_volume.has_departed() {
+        if !self.old_volume.has_left_for_storage() {
             self.old_volume.end_switch(None);
             return Err((new, why));
         }
