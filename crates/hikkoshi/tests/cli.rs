@@ -127,6 +127,8 @@ fn wrong_usage_is_exit_status_2_and_says_what_to_do() {
         (&["serve", "--config", &config], "blocksize"),
         (&["limit"], "RATE"),
         (&["limit", "fast"], "40MB/s"),
+        (&["limit", "--all", "fast"], "40MB/s"),
+        (&["limit", "--all", "web", "1MB/s"], "together"),
         (&["move"], "NEWIMAGE"),
         (&["move", "a", "b", "c"], "NEWIMAGE"),
         (&["move", "a", "--max-rate", "fast"], "40MB/s"),
@@ -271,12 +273,15 @@ fn a_disk_moves_by_the_commands_alone() {
     // Paused before it begins, so that it is still arriving when it is looked at.
     assert!(moving.ask(&["pause"]).status.success());
     assert!(moving.ask(&["limit", "", "1MB/s"]).status.success());
+    assert!(moving.ask(&["limit", "--all", "2MB/s"]).status.success());
     assert!(moving.ask(&["handoff"]).status.success());
     let status = moving.json(&["wait", "--for", "arriving", "--timeout", "60s", "--json"]);
     assert_eq!(status["state"], "arriving");
     assert_eq!(status["background"], "paused");
     assert_eq!(status["limit_bytes_per_s"], 1_000_000);
+    assert_eq!(status["common_limit_bytes_per_s"], 2_000_000);
     assert!(moving.ask(&["limit", "none"]).status.success());
+    assert!(moving.ask(&["limit", "--all", "none"]).status.success());
     assert!(moving.ask(&["resume"]).status.success());
     let status = moving.json(&["wait", "--timeout", "60s", "--json"]);
     assert_eq!(

@@ -16,6 +16,7 @@ use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::handover;
 use hikkoshi_engine::heat::HeatMap;
+use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
@@ -189,6 +190,11 @@ impl Arrival {
         if self.has_base && !self.only_here {
             self.installing.open();
         }
+    }
+
+    /// What is copied ahead comes over the link of this mover, under the same caps.
+    pub(super) fn share<W>(&self, mover: &Mover<W>) {
+        self.state().precopy.share(mover);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -559,11 +565,10 @@ impl Volume {
         }
         self.keep_up(arrival);
         let until = self.now() + ASK_AFTER;
-        let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
+        let paused = relocation.with_mover(|m| m.is_paused());
         // Of an old copy it is to be known what differs, also where nothing is copied ahead.
         let paused = paused || !self.copies_ahead(arrival);
         let mut state = arrival.state();
-        state.precopy.set_limit(self.now(), limit);
         while self.now() < until && !state.over && !arrival.is_stopping() {
             let now = self.now();
             while now >= state.rests_until

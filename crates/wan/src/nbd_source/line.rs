@@ -14,6 +14,7 @@ use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
 
 use super::address::NbdSourceConfig;
 use super::attach::Ticket;
+use super::coding::{Coding, Lately};
 use super::job::Job;
 use super::wire::Wire;
 use crate::source::Lane;
@@ -46,6 +47,7 @@ pub(super) struct Line {
     pace: AtomicU64,
     /// Bytes that were not sent because they were cancelled.
     cancelled_bytes: AtomicU64,
+    lately: Mutex<Lately>,
     state: Mutex<State>,
 }
 
@@ -106,6 +108,7 @@ impl Line {
             queued_bulk: AtomicU64::new(0),
             pace: AtomicU64::new(0),
             cancelled_bytes: AtomicU64::new(0),
+            lately: Mutex::default(),
             state: Mutex::new(state),
         })
     }
@@ -265,6 +268,17 @@ impl Line {
     /// So many bytes of a cancelled request were not sent.
     pub(super) fn count_cancelled(&self, bytes: u64) {
         self.cancelled_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes of the disk have come, coded like this.
+    pub(super) fn came(&self, coding: Coding, bytes: u64) {
+        let mut lately = self.lately.lock().unwrap_or_else(PoisonError::into_inner);
+        lately.came(coding, bytes);
+    }
+
+    /// How data came lately.
+    pub(super) fn lately(&self) -> Lately {
+        *self.lately.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that were asked for and, being cancelled, not sent.
