@@ -232,7 +232,7 @@ impl Export {
         }
         running.volume().share_events(&old);
         let before = Arc::clone(&old);
-        let underway = Underway::begun(new_config, order.prepare, running, old, made);
+        let underway = Underway::begun(new_config, running, old, made);
         export.drive(underway).map_err(|error| {
             before.forget_storage_move();
             CommandError::Failed(error.to_string())

@@ -170,7 +170,10 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return self.record_handoff(None);
         };
-        self.await_prepared(arrival)?;
+        if !self.from_image {
+            // Between two images whoever drives the move waits, and may be told to wait no longer.
+            self.await_prepared(arrival)?;
+        }
         let _deciding = self.decide(arrival);
         if self.has_given_up() {
             return Err(io::Error::new(

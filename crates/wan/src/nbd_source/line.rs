@@ -164,8 +164,8 @@ impl Line {
     }
 
     /// Bulk reads of this range are waited for by a guest: what is queued goes with the demand, and
-    /// of what the server has been asked for it is told, if it speaks frames. A reply that has begun
-    /// is being served already.
+    /// of what the server has been asked for it is told, if it speaks frames. Of a reply that has begun,
+    /// too: the server may hold back the rest of it.
     pub(super) fn promote(&self, offset: u64, len: u64) {
         let mut guard = self.state();
         let state = &mut *guard;
@@ -185,10 +185,19 @@ impl Line {
         }
         state.bulk = stay;
         if self.speaks_frames() {
+            let end = offset.saturating_add(len);
+            let overlaps = |begun: &(Lane, u64, u32)| {
+                begun.0 != Lane::Demand && begun.1 < end && offset < begun.1 + u64::from(begun.2)
+            };
             let asked = state.unanswered.iter();
-            let output: Vec<u8> = asked
-                .filter(|(_, job)| job.is_bulk_of(offset, len))
-                .flat_map(|(id, _)| Request::Promote(*id, Priority::DEMAND).encode())
+            let asked = asked.filter(|(_, job)| job.is_bulk_of(offset, len));
+            let begun = state.begun.iter().filter(|(_, begun)| overlaps(begun));
+            let mut ids: Vec<u64> = asked.map(|(id, _)| *id).collect();
+            ids.extend(begun.map(|(id, _)| *id));
+            ids.sort_unstable();
+            let output: Vec<u8> = ids
+                .into_iter()
+                .flat_map(|id| Request::Promote(id, Priority::DEMAND).encode())
                 .collect();
             if !output.is_empty() && self.wire.send(&output).is_err() {
                 // The reader notices.

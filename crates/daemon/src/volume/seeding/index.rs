@@ -117,7 +117,7 @@ impl Table {
         let [a, b, c, d, e, f, g, h, ..] = *hash;
         let high = u128::from(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
         let slots = self.slots.len();
-        let home = high * u128::try_from(slots).unwrap_or(1) >> 64;
+        let home = (high * u128::try_from(slots).unwrap_or(1)) >> 64;
         let home = usize::try_from(home).unwrap_or(0);
         (0..MAX_PROBES.min(slots)).map(move |n| (home + n) % slots)
     }
