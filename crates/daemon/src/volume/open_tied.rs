@@ -272,6 +272,7 @@ pub(super) fn open_return(
         ties: Ties {
             base: base.as_ref().map(|(id, _)| *id),
             fenced_source,
+            source_flush_owed: now && !fenced_source && source.info().can_flush,
             only_here,
             way_back: wanted.way_back,
             // Nothing is written into it before the handoff.

@@ -64,6 +64,9 @@ impl Source for Hashing {
         self.questions.fetch_add(1, Ordering::Relaxed);
         self.memory.hashes(lane, offset, len, grain, done);
     }
+    fn flush(&self, done: Completion<()>) {
+        self.memory.flush(done);
+    }
     fn speaks_frames(&self) -> bool {
         self.frames.load(Ordering::Relaxed)
     }
