@@ -324,7 +324,7 @@ impl Volume {
         self.events.add(&self.name, kind, text);
     }
 
-    fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         (self.clock)()
     }
 

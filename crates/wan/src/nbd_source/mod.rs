@@ -15,6 +15,7 @@ mod bare;
 #[cfg(test)]
 mod cancel_tests;
 mod choice;
+mod coding;
 mod dial;
 #[cfg(test)]
 mod flush_tests;
@@ -43,6 +44,7 @@ use std::time::Duration;
 pub use address::{Address, MAX_CONNECTIONS, MAX_IN_FLIGHT, NbdSourceConfig};
 pub use attach::{MoveLine, MoveLink, Ticket};
 pub use bare::{BareConnection, Undone};
+pub use coding::Coding;
 pub use wire::Wire;
 
 use self::herald::News;
@@ -285,6 +287,10 @@ impl Source for NbdSource {
 
     fn cancelled_bytes(&self) -> u64 {
         self.shared.cancelled_bytes()
+    }
+
+    fn coding(&self) -> Option<Coding> {
+        self.shared.coding()
     }
 
     fn speaks_frames(&self) -> bool {
