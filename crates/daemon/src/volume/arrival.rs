@@ -279,7 +279,7 @@ impl Volume {
     }
 
     /// Whether the source has heard that the move was given up.
-    pub(super) fn abort_was_heard(&self) -> bool {
+    pub fn abort_was_heard(&self) -> bool {
         self.arrival.as_ref().is_some_and(|a| a.state().abort_heard)
     }
 
@@ -915,15 +915,21 @@ impl Volume {
         }
     }
 
-    /// With `--prepare full`: waits until everything is here.
+    /// With `--prepare full`: waits until everything is here. Not where somebody else has handed off
+    /// meanwhile, since nothing is prepared any more then; and not where the source is fenced for this
+    /// move already: it tracks and tells no changes after a restart, and the VM runs nowhere meanwhile.
     pub(super) fn await_prepared(&self, arrival: &Arrival) -> io::Result<()> {
         // Without a background copy nothing comes ahead, however long it is waited for.
         if arrival.prepare != Prepare::Full || !self.background {
             return Ok(());
         }
         let block = self.geometry.block_bytes();
+        let is_fenced = || arrival.ticket.attached().is_some_and(|a| a.departed);
+        let is_over = || self.life() != LifeState::Standby || is_fenced();
+        let is_prepared =
+            |state: &State| state.prepared && state.precopy.missing() * block <= NEARLY_ALL_BYTES;
         let mut state = arrival.state();
-        while !(state.prepared && state.precopy.missing() * block <= NEARLY_ALL_BYTES) {
+        while !is_over() && !is_prepared(&state) {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
             }
