@@ -245,6 +245,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     owned_bytes: 1 << 20,
     absent_bytes: 1 << 30,
     wire_bytes: 77,
+    codec: Some("zstd:3".into()),
     source_connected: Some(true),
     source_down_s: None,
     reads_waiting: 0,
@@ -259,6 +260,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     rate_bytes_per_s: 1_000_000,
     eta_s: Some(3600),
     limit_bytes_per_s: None,
+    common_limit_bytes_per_s: None,
     image: "/srv/disk.img".into(),
     storage_move: None,
     source: Some("nbd://old-site.example/".into()),
@@ -290,6 +292,14 @@ impl Fake {
 }
 
 impl Exports for Fake {
+    fn set_common_limit(&self, bytes_per_s: Option<u64>) {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.commands.fetch_add(1, Ordering::Relaxed);
+        for export in &self.exports {
+            export.status.lock().unwrap().common_limit_bytes_per_s = bytes_per_s;
+        }
+    }
+
     fn all(&self) -> Vec<Arc<dyn Controlled>> {
         self.questions.fetch_add(1, Ordering::Relaxed);
         self.exports.iter().map(|e| Arc::clone(e) as _).collect()

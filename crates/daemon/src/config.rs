@@ -183,6 +183,8 @@ pub struct DaemonConfig {
     pub exports: Vec<ExportConfig>,
     /// Most client connections at once.
     pub max_clients: usize,
+    /// The cap on what all exports copy in the background together, bytes per second.
+    pub max_rate_all: Option<u64>,
 }
 
 /// Most seed images of an export.

@@ -9,7 +9,7 @@ use crate::control;
 use crate::export::Export;
 use crate::front::{Front, Table};
 use crate::heat::Keeper;
-use crate::links::Links;
+use crate::links::{CommonCap, Links};
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::volume::open::OpenError;
 
@@ -80,16 +80,18 @@ impl Daemon {
     /// Anything of that fails; nothing is served then.
     pub fn start(config: DaemonConfig) -> Result<Self, DaemonError> {
         check(&config)?;
-        let (mut exports, mut links) = (Vec::new(), Links::default());
+        let cap = CommonCap::new(config.max_rate_all);
+        let (mut exports, mut links) = (Vec::new(), Links::under(cap.clone()));
         for export in &config.exports {
             let opened = Export::open(export).map_err(|e| DaemonError::Export {
                 image: export.image.display().to_string(),
                 source: Box::new(e),
             })?;
             links.join(&opened.volume());
+            opened.cap_by(cap.clone());
             exports.push(opened);
         }
-        let table = Arc::new(Table { exports });
+        let table = Arc::new(Table { exports, cap });
         let mut front = Front::start(Arc::clone(&table), &config.listen, config.max_clients)
             .map_err(|(address, source)| DaemonError::Listen {
                 address: address.to_string(),
@@ -202,6 +204,10 @@ impl Exports for Table {
             .iter()
             .map(|export| Arc::clone(export) as Arc<dyn Controlled>)
             .collect()
+    }
+
+    fn set_common_limit(&self, bytes_per_s: Option<u64>) {
+        self.cap.set_rate(bytes_per_s);
     }
 
     fn find(&self, name: &str) -> Result<Arc<dyn Controlled>, CommandError> {

@@ -6,13 +6,14 @@
 
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 use std::thread::JoinHandle;
 
 use hikkoshi_engine::heat::HeatMap;
 
 use crate::config::{ExportConfig, SourceConfig, StorageOrder};
 use crate::events::Event;
+use crate::links::CommonCap;
 use crate::registry::{CommandError, Controlled};
 use crate::status::{ExportStatus, StoragePhase};
 use crate::transfer::{Transfer, Underway};
@@ -34,6 +35,8 @@ pub struct Export {
     before: Mutex<Vec<Weak<Volume>>>,
     /// Held over the beginning of one: one at a time.
     beginning: Mutex<()>,
+    /// What caps it together with others.
+    cap: OnceLock<CommonCap>,
 }
 
 /// What must be closed in the end.
@@ -58,6 +61,7 @@ impl Export {
             transfer: Mutex::default(),
             before: Mutex::default(),
             beginning: Mutex::default(),
+            cap: OnceLock::new(),
         })
     }
 
@@ -85,6 +89,11 @@ impl Export {
             export.drive(Underway::resumed(transfer, old))?;
         }
         Ok(export)
+    }
+
+    /// What it copies, also when it changes its storage, is under this cap from now on. Once.
+    pub fn cap_by(&self, cap: CommonCap) {
+        let _ = self.cap.set(cap);
     }
 
     /// Where its disk is now.
@@ -218,9 +227,12 @@ impl Export {
                 OpenError::Refused(why) => CommandError::Conflict(why),
                 error => CommandError::Failed(error.to_string()),
             })?;
+        if let Some(cap) = self.cap.get() {
+            cap.join(running.volume());
+        }
         running.volume().share_events(&old);
         let before = Arc::clone(&old);
-        let underway = Underway::begun(new_config, order.prepare, running, old, made);
+        let underway = Underway::begun(new_config, running, old, made);
         export.drive(underway).map_err(|error| {
             before.forget_storage_move();
             CommandError::Failed(error.to_string())
@@ -244,6 +256,7 @@ impl Controlled for Export {
             let ahead = new.status();
             status.background = ahead.background;
             status.limit_bytes_per_s = ahead.limit_bytes_per_s;
+            status.common_limit_bytes_per_s = ahead.common_limit_bytes_per_s;
             status.disk_full |= ahead.disk_full;
         }
         let told = transfer.status();

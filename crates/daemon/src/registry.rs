@@ -88,6 +88,10 @@ pub trait Exports: Send + Sync + 'static {
     /// All of them, in the order of the configuration.
     fn all(&self) -> Vec<std::sync::Arc<dyn Controlled>>;
 
+    /// Caps what all of them copy in the background together, in bytes per second; `None` lifts the
+    /// cap.
+    fn set_common_limit(&self, bytes_per_s: Option<u64>);
+
     /// The one of this name. The empty name also finds the only export there is.
     ///
     /// # Errors

@@ -98,6 +98,10 @@ pub struct ExportStatus {
     /// started.
     #[serde(default)]
     pub seeded_bytes: u64,
+    /// How data crosses the link now, written as `--compress` is; `null` while none has come, and
+    /// where plain NBD is spoken.
+    #[serde(default)]
+    pub codec: Option<String>,
     /// Whether the source is reachable; `null` when there is none.
     pub source_connected: Option<bool>,
     /// For how many seconds the source has been away; `null` while it is there, or with none.
@@ -133,6 +137,10 @@ pub struct ExportStatus {
     pub eta_s: Option<u64>,
     /// The cap on the background copy in bytes per second; `null` without one.
     pub limit_bytes_per_s: Option<u64>,
+    /// The cap on what all disks of this daemon copy in the background together, in bytes per second;
+    /// `null` without one, and for a disk that has no source.
+    #[serde(default)]
+    pub common_limit_bytes_per_s: Option<u64>,
     /// The image file or block device.
     pub image: String,
     /// The last move to another image of this machine; `null` if there was none since the daemon
@@ -166,6 +174,18 @@ pub struct Counters {
     pub blocks_installed: u64,
     /// Bytes found to be zero at the source, so never sent.
     pub zero_bytes_skipped: u64,
+    /// Of these, bytes that the source told to be zero before any data was asked for: holes.
+    #[serde(default)]
+    pub hole_bytes_skipped: u64,
+    /// Bytes that were written here before they came, so that they were not needed any more.
+    #[serde(default)]
+    pub overwritten_bytes: u64,
+    /// Bytes of the disk that came as data.
+    #[serde(default)]
+    pub data_bytes: u64,
+    /// What those were on the link, requests included.
+    #[serde(default)]
+    pub data_wire_bytes: u64,
     /// Bytes that did not cross the link because what did was compressed.
     #[serde(default)]
     pub packed_bytes_saved: u64,

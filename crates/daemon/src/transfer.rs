@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_store::medium::is_no_space;
 
-use crate::config::{ExportConfig, Prepare};
+use crate::config::ExportConfig;
 use crate::events::EventKind;
 use crate::export::Export;
 use crate::registry::{CommandError, Controlled as _};
@@ -215,7 +215,6 @@ impl Transfer {
 /// A move, and what the thread that drives it owns.
 pub struct Underway {
     transfer: Arc<Transfer>,
-    prepare: Prepare,
     /// The new volume, before the switch.
     new: Option<Running>,
     /// The old volume, after it.
@@ -234,17 +233,10 @@ enum Stay {
 
 impl Underway {
     /// One that begins.
-    pub fn begun(
-        new_config: ExportConfig,
-        prepare: Prepare,
-        new: Running,
-        old: Arc<Volume>,
-        made: bool,
-    ) -> Self {
+    pub fn begun(new_config: ExportConfig, new: Running, old: Arc<Volume>, made: bool) -> Self {
         let phase = StoragePhase::Preparing;
         Self {
             transfer: Transfer::new(Some(new_config), new.volume(), &old, phase),
-            prepare,
             new: Some(new),
             old: None,
             old_volume: old,
@@ -256,7 +248,6 @@ impl Underway {
     pub fn resumed(transfer: Arc<Transfer>, old: Running) -> Self {
         Self {
             transfer,
-            prepare: Prepare::None,
             new: None,
             old_volume: Arc::clone(old.volume()),
             old: Some(old),
@@ -299,21 +290,39 @@ impl Underway {
         Ok(())
     }
 
-    /// 1. and 2.
+    /// 1. and 2., and again where the VM was faster meanwhile.
     fn await_prepared(&self, new: &Arc<Volume>) -> Result<(), Stay> {
+        loop {
+            self.await_copied(new)?;
+            self.sync_both(new)?;
+            let prepared = new.is_prepared();
+            let mut state = lock(&self.transfer.state);
+            Self::check(&state)?;
+            if prepared || state.switch_now {
+                state.phase = StoragePhase::Switching;
+                return Ok(());
+            }
+        }
+    }
+
+    fn await_copied(&self, new: &Arc<Volume>) -> Result<(), Stay> {
         let transfer = &self.transfer;
         loop {
-            let prepared = self.prepare == Prepare::None || new.prepared().is_some_and(|p| p.done);
+            let prepared = new.is_prepared();
             let state = lock(&transfer.state);
             Self::check(&state)?;
             if new.is_poisoned() {
                 return Err(Stay::Failed(format!("a sync of {} failed", transfer.to)));
             }
             if prepared || state.switch_now {
-                break;
+                return Ok(());
             }
             drop(transfer.wait(state));
         }
+    }
+
+    fn sync_both(&self, new: &Arc<Volume>) -> Result<(), Stay> {
+        let transfer = &self.transfer;
         for _ in 0..SYNCS {
             let began = Instant::now();
             for (volume, image) in [(new, &transfer.to), (&self.old_volume, &transfer.from)] {
@@ -325,9 +334,6 @@ impl Underway {
                 break;
             }
         }
-        let mut state = lock(&transfer.state);
-        Self::check(&state)?;
-        state.phase = StoragePhase::Switching;
         Ok(())
     }
 
@@ -358,7 +364,7 @@ impl Underway {
         error: &std::io::Error,
     ) -> Result<(), (Running, Stay)> {
         let why = Stay::Failed(format!("the switch failed: {error}"));
-        if !self.old_volume.has_departed() {
+        if !self.old_volume.has_left_for_storage() {
             self.old_volume.end_switch(None);
             return Err((new, why));
         }

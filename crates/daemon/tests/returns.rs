@@ -275,6 +275,24 @@ fn the_first_write_at_the_old_site_takes_the_disk_back() {
     moved.finish();
 }
 
+/// While A was away, B began to write a block whose rest is only there. Asked for before it served the old
+/// copy, the handoff was refused, at every start.
+#[test]
+fn a_return_at_once_first_gives_what_is_still_needed() {
+    let mut moved = Moved::new(false);
+    moved.a.take().unwrap().stop();
+    let at = (7 << 20) + 512;
+    Guest::connect(&moved.b().address()).write(at as u64, &[0xb9; 512]);
+    moved.data[at..at + 512].fill(0xb9);
+    let mut wanted = moved.returning();
+    wanted.source().handoff = HandoffPolicy::Now;
+    moved.a = Some(Site::start(moved.dir.path(), "a", wanted));
+    wait_until("the disk is at A", || {
+        moved.a().status().state != LifeState::Standby
+    });
+    moved.finish();
+}
+
 /// Over a connection that stood before the handoff, B reads nothing that is written after it.
 #[test]
 fn nobody_reads_an_old_copy_that_is_written_into() {

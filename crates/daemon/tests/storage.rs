@@ -3,6 +3,8 @@
 
 #[path = "site/guest.rs"]
 mod guest;
+#[path = "site/late.rs"]
+mod late;
 mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
@@ -11,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use guest::Guest;
 use hikkoshi_daemon::config::{
@@ -22,6 +25,7 @@ use hikkoshi_daemon::registry::CommandError;
 use hikkoshi_daemon::status::{LifeState, StorageMoveStatus, StoragePhase};
 use hikkoshi_daemon::volume::storage::source::ImageSource;
 use hikkoshi_wan::Source;
+use late::{assert_is_released, release_by_hand};
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -470,4 +474,45 @@ fn the_old_image_conforms_as_a_source() {
     support::conforms(&*source, &data, &|| {});
     assert!(!source.is_connected(), "it was closed");
     export.close().unwrap();
+}
+
+/// A move whose fence was lifted by hand gets the disk no more, also from another image. It was forgotten
+/// with the old one.
+#[test]
+fn a_move_that_was_released_by_hand_stays_so_over_a_change_of_storage() {
+    let dir = TempDir::new().unwrap();
+    let data = pattern(SIZE);
+    let site = Site::with(dir.path(), "a", &data, On::Unix);
+    release_by_hand(&site);
+    site.export()
+        .move_storage(&order(&dir.path().join("b")))
+        .unwrap();
+    done(&site);
+    assert_is_released(&site);
+    assert_eq!(site.status().state, LifeState::Local);
+    assert!(disk(&site) == data);
+}
+
+/// With `--prepare full` the switch waited behind the command for what was not copied, and giving up and the
+/// end of the daemon waited with it.
+#[test]
+fn a_switch_by_hand_waits_for_no_full_copy() {
+    let dir = TempDir::new().unwrap();
+    let (_, b) = names(&dir);
+    let data = pattern(SIZE);
+    let site = Site::with(dir.path(), "a", &data, On::Unix);
+    let mut full = order(&b);
+    (full.prepare, full.max_rate) = (Prepare::Full, Some(1));
+    site.export().move_storage(&full).unwrap();
+    site.export().pause().unwrap();
+    let export = site.export();
+    let (sender, switched) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(export.handoff().map_err(|e| e.to_string())));
+    let outcome = switched.recv_timeout(Duration::from_secs(60));
+    assert_eq!(outcome, Ok(Ok(())));
+    assert_eq!(phase(&site), StoragePhase::Copying);
+    site.export().set_limit(None).unwrap();
+    site.export().resume().unwrap();
+    done(&site);
+    assert!(disk(&site) == data);
 }

@@ -3,6 +3,8 @@
 
 #[path = "site/guest.rs"]
 mod guest;
+#[path = "site/late.rs"]
+mod late;
 mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
@@ -13,6 +15,9 @@ use guest::Guest;
 use hikkoshi_daemon::config::HandoffPolicy;
 use hikkoshi_daemon::events::EventKind;
 use hikkoshi_daemon::status::LifeState;
+use hikkoshi_store::state::StateDir;
+use hikkoshi_wan::transport::session::Told;
+use late::{assert_is_released, handoff_to, release_by_hand};
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -243,4 +248,52 @@ fn a_released_way_back_is_recorded_no_more() {
     let b = Site::start(dir.path(), "b", Wanted::plain(On::Unix));
     assert!(b.contents() == data);
     assert!(!b.status().way_back.kept);
+}
+
+/// A move whose fence was lifted by hand gets the disk no more, also after the disk has gone away and
+/// come back. It was forgotten, and its VM would have gone on with memory of an older disk.
+#[test]
+fn a_move_that_was_released_by_hand_stays_so_over_a_return() {
+    let dir = TempDir::new().unwrap();
+    let data = pattern(SIZE);
+    let a = Site::with(dir.path(), "a", &data, On::Unix);
+    release_by_hand(&a);
+    let b = moved(dir.path(), "b", recording(&a));
+    a.stop();
+    // One that is given up, and one that is not.
+    let a = Site::start(dir.path(), "a", returning(&b));
+    a.export().abort().unwrap();
+    a.stop();
+    let a = Site::start(dir.path(), "a", returning(&b));
+    come_back(&a);
+    assert_is_released(&a);
+    assert_eq!(a.status().state, LifeState::Local);
+    assert!(a.contents() == data);
+}
+
+/// A return was given up, and its source, fenced for it by then, could not be told so. Then the source was
+/// given up for lost by hand. When it came back it was told, and took writes as well.
+#[test]
+fn whoever_was_released_against_by_hand_is_not_told_to_go_on() {
+    let dir = TempDir::new().unwrap();
+    let data = pattern(SIZE);
+    let a = Site::with(dir.path(), "a", &data, On::Unix);
+    let b = moved(dir.path(), "b", recording(&a));
+    a.stop();
+    let a = Site::start(dir.path(), "a", returning(&b));
+    let state = dir.path().join("a.hikkoshi");
+    let id = StateDir::whose(&state).unwrap().unwrap().volume_id;
+    let told = handoff_to(&b, id);
+    assert!(matches!(told, Ok(Told::Fenced { .. })), "{told:?}");
+    b.stop();
+    a.export().abort().unwrap();
+    a.stop();
+    assert!(StateDir::whose(&state).unwrap().unwrap().ties.gave_up);
+    let a = Site::start(dir.path(), "a", Wanted::plain(On::Unix));
+    a.export().release(true).unwrap();
+    a.stop();
+    let b = Site::start(dir.path(), "b", Wanted::plain(On::Unix));
+    let a = Site::start(dir.path(), "a", Wanted::plain(On::Unix));
+    Guest::connect(&a.address()).write(0, &[1; 512]);
+    assert_eq!(b.status().state, LifeState::Departed);
 }

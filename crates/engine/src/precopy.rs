@@ -10,12 +10,12 @@
 //! handoff, when it is written here and need not be copied at all.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::changes::{masks, push_bits};
 use crate::geometry::{BlockRange, Geometry};
-use crate::mover::bucket::TokenBucket;
-use crate::mover::pacer::Pacer;
+use crate::mover::{Allowance, Mover, Seat};
 
 /// Changes are counted by regions of this size, as heat is.
 const REGION_BYTES: u64 = 1 << 20;
@@ -73,8 +73,8 @@ pub struct Precopy {
     most_repeats: u32,
     /// Blocks that were copied and have changed since, in all.
     repeated: u64,
-    pacer: Pacer,
-    bucket: TokenBucket,
+    pacer: Arc<Seat>,
+    bucket: Arc<Allowance>,
 }
 
 impl Precopy {
@@ -93,11 +93,17 @@ impl Precopy {
             repeats: HashMap::new(),
             most_repeats: MAX_REPEATS,
             repeated: 0,
-            pacer: Pacer::new(),
-            bucket: TokenBucket::new(None),
+            pacer: Arc::new(Seat::alone()),
+            bucket: Arc::new(Allowance::new(None)),
         };
         this.start_over(all_copied);
         this
+    }
+
+    /// What it asks for comes over the link of the disk's mover, in that one's share, and under the same
+    /// caps. Before anything is asked for.
+    pub fn share<W>(&mut self, mover: &Mover<W>) {
+        (self.pacer, self.bucket) = mover.on_link();
     }
 
     /// Everything is to be copied before the handoff, however often it changes.
@@ -169,13 +175,6 @@ impl Precopy {
     pub fn connected(&mut self, now: Duration, source_paces: bool) {
         self.pacer.source_paces(source_paces);
         self.pacer.restart(now);
-    }
-
-    /// Caps the copy, in bytes per second.
-    pub fn set_limit(&mut self, now: Duration, bytes_per_s: Option<u64>) {
-        if self.bucket.rate() != bytes_per_s {
-            self.bucket.set_rate(now, bytes_per_s);
-        }
     }
 
     /// What to ask for next as far as link and cap allow it now.
@@ -420,10 +419,13 @@ impl Precopy {
         self.clear(range);
     }
 
-    /// What is under way of these blocks will not count.
     /// The VM has moved: what counts as copied is so for good. Nothing more does.
     pub fn finish(&mut self) -> Vec<BlockRange> {
-        self.flights.clear();
+        for flight in std::mem::take(&mut self.flights).into_values() {
+            if flight.sent_at.is_some() {
+                self.pacer.lost(self.geometry.bytes(flight.range).len());
+            }
+        }
         let mut runs = Vec::new();
         for (at, word) in (0_u64..).zip(&mut self.copied) {
             push_bits(&mut runs, at * BITS, std::mem::take(word));

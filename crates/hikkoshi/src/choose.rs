@@ -67,6 +67,31 @@ pub fn all(control: Option<&Path>) -> Result<Vec<Found>, Failure> {
     }
 }
 
+/// The daemon at `control`, or the only one of this user that has a disk with a source.
+///
+/// # Errors
+/// None answers, or it is not clear which; the text lists the candidates.
+pub fn daemon(control: Option<&Path>) -> Result<ControlClient, Failure> {
+    let found = all(control)?;
+    only_daemon(&found)
+}
+
+fn only_daemon(found: &[Found]) -> Result<ControlClient, Failure> {
+    let of = |one: &Found| one.daemon.path().to_owned();
+    let mut daemons: Vec<PathBuf> = found.iter().map(of).collect();
+    let with_source = found.iter().filter(|one| one.status.source.is_some());
+    let mut busy: Vec<PathBuf> = with_source.map(of).collect();
+    daemons.dedup();
+    busy.dedup();
+    match (busy.as_slice(), daemons.as_slice()) {
+        ([only], _) | ([], [only]) => Ok(ControlClient::new(only)),
+        _ => Err(Failure::failed(format!(
+            "say which daemon, with --control unix:PATH: {}",
+            list(found)
+        ))),
+    }
+}
+
 /// The export called `name`; without a name the only one that is moving here, else the only one.
 ///
 /// # Errors
@@ -133,6 +158,7 @@ pub(crate) mod tests {
             owned_bytes: 1 << 30,
             absent_bytes: 15 << 30,
             wire_bytes: 4 << 30,
+            codec: None,
             source_connected: Some(true),
             source_down_s: None,
             reads_waiting: 0,
@@ -147,6 +173,7 @@ pub(crate) mod tests {
             rate_bytes_per_s: 41_000_000,
             eta_s: Some(200),
             limit_bytes_per_s: None,
+            common_limit_bytes_per_s: None,
             image: "disk.img".into(),
             storage_move: None,
             source: Some("nbd://old/".into()),
@@ -161,6 +188,20 @@ pub(crate) mod tests {
             daemon: ControlClient::new(daemon),
             status: status(name, state),
         }
+    }
+
+    #[test]
+    fn the_daemon_is_the_one_that_copies() {
+        use LifeState::{Arriving, Local};
+        let mut local = found("a", "", Local);
+        local.status.source = None;
+        let two = [found("b", "one", Arriving), found("b", "two", Local)];
+        let with_local = [&[local.clone()], &two[..]].concat();
+        assert_eq!(only_daemon(&with_local).unwrap().path(), Path::new("b"));
+        assert_eq!(only_daemon(&[local]).unwrap().path(), Path::new("a"));
+        let unclear = [&two[..], &[found("c", "", Arriving)]].concat();
+        let said = only_daemon(&unclear).unwrap_err().to_string();
+        assert!(said.contains("unix:b") && said.contains("unix:c"), "{said}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub enum Command {
     Pause(Target),
     /// Let the background copy go on
     Resume(Target),
-    /// Cap the rate of the background copy
+    /// Cap the rate of the background copy, of one disk or of all together
     Limit(Limit),
     /// Say that the VM runs here from now on
     Handoff(Target),
@@ -189,11 +189,17 @@ pub struct Verify {
 
 /// `limit`. The export comes first and may be left out, so the two are told apart by number.
 #[derive(Args, Debug)]
-#[command(override_usage = "hikkoshi limit [OPTIONS] [EXPORT] <RATE|none>")]
+#[command(
+    override_usage = "hikkoshi limit [OPTIONS] [EXPORT] <RATE|none>\n       \
+    hikkoshi limit [OPTIONS] --all <RATE|none>"
+)]
 pub struct Limit {
     /// The export, if not the one that is moving, and the cap: 40MB/s, 10MiB/s, 200Mbit/s or none
     #[arg(num_args = 1..=2, required = true, value_name = "[EXPORT] RATE")]
     pub words: Vec<String>,
+    /// Cap what all disks of the daemon copy together, besides the caps of each
+    #[arg(long)]
+    pub all: bool,
     #[command(flatten)]
     pub control: Control,
 }
@@ -308,6 +314,9 @@ pub struct Serve {
     /// Cap on the background copy, e.g. 40MB/s, 10MiB/s or 200Mbit/s
     #[arg(long, value_name = "RATE", requires = "from", value_parser = MaxRate::parse)]
     pub max_rate: Option<MaxRate>,
+    /// Cap on the background copies of all disks of this daemon together, besides those of each
+    #[arg(long, value_name = "RATE", value_parser = MaxRate::parse)]
+    pub max_rate_all: Option<MaxRate>,
     /// Connections to the source
     #[arg(long, value_name = "N", requires = "from", default_value_t = DEFAULT_CONNECTIONS,
         value_parser = parse_connections)]
@@ -578,7 +587,8 @@ mod tests {
              --state s --control unix:/c --no-background --on-source-loss error:2.5 \
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
              --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
-             --transport nbd --way-back --return --seed-image a --seed-image b --seed-always -v",
+             --transport nbd --way-back --return --seed-image a --seed-image b --seed-always --max-rate-all 1MB/s \
+             -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -590,6 +600,7 @@ mod tests {
         assert_eq!(serve.handoff, Handoff::Command);
         assert_eq!(serve.block_size, 65536);
         assert_eq!(serve.max_rate, Some(MaxRate(Some(40_000_000))));
+        assert_eq!(serve.max_rate_all, Some(MaxRate(Some(1_000_000))));
         assert_eq!(serve.connections, 8);
         assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);

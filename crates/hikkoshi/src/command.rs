@@ -18,11 +18,22 @@ pub fn run(target: &Target, command: Command) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `limit [EXPORT] RATE`.
+/// `limit [EXPORT] RATE`, `limit --all RATE`.
 ///
 /// # Errors
 /// As [`run`], or the rate is none.
 pub fn limit(args: Limit) -> Result<(), Failure> {
+    if args.all {
+        let [rate] = args.words.as_slice() else {
+            return Err(Failure::Usage(
+                "limit --all RATE|none: the cap is on all exports together".into(),
+            ));
+        };
+        let rate = quantity::parse_rate(rate).map_err(Failure::Usage)?;
+        let daemon = choose::daemon(args.control.control.as_deref())?;
+        daemon.limit_all(rate)?;
+        return Ok(());
+    }
     let (export, rate) = match args.words.as_slice() {
         [rate] => (None, rate),
         [export, rate] => (Some(export.clone()), rate),

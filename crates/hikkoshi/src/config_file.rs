@@ -30,6 +30,7 @@ struct File {
     control: Option<String>,
     metrics: Option<String>,
     max_clients: Option<usize>,
+    max_rate_all: Option<String>,
     #[serde(rename = "export")]
     exports: Vec<Export>,
 }
@@ -122,6 +123,7 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         metrics: value("metrics", &file.metrics, address::parse_metrics)?,
         exports,
         new_images,
+        max_rate_all: value("max-rate-all", &file.max_rate_all, quantity::parse_rate)?.flatten(),
         max_clients: file.max_clients.unwrap_or(DEFAULT_MAX_CLIENTS),
     })
 }
@@ -243,6 +245,7 @@ mod tests {
         let plan = parse(&documented_example()).unwrap();
         assert_eq!(plan.listen.len(), 2);
         assert_eq!(plan.exports.len(), 3);
+        assert_eq!(plan.max_rate_all, Some(80_000_000));
         let web = &plan.exports[0];
         let source = web.source.as_ref().unwrap();
         assert_eq!(source.uri, "nbd://old-site.example/web");
@@ -283,6 +286,8 @@ mod tests {
             ("listen=['x']\n[[export]]\nimage='a'", "listen"),
             ("metrics='9109'\n[[export]]\nimage='a'", "metrics"),
             ("control='x'\n[[export]]\nimage='a'", "control"),
+            ("max-rate-all=5\n[[export]]\nimage='a'", "max-rate-all"),
+            ("max-rate-all='fast'\n[[export]]\nimage='a'", "max-rate-all"),
         ] {
             let error = parse(text)
                 .err()

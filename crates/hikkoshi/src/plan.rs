@@ -30,4 +30,6 @@ pub struct Plan {
     pub new_images: Vec<NewImage>,
     /// Most client connections at once.
     pub max_clients: usize,
+    /// The cap on what all exports copy in the background together.
+    pub max_rate_all: Option<u64>,
 }

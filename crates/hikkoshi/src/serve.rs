@@ -34,6 +34,7 @@ pub fn run(args: Serve) -> Result<(), Failure> {
         metrics: plan.metrics,
         exports: plan.exports,
         max_clients: plan.max_clients,
+        max_rate_all: plan.max_rate_all,
     };
     let daemon = Daemon::start(config).map_err(|error| match error {
         DaemonError::Config(what) => Failure::Usage(what),
@@ -66,6 +67,7 @@ fn plan(args: Serve) -> Result<Plan, Failure> {
             control: None,
             metrics: None,
             max_clients: DEFAULT_MAX_CLIENTS,
+            max_rate_all: None,
             new_images: Vec::new(),
             exports: Vec::new(),
         },
@@ -78,6 +80,9 @@ fn plan(args: Serve) -> Result<Plan, Failure> {
     }
     if args.metrics.is_some() {
         plan.metrics.clone_from(&args.metrics);
+    }
+    if let Some(rate) = args.max_rate_all {
+        plan.max_rate_all = rate.0;
     }
     if args.config.is_none() {
         let (export, new_image) = one_export(args)?;

@@ -4,7 +4,7 @@ use std::io::{IsTerminal as _, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
-use hikkoshi_daemon::status::{BackgroundState, ExportStatus, LifeState};
+use hikkoshi_daemon::status::{BackgroundState, Counters, ExportStatus, LifeState};
 
 use crate::choose::{self, Found};
 use crate::cli;
@@ -121,20 +121,16 @@ fn describe(one: &Found, with_daemon: bool) -> String {
             None => "needed no more",
         };
         let counters = &status.counters;
-        let saved = [
-            (counters.packed_bytes_saved, "saved by compression"),
-            (counters.zero_bytes_skipped, "of zeroes not sent"),
-            (counters.cancelled_bytes, "taken back in time"),
-        ];
-        let saved: String = saved
-            .iter()
-            .filter(|(bytes, _)| *bytes > 0)
-            .map(|(bytes, what)| format!(", {} {what}", show_size(*bytes)))
-            .collect();
+        let saved = match counters.packed_bytes_saved {
+            0 => String::new(),
+            saved => format!(", {} saved by compression", show_size(saved)),
+        };
         lines.push(format!(
             "  source   {source} {link}, {} came over the link{saved}",
             show_size(status.wire_bytes)
         ));
+        lines.extend(coding(status).map(|text| format!("  data     {text}")));
+        lines.extend(not_sent(status).map(|text| format!("  not sent {text}")));
     }
     let counters = &status.counters;
     lines.push(format!(
@@ -154,6 +150,51 @@ fn describe(one: &Found, with_daemon: bool) -> String {
     lines.join("\n") + "\n"
 }
 
+/// How data crosses the link, and how much smaller it is there.
+fn coding(status: &ExportStatus) -> Option<String> {
+    let Counters {
+        data_bytes,
+        data_wire_bytes,
+        ..
+    } = status.counters;
+    let ratio = (data_bytes > 0).then(|| {
+        let percent = u128::from(data_wire_bytes) * 100 / u128::from(data_bytes);
+        let data = show_size(data_bytes);
+        format!("{data} came in {percent}% of their size")
+    });
+    let codec = match status.codec.as_deref() {
+        None => return ratio,
+        Some("none") => "as it is".to_owned(),
+        Some(codec) => format!("as {codec}"),
+    };
+    Some(match ratio {
+        None => format!("comes {codec}"),
+        Some(ratio) => format!("comes {codec}; {ratio}"),
+    })
+}
+
+/// What did not have to be sent, and why.
+fn not_sent(status: &ExportStatus) -> Option<String> {
+    let counters = &status.counters;
+    let holes = counters.hole_bytes_skipped;
+    let reasons = [
+        (holes, "of holes"),
+        (
+            counters.zero_bytes_skipped.saturating_sub(holes),
+            "of zeroes",
+        ),
+        (counters.overwritten_bytes, "written here before"),
+        (status.seeded_bytes, "from seed images"),
+        (counters.cancelled_bytes, "taken back in time"),
+    ];
+    let reasons: Vec<String> = reasons
+        .iter()
+        .filter(|(bytes, _)| *bytes > 0)
+        .map(|(bytes, why)| format!("{} {why}", show_size(*bytes)))
+        .collect();
+    (!reasons.is_empty()).then(|| reasons.join(", "))
+}
+
 fn copying(status: &ExportStatus) -> String {
     let mut text = match status.background {
         BackgroundState::Idle => "idle".to_owned(),
@@ -166,6 +207,10 @@ fn copying(status: &ExportStatus) -> String {
     }
     if let Some(limit) = status.limit_bytes_per_s {
         text.push_str(&format!(", limited to {}", show_rate(limit)));
+    }
+    if let Some(limit) = status.common_limit_bytes_per_s {
+        let limit = show_rate(limit);
+        text.push_str(&format!(", all disks together to {limit}"));
     }
     text
 }
@@ -193,6 +238,37 @@ mod tests {
              \x20 control  unix:/run/c.sock\n\
              \x20 note     look here\n"
         );
+    }
+
+    #[test]
+    fn people_see_how_it_comes_and_what_need_not() {
+        let mut one = status("web", LifeState::Arriving);
+        one.codec = Some("zstd:3".into());
+        one.seeded_bytes = 3 << 30;
+        one.counters = Counters {
+            data_bytes: 2 << 30,
+            data_wire_bytes: 3 << 28,
+            packed_bytes_saved: 5 << 28,
+            zero_bytes_skipped: 6 << 30,
+            hole_bytes_skipped: 5 << 30,
+            overwritten_bytes: 7 << 30,
+            cancelled_bytes: 1 << 20,
+            ..one.counters
+        };
+        let expected = "2.0 GiB came in 37% of their size";
+        assert_eq!(coding(&one), Some(format!("comes as zstd:3; {expected}")));
+        assert_eq!(
+            not_sent(&one).as_deref(),
+            Some(
+                "5.0 GiB of holes, 1.0 GiB of zeroes, 7.0 GiB written here before, 3.0 GiB from \
+                 seed images, 1.0 MiB taken back in time"
+            )
+        );
+        one.codec = Some("none".into());
+        assert_eq!(coding(&one), Some(format!("comes as it is; {expected}")));
+        // Over plain NBD.
+        one.codec = None;
+        assert_eq!(coding(&one).as_deref(), Some(expected));
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub mod source;
 pub mod transport;
 
 pub use memory::MemorySource;
-pub use nbd_source::{Address, MoveLine, MoveLink, NbdSource, NbdSourceConfig, Ticket};
+pub use nbd_source::{Address, Coding, MoveLine, MoveLink, NbdSource, NbdSourceConfig, Ticket};
 pub use source::{
     Completion, ExtentsAnswer, Fetched, Hashes, Lane, Source, SourceError, SourceErrorKind,
     SourceExtent, SourceInfo, SourceWatcher,

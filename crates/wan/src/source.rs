@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::nbd_source::Coding;
 use crate::transport::message::{Hash, hashes_of};
 
 /// What is known of a source once it has been reached.
@@ -225,6 +226,11 @@ pub trait Source: Send + Sync + 'static {
     /// Bytes that were asked for and, being cancelled, not sent.
     fn cancelled_bytes(&self) -> u64 {
         0
+    }
+
+    /// How data came lately; `None` while nothing has, and where frames are not spoken.
+    fn coding(&self) -> Option<Coding> {
+        None
     }
 
     /// Whether frames of ours are spoken with it now: hashes are made there, and what crosses the

@@ -193,6 +193,18 @@ impl ControlClient {
         self.parse(&body)
     }
 
+    /// Caps what all exports of the daemon copy in the background together, in bytes per second, and
+    /// tells how they stand; `None` lifts the cap.
+    ///
+    /// # Errors
+    /// As [`Self::status`].
+    pub fn limit_all(&self, bytes_per_s: Option<u64>) -> Result<Vec<ExportStatus>, ClientError> {
+        let rate = bytes_per_s.map_or("none".to_owned(), |rate| rate.to_string());
+        let target = format!("/v1/limit-all?bytes_per_s={rate}");
+        let body = self.request("POST", &target, COMMAND_TIMEOUT)?;
+        self.parse(&body)
+    }
+
     /// Begins to move an export's disk to another image of the daemon's machine, and tells how it
     /// stands then. Relative paths are the daemon's.
     ///

@@ -73,6 +73,11 @@ const METRICS: &[Metric] = &[
         |s| s.limit_bytes_per_s,
     ),
     gauge(
+        "copy_common_limit_bytes_per_second",
+        "The cap on the background copy of all disks of the daemon together; no sample without one.",
+        |s| s.common_limit_bytes_per_s,
+    ),
+    gauge(
         "source_connected",
         "Whether the source is reachable and believed to be the same disk; no sample without one.",
         |s| s.source_connected.map(u64::from),
@@ -159,6 +164,26 @@ const METRICS: &[Metric] = &[
         |s| Some(s.counters.zero_bytes_skipped),
     ),
     counter(
+        "hole_bytes_skipped_total",
+        "Of these, bytes that the source told to be zero before any data was asked for.",
+        |s| Some(s.counters.hole_bytes_skipped),
+    ),
+    counter(
+        "overwritten_bytes_total",
+        "Bytes that were written here before they came, and so were not needed.",
+        |s| Some(s.counters.overwritten_bytes),
+    ),
+    counter(
+        "data_bytes_total",
+        "Bytes of the disk that came as data.",
+        |s| Some(s.counters.data_bytes),
+    ),
+    counter(
+        "data_wire_bytes_total",
+        "What those were on the link: the quotient is the ratio of compression.",
+        |s| Some(s.counters.data_wire_bytes),
+    ),
+    counter(
         "seeded_bytes_total",
         "Bytes that were found in a seed image and so were not sent.",
         |s| Some(s.seeded_bytes),
@@ -241,6 +266,19 @@ pub(super) fn render(exports: &[ExportStatus]) -> String {
             let is = u8::from(status.background == state);
             line(format_args!(
                 "hikkoshi_background{{export=\"{export}\",state=\"{name}\"}} {is}"
+            ));
+        }
+    }
+    line(format_args!(
+        "# HELP hikkoshi_codec How data crosses the link: 1 for what is used now."
+    ));
+    line(format_args!("# TYPE hikkoshi_codec gauge"));
+    for status in exports {
+        if let Some(codec) = &status.codec {
+            let export = escape(&status.export);
+            let codec = escape(codec);
+            line(format_args!(
+                "hikkoshi_codec{{export=\"{export}\",codec=\"{codec}\"}} 1"
             ));
         }
     }

@@ -31,6 +31,7 @@ GET  /metrics                            the numbers of all, for Prometheus
 POST /v1/pause?name=NAME                 stop the background copy
 POST /v1/resume?name=NAME                let it go on
 POST /v1/limit?name=NAME&bytes_per_s=N   cap it, in bytes per second; none lifts the cap
+POST /v1/limit-all?bytes_per_s=N         cap what all exports copy together; none lifts the cap
 POST /v1/handoff?name=NAME               from here on the VM runs here
 POST /v1/abort?name=NAME                 give the move here up, before the handoff
 POST /v1/release?name=NAME&force=yes     lift the fence of an old copy
@@ -59,6 +60,7 @@ pub(super) fn router(exports: Shared) -> Router {
         .route("/v1/abort", post(abort))
         .route("/v1/release", post(release))
         .route("/v1/limit", post(limit))
+        .route("/v1/limit-all", post(limit_all))
         .route("/v1/move", post(move_storage))
         .route("/v1/verify", get(verification).post(verify))
         .fallback(async || {
@@ -136,6 +138,12 @@ struct Name {
 struct Limit {
     #[serde(default)]
     name: String,
+    bytes_per_s: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LimitAll {
     bytes_per_s: String,
 }
 
@@ -272,6 +280,15 @@ async fn limit(
     let Query(query) = query?;
     let rate = said_rate(&query.bytes_per_s)?;
     command(exports, query.name, move |export| export.set_limit(rate)).await
+}
+
+async fn limit_all(
+    State(exports): State<Shared>,
+    query: Result<Query<LimitAll>, QueryRejection>,
+) -> Result<Json<Vec<ExportStatus>>, Refusal> {
+    let Query(query) = query?;
+    exports.set_common_limit(said_rate(&query.bytes_per_s)?);
+    Ok(status(State(exports)).await)
 }
 
 fn said_rate(text: &str) -> Result<Option<u64>, Refusal> {

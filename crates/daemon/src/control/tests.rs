@@ -36,6 +36,7 @@ impl Pretend {
                 owned_bytes: 0,
                 absent_bytes: 1 << 30,
                 wire_bytes: 0,
+                codec: source.then(|| "zstd:3".into()),
                 source_connected: source.then_some(true),
                 source_down_s: None,
                 reads_waiting: 0,
@@ -50,6 +51,7 @@ impl Pretend {
                 rate_bytes_per_s: 0,
                 eta_s: None,
                 limit_bytes_per_s: None,
+                common_limit_bytes_per_s: None,
                 image: "disk.img".into(),
                 storage_move: None,
                 source: source.then(|| "nbd://old/".into()),
@@ -129,6 +131,11 @@ impl Controlled for Pretend {
 struct Few(Vec<Arc<Pretend>>);
 
 impl Exports for Few {
+    fn set_common_limit(&self, bytes_per_s: Option<u64>) {
+        for one in &self.0 {
+            one.status.lock().unwrap().common_limit_bytes_per_s = bytes_per_s;
+        }
+    }
     fn all(&self) -> Vec<Arc<dyn Controlled>> {
         self.0.iter().map(|one| Arc::clone(one) as _).collect()
     }
@@ -186,6 +193,13 @@ fn commands_reach_the_export_they_name() {
     assert_eq!(status.limit_bytes_per_s, Some(1 << 40));
     let status = client.command(name, Command::Limit(None)).unwrap();
     assert_eq!(status.limit_bytes_per_s, None);
+    let all = client.limit_all(Some(5_000_000)).unwrap();
+    assert_eq!(all.len(), 3);
+    assert_eq!(all[2].common_limit_bytes_per_s, Some(5_000_000));
+    assert_eq!(
+        client.limit_all(None).unwrap()[0].common_limit_bytes_per_s,
+        None
+    );
     let status = client.command(name, Command::Handoff).unwrap();
     assert_eq!(status.state, LifeState::Arriving);
     assert_eq!(client.export(name).unwrap(), status);

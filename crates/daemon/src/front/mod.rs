@@ -23,6 +23,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Listen;
 use crate::export::Export;
+use crate::links::CommonCap;
 use crate::volume::{Volume, lock};
 use connection::Connection;
 use frames::FrameSession;
@@ -42,6 +43,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 pub struct Table {
     /// All of them, in the order of the configuration.
     pub exports: Vec<Arc<Export>>,
+    /// What caps their copies together.
+    pub cap: CommonCap,
 }
 
 impl Table {
@@ -49,6 +52,7 @@ impl Table {
     pub fn of(volumes: impl IntoIterator<Item = Arc<Volume>>) -> Self {
         Self {
             exports: volumes.into_iter().map(Export::of).collect(),
+            cap: CommonCap::new(None),
         }
     }
 

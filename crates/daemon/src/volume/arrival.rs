@@ -16,6 +16,7 @@ use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::handover;
 use hikkoshi_engine::heat::HeatMap;
+use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
@@ -191,6 +192,11 @@ impl Arrival {
         }
     }
 
+    /// What is copied ahead comes over the link of this mover, under the same caps.
+    pub(super) fn share<W>(&self, mover: &Mover<W>) {
+        self.state().precopy.share(mover);
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
@@ -344,6 +350,12 @@ impl Volume {
             let has_base = arrival.has_base && !arrival.only_here;
             if (self.copies_ahead(arrival) || has_base) && !over {
                 self.prepare_some(arrival, &relocation);
+            } else if at_once && arrival.only_here {
+                // Not before this is served: the source may have to fetch from here first. Says itself
+                // what is in the way.
+                if self.hand_off().is_err() {
+                    arrival.pause(RETRY_AFTER * 10);
+                }
             } else {
                 arrival.pause(RETRY_AFTER);
             }
@@ -553,11 +565,10 @@ impl Volume {
         }
         self.keep_up(arrival);
         let until = self.now() + ASK_AFTER;
-        let (paused, limit) = relocation.with_mover(|m| (m.is_paused(), m.limit()));
+        let paused = relocation.with_mover(|m| m.is_paused());
         // Of an old copy it is to be known what differs, also where nothing is copied ahead.
         let paused = paused || !self.copies_ahead(arrival);
         let mut state = arrival.state();
-        state.precopy.set_limit(self.now(), limit);
         while self.now() < until && !state.over && !arrival.is_stopping() {
             let now = self.now();
             while now >= state.rests_until
@@ -923,19 +934,33 @@ impl Volume {
         if arrival.prepare != Prepare::Full || !self.background {
             return Ok(());
         }
-        let block = self.geometry.block_bytes();
         let is_fenced = || arrival.ticket.attached().is_some_and(|a| a.departed);
         let is_over = || self.life() != LifeState::Standby || is_fenced();
-        let is_prepared =
-            |state: &State| state.prepared && state.precopy.missing() * block <= NEARLY_ALL_BYTES;
         let mut state = arrival.state();
-        while !is_over() && !is_prepared(&state) {
+        while !is_over() && !self.is_nearly_all_here(&state) {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
             }
             state = arrival.wait(state, RETRY_AFTER);
         }
         Ok(())
+    }
+
+    fn is_nearly_all_here(&self, state: &State) -> bool {
+        let missing = state.precopy.missing() * self.geometry.block_bytes();
+        state.prepared && missing <= NEARLY_ALL_BYTES
+    }
+
+    /// Whether as much was copied ahead as was asked for, if anything was.
+    pub(crate) fn is_prepared(&self) -> bool {
+        self.arrival.as_ref().is_none_or(|arrival| {
+            let state = arrival.state();
+            match arrival.prepare {
+                Prepare::None => true,
+                Prepare::Ahead => state.prepared,
+                Prepare::Full => self.is_nearly_all_here(&state),
+            }
+        })
     }
 
     pub(super) fn decide<'a>(&self, arrival: &'a Arrival) -> MutexGuard<'a, ()> {

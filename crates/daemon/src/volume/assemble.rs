@@ -124,6 +124,9 @@ impl Parts<'_> {
             exact: self.only_here(),
         };
         let mover = Mover::new(self.geometry, phase, policy);
+        if let Some(arrival) = &arrival {
+            arrival.share(&mover);
+        }
         // Each knows the other.
         Arc::new_cyclic(|weak| {
             let (store, clock) = (Arc::clone(&self.store), Arc::clone(&self.clock));

@@ -382,6 +382,13 @@ impl Volume {
         }
     }
 
+    /// Whether the fence was closed for that move, and not for another one that began at the same moment.
+    pub fn has_left_for_storage(&self) -> bool {
+        let id = lock(&self.departures.storage).as_ref().map(|(id, _)| *id);
+        let departed = self.departures.departed();
+        departed.is_some_and(|departed| Some(departed.to) == id)
+    }
+
     /// Where the disk is going at this site, for people.
     fn storage_move(&self) -> Option<String> {
         let storage = lock(&self.departures.storage);
@@ -738,11 +745,18 @@ impl Volume {
         if self.departures.departed().is_none_or(|d| d.to != id) {
             return Err("the disk has not been handed over to you".to_owned());
         }
-        if self.way_back.own_id() != Some(base) {
+        let comes_from_it = self.way_back.own_id() == Some(base);
+        if !comes_from_it && !self.is_local() {
             return Err("the disk did not come here from that old copy".to_owned());
         }
-        self.departures.went_back.store(true, Ordering::Release);
-        let mut runs = self.differs_exactly(from, limits::TOLD_RANGES)?;
+        let mut runs = if comes_from_it {
+            self.departures.went_back.store(true, Ordering::Release);
+            self.differs_exactly(from, limits::TOLD_RANGES)?
+        } else {
+            // It has become whole since the return began, and has moved on, to another image maybe. The
+            // fence is closed by now, and there must be a way on: all of it is here.
+            vec![self.blocks_from(from)]
+        };
         let more = runs.len() > limits::TOLD_RANGES;
         runs.truncate(limits::TOLD_RANGES);
         // All that is told was marked before; with this it is durable.
@@ -924,6 +938,9 @@ impl Volume {
                     identity.ties.departed = None;
                     identity.ties.moved_to = None;
                     identity.ties.released = released.or(identity.ties.released);
+                    // Where this was a return that was given up, its source was to be told so. It is
+                    // of no account now, and must not take writes again because of that.
+                    identity.ties.gave_up &= released.is_none();
                 });
                 self.note_state("recording that the fence is lifted", outcome)?;
             }
@@ -962,6 +979,13 @@ impl Volume {
         Ok(())
     }
 
+    /// The last move whose fence was lifted by hand.
+    pub(super) fn released(&self) -> Option<MoveId> {
+        let journal = lock(&self.journal);
+        let state = journal.state.as_ref()?;
+        state.identity().ties.released
+    }
+
     fn tell_bases(&self, id: MoveId) -> Result<Told, String> {
         if self.departures.departed().is_none_or(|d| d.to != id) {
             return Err("the disk has not been handed over to you".to_owned());
@@ -989,6 +1013,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::config::{Engine, ExportConfig, Packing, Prepare, StorageOrder, Transport};
+    use crate::export::Export;
+    use crate::registry::Controlled as _;
     use hikkoshi_engine::geometry::BlockIndex;
 
     /// A question waited in the network while the connection it went over was given up and the next
@@ -1009,5 +1036,52 @@ mod tests {
         assert_eq!(session.changes(4), None);
         let told = session.changes(3).unwrap();
         assert_eq!(told, [geometry.bytes(BlockRange::one(BlockIndex(2)))]);
+    }
+
+    /// A new site attached while a change of storage began, and was the first to have the disk. The export
+    /// served the new image from then on, and the new site found what it still needed no more.
+    #[test]
+    fn a_disk_that_another_site_has_taken_is_not_switched() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("old");
+        std::fs::write(&image, [7; 1 << 20]).unwrap();
+        let export = Export::open(&ExportConfig {
+            name: String::new(),
+            image: image.clone(),
+            state_dir: None,
+            block_bytes: 4096,
+            read_only: false,
+            engine: Engine::Threads,
+            transport: Transport::Auto,
+            compress: Packing::Auto,
+            source: None,
+        })
+        .unwrap();
+        let slowly = StorageOrder {
+            image: dir.path().join("new"),
+            state_dir: None,
+            prepare: Prepare::Ahead,
+            max_rate: Some(1),
+            overwrite: false,
+        };
+        export.move_storage(&slowly).unwrap();
+        let (old, id) = (export.volume(), [6; 16]);
+        // Its question had been looked at before.
+        old.begin_session(id, None, &mut Attached::default())
+            .unwrap();
+        let mut bound = Bound::default();
+        let told = old.answer(Tell::Handoff { id, epoch: 0 }, &mut bound);
+        assert!(matches!(told, Told::Fenced { .. }), "{told:?}");
+        assert!(export.handoff().is_err());
+        assert!(Arc::ptr_eq(&export.volume(), &old));
+        let attach = Tell::Attach {
+            id,
+            stance: Stance::Arriving,
+            epoch: 0,
+            base: None,
+        };
+        let told = export.volume().answer(attach, &mut bound);
+        assert!(matches!(told, Told::Attached(a) if a.departed), "{told:?}");
+        export.close().unwrap();
     }
 }

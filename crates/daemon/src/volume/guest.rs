@@ -170,7 +170,10 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return self.record_handoff(None);
         };
-        self.await_prepared(arrival)?;
+        if !self.from_image {
+            // Between two images whoever drives the move waits, and may be told to wait no longer.
+            self.await_prepared(arrival)?;
+        }
         let _deciding = self.decide(arrival);
         if self.has_given_up() {
             return Err(io::Error::new(
@@ -314,12 +317,13 @@ impl Relocation {
             // 2. the marks and the records
             let whole = self.geometry.within(bytes);
             if !whole.is_empty() {
+                self.count_overwritten(whole);
                 self.now_owned(whole);
             }
             for (block, sectors) in edges {
                 if let Some(sectors) = sectors {
                     match self.now_partial(block, sectors) {
-                        Some(true) => {}
+                        Some(true) => self.overwritten(BlockRange::one(block)),
                         Some(false) => partials.push(block),
                         // No room to remember the sectors: with the whole block here, none is
                         // needed, and writing the same once more does no harm.
@@ -333,6 +337,22 @@ impl Relocation {
         }
         self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));
         Ok(true)
+    }
+
+    /// Counts what is about to be whole here without the source. Under the lock of the range.
+    fn count_overwritten(&self, whole: BlockRange) {
+        for (run, state) in self.residency.runs(whole) {
+            if matches!(state, BlockState::Absent | BlockState::Partial) {
+                self.overwritten(run);
+            }
+        }
+    }
+
+    fn overwritten(&self, run: BlockRange) {
+        let bytes = self.geometry.bytes(run).len();
+        self.traffic
+            .overwritten_bytes
+            .fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// The blocks that `bytes` covers only in part.

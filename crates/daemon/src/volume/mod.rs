@@ -320,7 +320,7 @@ impl Volume {
         self.events.add(&self.name, kind, text);
     }
 
-    fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         (self.clock)()
     }
 

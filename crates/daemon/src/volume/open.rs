@@ -493,7 +493,8 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         relocation.source_told(&refused);
     }
     // What was fenced for this image is to be had here and nowhere else.
-    if wanted.handoff == HandoffPolicy::Now || origin.is_some() {
+    let now = wanted.handoff == HandoffPolicy::Now && !identity.ties.only_here;
+    if now || origin.is_some() {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
     running.old = old.take().map(Box::new);

@@ -273,6 +273,8 @@ pub(super) fn open_return(
             base: base.as_ref().map(|(id, _)| *id),
             fenced_source,
             only_here,
+            // Once the disk is here again, it still is not for whom it was not then.
+            released: identity.ties.released,
             way_back: wanted.way_back,
             // Nothing is written into it before the handoff.
             closed_at: departure.image_mtime.filter(|_| only_here),
@@ -289,7 +291,8 @@ pub(super) fn open_return(
     let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
-    if now {
+    // Else the thread that keeps the move asks for it, once the old copy is served.
+    if now && !only_here {
         running.volume().hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)

@@ -65,6 +65,14 @@ pub struct Traffic {
     pub zero_bytes_skipped: AtomicU64,
     /// Bytes that were in a seed image and so were not sent.
     pub seeded_bytes: AtomicU64,
+    /// Of these, bytes that the source told to be zero before any data was asked for.
+    pub hole_bytes_skipped: AtomicU64,
+    /// Bytes that guests wrote here before they came.
+    pub overwritten_bytes: AtomicU64,
+    /// Bytes of the disk that came as data, and what they were on the link.
+    pub data_bytes: AtomicU64,
+    /// See there.
+    pub data_wire_bytes: AtomicU64,
     /// Bytes that did not cross the link because what did was compressed.
     pub packed_bytes_saved: AtomicU64,
     /// Connections given up because bytes were changed on their way, once the move is over.
@@ -82,6 +90,10 @@ impl Traffic {
             (&self.wire_bytes, &other.wire_bytes),
             (&self.blocks_installed, &other.blocks_installed),
             (&self.zero_bytes_skipped, &other.zero_bytes_skipped),
+            (&self.hole_bytes_skipped, &other.hole_bytes_skipped),
+            (&self.overwritten_bytes, &other.overwritten_bytes),
+            (&self.data_bytes, &other.data_bytes),
+            (&self.data_wire_bytes, &other.data_wire_bytes),
             (&self.seeded_bytes, &other.seeded_bytes),
             (&self.packed_bytes_saved, &other.packed_bytes_saved),
             (&self.checksum_failures, &other.checksum_failures),
@@ -261,8 +273,14 @@ impl Relocation {
     }
 
     /// Its bytes come over a link that other disks use, too.
-    pub fn share(&self, link: &Arc<mover::Path>) {
-        lock(&self.mover).share(link);
+    /// `behind`: by how much its clock is behind the one that is common to them.
+    pub fn share(&self, link: &Arc<mover::Path>, behind: Duration) {
+        lock(&self.mover).share(link, behind);
+    }
+
+    /// A cap holds for what it and other disks copy together.
+    pub fn share_cap(&self, cap: &Arc<mover::Cap>, behind: Duration) {
+        lock(&self.mover).share_cap(cap, behind);
     }
 
     /// Time has passed.
@@ -385,9 +403,16 @@ impl Relocation {
             .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
         let holes: u64 = fetched.holes.iter().map(|(_, len)| len).sum();
         let data = (fetched.data.len() as u64).saturating_sub(holes);
-        self.traffic
+        let traffic = &self.traffic;
+        traffic
             .packed_bytes_saved
             .fetch_add(data.saturating_sub(fetched.wire_bytes), Ordering::Relaxed);
+        if data > 0 {
+            traffic.data_bytes.fetch_add(data, Ordering::Relaxed);
+            traffic
+                .data_wire_bytes
+                .fetch_add(fetched.wire_bytes, Ordering::Relaxed);
+        }
     }
 
     fn note_failure(&self, error: &SourceError) -> FetchFailure {
@@ -728,9 +753,12 @@ impl Relocation {
                     self.store
                         .write_zeroes(bytes.start, bytes.len(), ZeroMode::MayPunch)?;
                     crash_point!("install.zeroed");
-                    self.traffic
-                        .zero_bytes_skipped
-                        .fetch_add(bytes.len(), Ordering::Relaxed);
+                    for skipped in [
+                        &self.traffic.zero_bytes_skipped,
+                        &self.traffic.hole_bytes_skipped,
+                    ] {
+                        skipped.fetch_add(bytes.len(), Ordering::Relaxed);
+                    }
                     self.now_clean(run);
                 }
                 BlockState::Partial => {

@@ -175,6 +175,10 @@ impl Volume {
             zeroes: get(&self.tally.zeroes),
             blocks_installed: get(&traffic.blocks_installed),
             zero_bytes_skipped: get(&traffic.zero_bytes_skipped),
+            hole_bytes_skipped: get(&traffic.hole_bytes_skipped),
+            overwritten_bytes: get(&traffic.overwritten_bytes),
+            data_bytes: get(&traffic.data_bytes),
+            data_wire_bytes: get(&traffic.data_wire_bytes),
             packed_bytes_saved: get(&traffic.packed_bytes_saved),
             checksum_failures: relocation.map_or(get(&traffic.checksum_failures), |r| {
                 r.source.checksum_failures()
@@ -212,6 +216,7 @@ impl Controlled for Volume {
             absent_bytes,
             wire_bytes: wire.load(Ordering::Relaxed),
             seeded_bytes: seeded.load(Ordering::Relaxed),
+            codec: r.and_then(|r| r.source.coding()).map(|c| c.to_string()),
             source_connected: r.map(|r| r.is_source_usable()),
             source_down_s: r.and_then(|r| r.source_down()).map(|d| d.as_secs()),
             reads_waiting: r.map_or(0, |r| r.with_mover(|m| m.waiting()) as u64),
@@ -221,6 +226,7 @@ impl Controlled for Volume {
             rate_bytes_per_s: rate,
             eta_s: (rate > 0 && absent_bytes > 0).then(|| absent_bytes.div_ceil(rate)),
             limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.limit())),
+            common_limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.common_limit())),
             image: self.image.display().to_string(),
             storage_move: None,
             source: r.map(|r| r.source.info().uri),

@@ -1056,3 +1056,42 @@ fn what_lies_scattered_is_told_to_the_last_block() {
     world.crash(Who::A, Some(1));
     assert!(world.view() == expected);
 }
+
+/// The source has become whole since the return began, and has changed its storage: it does not know of
+/// the old copy any more. It was fenced, and then refused to tell, so that nobody could write.
+#[test]
+fn a_whole_disk_tells_everything_to_a_return_that_it_does_not_know() {
+    let mut chance = Chance::new(5);
+    let mut world = World::new(false, true);
+    world.begin_return();
+    world.a.wire.as_ref().unwrap().connect();
+    let (a, b) = (world.volume(Who::A), world.volume(Who::B));
+    let identity = lock(&a.journal).state.as_ref().unwrap().identity().clone();
+    let differs = |base, from| {
+        let id = identity.volume_id;
+        b.answer(Tell::Differs { id, base, from }, &mut Bound::default())
+    };
+    let fence = Tell::Handoff {
+        id: identity.volume_id,
+        epoch: 0,
+    };
+    let told = b.answer(fence, &mut Bound::default());
+    assert!(matches!(told, Told::Fenced { .. }), "{told:?}");
+    let other = [0xc; 16];
+    assert!(matches!(differs(other, 0), Told::Refused(_)));
+    b.relocation().unwrap().drive(|m, now, out| {
+        m.resume(now, &b.relocation().unwrap().residency, out);
+    });
+    while !b.is_local() {
+        world.pump(&mut chance);
+        world.pass_time();
+    }
+    for from in [0, 4096, 8192] {
+        let rest = ByteRange::at(from, DISK - from);
+        let all = Told::Differs {
+            ranges: vec![rest],
+            more: false,
+        };
+        assert_eq!(differs(other, from), all);
+    }
+}

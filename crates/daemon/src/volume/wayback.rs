@@ -139,8 +139,7 @@ impl Volume {
         from: u64,
         most: usize,
     ) -> Result<Vec<BlockRange>, String> {
-        let blocks = self.geometry.blocks();
-        let from = BlockRange::new((from / self.geometry.block_bytes()).min(blocks), blocks);
+        let from = self.blocks_from(from);
         let Some(relocation) = self.relocation() else {
             // It has become whole, and nothing is known of what has changed.
             return Ok(vec![from]);
@@ -167,6 +166,12 @@ impl Volume {
             }
         }
         Ok(runs)
+    }
+
+    /// All blocks from a byte on.
+    pub(super) fn blocks_from(&self, from: u64) -> BlockRange {
+        let blocks = self.geometry.blocks();
+        BlockRange::new((from / self.geometry.block_bytes()).min(blocks), blocks)
     }
 
     /// All older copies of which it is known in what they differ, for whoever takes the disk over.

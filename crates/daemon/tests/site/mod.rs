@@ -90,6 +90,7 @@ impl Site {
                 source: wanted.source,
             }],
             max_clients: DEFAULT_MAX_CLIENTS,
+            max_rate_all: None,
         };
         let daemon = Daemon::start(config).map_err(|error| error.to_string())?;
         Ok(Self { daemon, image })

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// How much of a second's worth may be saved up: small enough that the rate looks even.
-const BURST: Duration = Duration::from_millis(100);
+pub(super) const BURST: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 pub(crate) struct TokenBucket {

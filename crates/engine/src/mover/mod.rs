@@ -13,12 +13,15 @@ mod ahead;
 mod background;
 #[cfg(all(test, not(loom)))]
 mod background_tests;
-pub(crate) mod bucket;
+mod bucket;
+mod cap;
+#[cfg(all(test, not(loom)))]
+mod cap_tests;
 mod check;
 mod failures;
 mod flights;
 mod order;
-pub(crate) mod pacer;
+mod pacer;
 mod path;
 #[cfg(all(test, not(loom)))]
 mod path_tests;
@@ -38,12 +41,13 @@ use crate::geometry::{BlockIndex, BlockRange, ByteRange, Geometry};
 use crate::residency::Residency;
 
 use ahead::Streams;
-use bucket::TokenBucket;
+pub(crate) use cap::Allowance;
+pub use cap::Cap;
 pub use flights::FlightId;
 use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
 pub use path::Path;
-use path::Seat;
+pub(crate) use path::Seat;
 use readers::Waiter;
 use scan::Scan;
 pub use seeds::SeedStep;
@@ -200,9 +204,9 @@ pub struct Mover<W> {
     waiters: HashMap<u64, Waiter<W>>,
     next_waiter: u64,
     /// How much may be in flight.
-    pacer: Seat,
+    pacer: Arc<Seat>,
     source_paces: bool,
-    bucket: TokenBucket,
+    bucket: Arc<Allowance>,
     /// Where the background copy looks next.
     order: CopyOrder,
     /// What is read sequentially.
@@ -233,9 +237,9 @@ impl<W> Mover<W> {
             flights: Flights::default(),
             waiters: HashMap::new(),
             next_waiter: 0,
-            pacer: Arc::new(Path::default()).seat(0),
+            pacer: Arc::new(Seat::alone()),
             source_paces: false,
-            bucket: TokenBucket::new(policy.max_rate),
+            bucket: Arc::new(Allowance::new(policy.max_rate)),
             order: CopyOrder::default(),
             streams: Streams::new(),
             scan: Scan::new(geometry, policy.has_extents),
@@ -246,10 +250,22 @@ impl<W> Mover<W> {
         }
     }
 
-    /// Its bytes come over a link that other disks use, too.
-    pub fn share(&mut self, path: &Arc<Path>) {
-        self.pacer = path.seat(self.pacer.in_flight());
+    /// Its bytes come over a link that other disks use, too. `behind`: by how much its clock is
+    /// behind the one that is common to all.
+    pub fn share(&mut self, path: &Arc<Path>, behind: Duration) {
+        self.pacer.move_to(path, behind);
         self.pacer.source_paces(self.source_paces);
+    }
+
+    /// A cap holds for what it and other disks copy in the background together. `behind` as for
+    /// [`Mover::share`].
+    pub fn share_cap(&mut self, cap: &Arc<Cap>, behind: Duration) {
+        self.bucket.share(cap, behind);
+    }
+
+    /// Its place at the link, and what it may copy: for what is copied before the handoff.
+    pub(crate) fn on_link(&self) -> (Arc<Seat>, Arc<Allowance>) {
+        (Arc::clone(&self.pacer), Arc::clone(&self.bucket))
     }
 
     /// The source sends no more than fills the link, whatever it is asked for; or it does not.
@@ -271,6 +287,11 @@ impl<W> Mover<W> {
     /// The cap on the background copy, bytes per second.
     pub fn limit(&self) -> Option<u64> {
         self.bucket.rate()
+    }
+
+    /// The cap on what it and others copy together, bytes per second.
+    pub fn common_limit(&self) -> Option<u64> {
+        self.bucket.common_rate()
     }
 
     /// Whether the background rests because the local store could not take what was fetched.

@@ -53,11 +53,19 @@ struct Use {
     share: u64,
 }
 
-/// One disk's place at a link. Given back when dropped.
+/// One disk's place at a link, which may become another. Given back when dropped. It is shared by the
+/// disk's mover and by what is copied before the handoff.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(crate) struct Seat {
+    place: Mutex<Place>,
+}
+
+#[derive(Debug)]
+struct Place {
     path: Arc<Path>,
     number: u64,
+    /// By how much the disk's clock is behind the one that is common to the path.
+    behind: Duration,
 }
 
 impl Path {
@@ -66,7 +74,7 @@ impl Path {
     }
 
     /// A place for one more disk, which has so many bytes in flight.
-    pub(super) fn seat(self: &Arc<Self>, in_flight: u64) -> Seat {
+    fn seat(self: &Arc<Self>, in_flight: u64, behind: Duration) -> Place {
         let mut state = self.state();
         let number = state.next_seat;
         state.next_seat += 1;
@@ -80,9 +88,10 @@ impl Path {
         state.pacer.sent(in_flight);
         state.divide();
         drop(state);
-        Seat {
+        Place {
             path: Arc::clone(self),
             number,
+            behind,
         }
     }
 }
@@ -132,61 +141,72 @@ impl State {
 }
 
 impl Seat {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.path.state()
+    /// At a path of its own.
+    pub fn alone() -> Self {
+        Self {
+            place: Mutex::new(Arc::new(Path::default()).seat(0, Duration::ZERO)),
+        }
     }
 
-    fn with<R>(&self, change: impl FnOnce(&mut Use) -> R) -> Option<R> {
-        self.state().seats.get_mut(&self.number).map(change)
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of this disk in flight.
-    pub fn in_flight(&self) -> u64 {
-        self.with(|seat| seat.in_flight).unwrap_or(0)
+    /// Takes what is in flight along to another path.
+    pub fn move_to(&self, path: &Arc<Path>, behind: Duration) {
+        let mut place = self.place();
+        let in_flight = {
+            let state = place.path.state();
+            state.seats.get(&place.number).map_or(0, |s| s.in_flight)
+        };
+        *place = path.seat(in_flight, behind);
     }
 
     /// Forgets the path, unless others are using it.
     pub fn restart(&self, now: Duration) {
-        let mut state = self.state();
+        let place = self.place();
+        let mut state = place.path.state();
         let alone = state
             .seats
             .iter()
-            .all(|(number, seat)| *number == self.number || seat.in_flight == 0);
+            .all(|(number, seat)| *number == place.number || seat.in_flight == 0);
         if alone {
-            state.pacer.restart(now);
+            state.pacer.restart(now + place.behind);
             state.divide();
         }
     }
 
     /// See [`Pacer::source_paces`].
     pub fn source_paces(&self, paces: bool) {
-        self.state().pacer.source_paces(paces);
+        self.place().path.state().pacer.source_paces(paces);
     }
 
     /// See [`Pacer::chunk_bytes`].
     pub fn chunk_bytes(&self) -> u64 {
-        self.state().pacer.chunk_bytes()
+        self.place().path.state().pacer.chunk_bytes()
     }
 
     /// How much of what fills the path is this disk's.
     pub fn window_bytes(&self) -> u64 {
-        let state = self.state();
-        let share = state.seats.get(&self.number).map_or(0, |seat| seat.share);
+        let place = self.place();
+        let state = place.path.state();
+        let share = state.seats.get(&place.number).map_or(0, |seat| seat.share);
         part_of(state.pacer.window_bytes(), share)
     }
 
     /// See [`Pacer::base`].
     pub fn base(&self) -> Duration {
-        self.state().pacer.base()
+        self.place().path.state().pacer.base()
     }
 
     /// Whether what nobody waits for may go now.
     pub fn may_send(&self) -> bool {
-        let mut guard = self.state();
+        let place = self.place();
+        let mut guard = place.path.state();
         let state = &mut *guard;
         let count = u64::try_from(state.seats.len()).unwrap_or(1);
         let window = state.pacer.open_bytes();
-        let Some(seat) = state.seats.get_mut(&self.number) else {
+        let Some(seat) = state.seats.get_mut(&place.number) else {
             return false;
         };
         // Each may be a chunk above its share; else whoever is would keep the others below theirs.
@@ -209,9 +229,10 @@ impl Seat {
 
     /// A fetch is under way.
     pub fn sent(&self, bytes: u64) {
-        let mut state = self.state();
+        let place = self.place();
+        let mut state = place.path.state();
         state.pacer.sent(bytes);
-        if let Some(seat) = state.seats.get_mut(&self.number) {
+        if let Some(seat) = state.seats.get_mut(&place.number) {
             seat.in_flight += bytes;
             seat.peak = seat.peak.max(seat.in_flight);
         }
@@ -219,17 +240,20 @@ impl Seat {
 
     /// It came to nothing.
     pub fn lost(&self, bytes: u64) {
-        let mut state = self.state();
+        let place = self.place();
+        let mut state = place.path.state();
         state.pacer.lost(bytes);
-        if let Some(seat) = state.seats.get_mut(&self.number) {
+        if let Some(seat) = state.seats.get_mut(&place.number) {
             seat.in_flight = seat.in_flight.saturating_sub(bytes);
         }
     }
 
     /// It came back after `rtt`, and was so many bytes on the wire.
     pub fn landed(&self, now: Duration, rtt: Duration, bytes: u64, wire_bytes: u64) {
-        let mut state = self.state();
-        if let Some(seat) = state.seats.get_mut(&self.number) {
+        let place = self.place();
+        let now = now + place.behind;
+        let mut state = place.path.state();
+        if let Some(seat) = state.seats.get_mut(&place.number) {
             seat.in_flight = seat.in_flight.saturating_sub(bytes);
         }
         if state.pacer.landed(now, rtt, bytes, wire_bytes) {
@@ -238,9 +262,9 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for Place {
     fn drop(&mut self) {
-        let mut state = self.state();
+        let mut state = self.path.state();
         if let Some(seat) = state.seats.remove(&self.number) {
             state.pacer.lost(seat.in_flight);
             state.divide();

@@ -7,27 +7,37 @@ use std::time::Duration;
 
 use super::tests::{MS, disk, policy};
 use super::*;
+use crate::precopy::{CopyId, Precopy, Wanted};
 
-const SECOND: Duration = Duration::from_secs(1);
+pub(super) const SECOND: Duration = Duration::from_secs(1);
 
-struct Disk {
-    mover: Mover<u32>,
+pub(super) struct Disk {
+    pub mover: Mover<u32>,
     residency: Residency,
     landed_bytes: u64,
     /// When its readers were woken, and who.
-    woken: Vec<(Duration, u32)>,
+    pub woken: Vec<(Duration, u32)>,
+}
+
+/// Whose a fetch is.
+#[derive(Clone, Copy)]
+enum Fetch {
+    Mover(FlightId),
+    Ahead(CopyId),
 }
 
 /// A link that carries one fetch after the other, whoever asked, 50 ms there and back.
-struct Link {
+pub(super) struct Link {
     rate: u64,
-    now: Duration,
+    pub now: Duration,
     free_at: Duration,
     ticked: Duration,
-    geometry: Geometry,
-    disks: Vec<Disk>,
+    pub geometry: Geometry,
+    pub disks: Vec<Disk>,
+    /// What is copied of a disk that stands by.
+    pub ahead: Option<(usize, Precopy)>,
     /// By when it lands, and a number that tells equal times apart.
-    under_way: BTreeMap<(Duration, u64), (usize, FlightId, BlockRange)>,
+    under_way: BTreeMap<(Duration, u64), (usize, Fetch, BlockRange)>,
     number: u64,
 }
 
@@ -35,13 +45,13 @@ const RTT: Duration = Duration::from_millis(50);
 
 impl Link {
     /// With as many disks, none of which has a source yet.
-    fn new(mbit: u64, policies: &[Policy]) -> Self {
+    pub fn new(mbit: u64, policies: &[Policy]) -> Self {
         let path = Arc::new(Path::default());
         let (geometry, _) = disk(1024);
         let disks = policies.iter().map(|policy| {
             let (_, residency) = disk(1024);
             let mut mover = Mover::new(geometry, Phase::Arriving, *policy);
-            mover.share(&path);
+            mover.share(&path, Duration::ZERO);
             Disk {
                 mover,
                 residency,
@@ -56,12 +66,13 @@ impl Link {
             ticked: MS,
             geometry,
             disks: disks.collect(),
+            ahead: None,
             under_way: BTreeMap::new(),
             number: 0,
         }
     }
 
-    fn tell(
+    pub fn tell(
         &mut self,
         index: usize,
         event: impl FnOnce(&mut Mover<u32>, Duration, &Residency, &mut Vec<Action<u32>>),
@@ -72,26 +83,50 @@ impl Link {
         for action in out {
             match action {
                 Action::Fetch { flight, range, .. } => {
-                    let bytes = self.geometry.bytes(range).len();
-                    let time = Duration::from_nanos(bytes * 1_000_000_000 / self.rate);
-                    self.free_at = self.free_at.max(self.now + RTT / 2) + time;
-                    let lands = (self.free_at + RTT / 2, self.number);
-                    self.under_way.insert(lands, (index, flight, range));
-                    self.number += 1;
+                    self.carry(index, Fetch::Mover(flight), range);
                 }
-                Action::Wake(who) => disk.woken.push((self.now, who)),
+                Action::Wake(who) => self.disks[index].woken.push((self.now, who)),
                 Action::Promote { .. } => {}
                 other => panic!("{other:?}"),
             }
         }
     }
 
-    fn begin(&mut self, index: usize) {
+    fn carry(&mut self, index: usize, fetch: Fetch, range: BlockRange) {
+        let bytes = self.geometry.bytes(range).len();
+        let time = Duration::from_nanos(bytes * 1_000_000_000 / self.rate);
+        self.free_at = self.free_at.max(self.now + RTT / 2) + time;
+        let lands = (self.free_at + RTT / 2, self.number);
+        self.under_way.insert(lands, (index, fetch, range));
+        self.number += 1;
+    }
+
+    /// Asks for what may be copied ahead now.
+    fn copy_ahead(&mut self) {
+        let now = self.now;
+        while let Some((index, precopy)) = &mut self.ahead
+            && let Some(wanted) = precopy.next_paced(now)
+        {
+            let index = *index;
+            match wanted {
+                Wanted::Extents(id, range) => precopy.scanned(id, range.end, &[]),
+                Wanted::Data(id, range) => self.carry(index, Fetch::Ahead(id), range),
+            }
+        }
+    }
+
+    /// What was to be copied ahead comes no more.
+    pub fn forget_ahead(&mut self) {
+        self.under_way
+            .retain(|_, (_, fetch, _)| matches!(fetch, Fetch::Mover(_)));
+    }
+
+    pub fn begin(&mut self, index: usize) {
         self.tell(index, |m, now, r, out| m.source_up(now, r, out));
     }
 
     /// Lets time pass, and tells how much of each disk landed in it, as a share of what could.
-    fn run(&mut self, time: Duration) -> Vec<f64> {
+    pub fn run(&mut self, time: Duration) -> Vec<f64> {
         let until = self.now + time;
         let before: Vec<u64> = self.disks.iter().map(|d| d.landed_bytes).collect();
         loop {
@@ -105,18 +140,29 @@ impl Link {
             self.now = next;
             match lands.filter(|(at, _)| *at <= tick) {
                 Some(key) => {
-                    let (index, flight, range) = self.under_way.remove(&key).unwrap();
+                    let (index, fetch, range) = self.under_way.remove(&key).unwrap();
                     let disk = &mut self.disks[index];
                     let bytes = self.geometry.bytes(range).len();
                     disk.landed_bytes += bytes;
-                    disk.residency.mark_clean(range);
-                    self.tell(index, |m, now, r, out| m.landed(now, flight, bytes, r, out));
+                    match (fetch, &mut self.ahead) {
+                        (Fetch::Mover(flight), _) => {
+                            disk.residency.mark_clean(range);
+                            self.tell(index, |m, now, r, out| m.landed(now, flight, bytes, r, out));
+                        }
+                        (Fetch::Ahead(id), Some((_, precopy))) => {
+                            precopy.arrived(self.now, id, Some(bytes));
+                            precopy.landed(id);
+                        }
+                        (Fetch::Ahead(_), None) => {}
+                    }
+                    self.copy_ahead();
                 }
                 None => {
                     self.ticked = tick;
                     for index in 0..self.disks.len() {
                         self.tell(index, |m, now, r, out| m.tick(now, r, out));
                     }
+                    self.copy_ahead();
                 }
             }
         }
@@ -128,7 +174,7 @@ impl Link {
     }
 }
 
-fn is_near(share: f64, wanted: f64) -> bool {
+pub(super) fn is_near(share: f64, wanted: f64) -> bool {
     (share - wanted).abs() < 0.05
 }
 
@@ -189,7 +235,7 @@ fn a_disk_that_goes_gives_its_share_back() {
     link.run(3 * SECOND);
     link.under_way.retain(|_, (index, ..)| *index == 0);
     let path = Arc::new(Path::default());
-    link.disks[1].mover.share(&path);
+    link.disks[1].mover.share(&path, Duration::ZERO);
     link.disks[1].mover.source_down(link.now);
     link.run(RTT * 6);
     let shares = link.run(2 * SECOND);

@@ -280,6 +280,7 @@ fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> 
             source,
         }],
         max_clients: DEFAULT_MAX_CLIENTS,
+        max_rate_all: None,
     }
 }
 

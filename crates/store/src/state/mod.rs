@@ -232,7 +232,17 @@ impl StateDir {
     pub fn discard(path: &Path) -> Result<(), StateError> {
         let dir = FsDirectory::new(path);
         // Whose it is goes last: anything without it counts as damaged.
-        for name in [MAP, LOG, WITNESSES, BASES, OVERWRITTEN, HEAT, VOLUME, LOCK] {
+        for name in [
+            MAP,
+            LOG,
+            WITNESSES,
+            BASES,
+            OVERWRITTEN,
+            LACKING,
+            HEAT,
+            VOLUME,
+            LOCK,
+        ] {
             remove(&dir, name)?;
         }
         // Not empty, it is somebody else's as well.
@@ -666,6 +676,7 @@ impl StateDir {
                         intact,
                     }),
                     gave_up: true,
+                    released: identity.ties.released,
                     ..Ties::default()
                 };
             }

@@ -8,7 +8,7 @@ use super::script::{Script, frame, line_to, read};
 use crate::source::{Lane, SourceError, SourceErrorKind};
 use crate::transport::frame::Side;
 use crate::transport::message::Request;
-use crate::transport::{Decoder, Kind};
+use crate::transport::{Decoder, Kind, Priority};
 
 const QUANTUM: usize = 64 << 10;
 
@@ -75,6 +75,38 @@ fn what_has_begun_is_taken_back_too() {
     let error = answer.recv().unwrap().unwrap_err();
     assert_eq!(error.kind, SourceErrorKind::Cancelled);
     assert_eq!(line.cancelled_bytes(), 65536);
+}
+
+/// A source that paces what nobody waits for held back the rest of a chunk that had begun, and a guest's
+/// read of it waited for the bulk of all other disks.
+#[test]
+fn what_has_begun_is_promoted_too() {
+    let script = Arc::new(Script::default());
+    let line = line_to(&script, None);
+    let answers = [
+        (Lane::Bulk, 0),
+        (Lane::Demand, 131_072),
+        (Lane::Bulk, 262_144),
+    ]
+    .map(|(lane, at)| read(&line, lane, at, 131_072));
+    script.heard();
+    for (id, at) in [(0, 0), (1, 131_072), (2, 262_144)] {
+        script.says(&frame(Kind::Data, id, at, &[1; QUANTUM], false));
+    }
+    let (guest, source) = (Arc::clone(&line), Arc::clone(&script));
+    script.then(move || {
+        guest.promote(0, 262_144);
+        let told = requests(&source.heard());
+        assert_eq!(told, [Request::Promote(0, Priority::DEMAND)]);
+        for (id, at) in [(0, 65536), (1, 196_608), (2, 327_680)] {
+            source.says(&frame(Kind::Data, id, at, &[2; QUANTUM], true));
+        }
+    });
+    assert_eq!(frames::read(&line, None).unwrap().answered, 3);
+    for answer in answers {
+        let data = answer.recv().unwrap().unwrap().data;
+        assert_eq!(data, [[1; QUANTUM], [2; QUANTUM]].concat());
+    }
 }
 
 /// The last frame was on its way already: that is no error.

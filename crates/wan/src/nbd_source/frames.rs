@@ -10,6 +10,7 @@ use std::time::Duration;
 use hikkoshi_nbd::client::{Hole, StatusExtent};
 
 use super::attach::Ticket;
+use super::coding::Coding;
 use super::job::{Answer, Job};
 use super::line::Line;
 use super::receive::{ReadError, Receiver, size, wire};
@@ -117,6 +118,11 @@ fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(
     active.wire_bytes += wire(HEADER_BYTES) + u64::from(header.payload_len);
     take(receiver, unpacker, active, &header)?;
     active.checked = active.data.len();
+    if header.kind == Kind::Data {
+        let codec = Codec::from_flags(header.packing).ok().flatten();
+        let coding = Coding::of(codec, unpacker.level());
+        replies.line.came(coding, u64::from(header.span));
+    }
     if header.last {
         return finish(replies, header.id);
     }

@@ -14,6 +14,7 @@ use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
 
 use super::address::NbdSourceConfig;
 use super::attach::Ticket;
+use super::coding::{Coding, Lately};
 use super::job::Job;
 use super::wire::Wire;
 use crate::source::Lane;
@@ -46,6 +47,7 @@ pub(super) struct Line {
     pace: AtomicU64,
     /// Bytes that were not sent because they were cancelled.
     cancelled_bytes: AtomicU64,
+    lately: Mutex<Lately>,
     state: Mutex<State>,
 }
 
@@ -106,6 +108,7 @@ impl Line {
             queued_bulk: AtomicU64::new(0),
             pace: AtomicU64::new(0),
             cancelled_bytes: AtomicU64::new(0),
+            lately: Mutex::default(),
             state: Mutex::new(state),
         })
     }
@@ -161,8 +164,8 @@ impl Line {
     }
 
     /// Bulk reads of this range are waited for by a guest: what is queued goes with the demand, and
-    /// of what the server has been asked for it is told, if it speaks frames. A reply that has begun
-    /// is being served already.
+    /// of what the server has been asked for it is told, if it speaks frames. Of a reply that has begun,
+    /// too: the server may hold back the rest of it.
     pub(super) fn promote(&self, offset: u64, len: u64) {
         let mut guard = self.state();
         let state = &mut *guard;
@@ -182,10 +185,19 @@ impl Line {
         }
         state.bulk = stay;
         if self.speaks_frames() {
+            let end = offset.saturating_add(len);
+            let overlaps = |begun: &(Lane, u64, u32)| {
+                begun.0 != Lane::Demand && begun.1 < end && offset < begun.1 + u64::from(begun.2)
+            };
             let asked = state.unanswered.iter();
-            let output: Vec<u8> = asked
-                .filter(|(_, job)| job.is_bulk_of(offset, len))
-                .flat_map(|(id, _)| Request::Promote(*id, Priority::DEMAND).encode())
+            let asked = asked.filter(|(_, job)| job.is_bulk_of(offset, len));
+            let begun = state.begun.iter().filter(|(_, begun)| overlaps(begun));
+            let mut ids: Vec<u64> = asked.map(|(id, _)| *id).collect();
+            ids.extend(begun.map(|(id, _)| *id));
+            ids.sort_unstable();
+            let output: Vec<u8> = ids
+                .into_iter()
+                .flat_map(|id| Request::Promote(id, Priority::DEMAND).encode())
                 .collect();
             if !output.is_empty() && self.wire.send(&output).is_err() {
                 // The reader notices.
@@ -256,6 +268,17 @@ impl Line {
     /// So many bytes of a cancelled request were not sent.
     pub(super) fn count_cancelled(&self, bytes: u64) {
         self.cancelled_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes of the disk have come, coded like this.
+    pub(super) fn came(&self, coding: Coding, bytes: u64) {
+        let mut lately = self.lately.lock().unwrap_or_else(PoisonError::into_inner);
+        lately.came(coding, bytes);
+    }
+
+    /// How data came lately.
+    pub(super) fn lately(&self) -> Lately {
+        *self.lately.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that were asked for and, being cancelled, not sent.

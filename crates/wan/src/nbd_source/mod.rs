@@ -15,6 +15,7 @@ mod bare;
 #[cfg(test)]
 mod cancel_tests;
 mod choice;
+mod coding;
 mod dial;
 mod frames;
 #[cfg(feature = "fuzzing")]
@@ -41,6 +42,7 @@ use std::time::Duration;
 pub use address::{Address, MAX_CONNECTIONS, MAX_IN_FLIGHT, NbdSourceConfig};
 pub use attach::{MoveLine, MoveLink, Ticket};
 pub use bare::{BareConnection, Undone};
+pub use coding::Coding;
 pub use wire::Wire;
 
 use self::herald::News;
@@ -271,6 +273,10 @@ impl Source for NbdSource {
 
     fn cancelled_bytes(&self) -> u64 {
         self.shared.cancelled_bytes()
+    }
+
+    fn coding(&self) -> Option<Coding> {
+        self.shared.coding()
     }
 
     fn speaks_frames(&self) -> bool {

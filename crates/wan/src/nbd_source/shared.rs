@@ -16,6 +16,7 @@ use socket2::Socket;
 
 use super::address::NbdSourceConfig;
 use super::choice::{Busy, Quiet, quickest};
+use super::coding::{Coding, Lately};
 use super::dial::{Dialed, Manners};
 use super::herald::{News, WatcherSlot};
 use super::job::Job;
@@ -420,6 +421,14 @@ impl Shared {
         let lines = state.lines.iter().flatten();
         let now: u64 = lines.map(|line| line.cancelled_bytes()).sum();
         now + self.cancelled_bytes.load(Ordering::Relaxed)
+    }
+
+    /// How data came lately, over what is connected.
+    pub(super) fn coding(&self) -> Option<Coding> {
+        let state = self.state();
+        let lines = state.lines.iter().flatten();
+        let all = lines.map(|line| line.lately());
+        all.fold(Lately::default(), Lately::and).mostly()
     }
 
     /// Remembers a socket being connected, so that closing can interrupt it; `false`: closed.

@@ -117,6 +117,9 @@ pub const RAW_CRC_BYTES: usize = 4;
 #[derive(Default)]
 pub struct Unpacker {
     zstd: Option<DCtx<'static>>,
+    /// A Zstandard frame has begun and not ended.
+    within: bool,
+    level: Option<u8>,
 }
 
 impl Unpacker {
@@ -145,6 +148,11 @@ impl Unpacker {
         Some(())
     }
 
+    /// The level of the stream, as it told last.
+    pub fn level(&self) -> Option<u8> {
+        self.level
+    }
+
     /// The next bytes of the stream, all of them used up.
     fn zstd(&mut self, packed: &[u8], place: &mut [u8]) -> Option<usize> {
         if self.zstd.is_none() {
@@ -159,13 +167,29 @@ impl Unpacker {
         let mut output = OutBuffer::around(place);
         while input.pos() < packed.len() {
             let before = (input.pos(), output.pos());
-            stream.decompress_stream(&mut output, &mut input).ok()?;
+            if !self.within
+                && let Some(level) = level_note(&packed[before.0..])
+            {
+                self.level = Some(level);
+            }
+            let left = stream.decompress_stream(&mut output, &mut input).ok()?;
+            self.within = left > 0;
             if (input.pos(), output.pos()) == before {
                 return None;
             }
         }
         Some(output.pos())
     }
+}
+
+/// A skippable frame of Zstandard (RFC 8878, 3.1.2) of one byte: the level of the frame behind it.
+/// Whoever does not know it passes over it.
+const LEVEL_NOTE: [u8; 8] = [0x5a, 0x2a, 0x4d, 0x18, 1, 0, 0, 0];
+
+/// The level that is told at the beginning of a Zstandard frame.
+fn level_note(bytes: &[u8]) -> Option<u8> {
+    let level = *bytes.strip_prefix(&LEVEL_NOTE)?.first()?;
+    (1..=MAX_LEVEL).contains(&level).then_some(level)
 }
 
 /// A step of effort. A sender goes up where it would be busy for less than a part of its time, and
@@ -321,17 +345,19 @@ impl Packer {
         Some((codec, packed))
     }
 
-    /// Another level begins another Zstandard frame within the same stream.
+    /// Another level begins another Zstandard frame within the same stream, and says which it is.
     fn zstd(&mut self, level: i32, raw: &[u8]) -> Option<Vec<u8>> {
         let mut out = begun(raw, limits::PACKED_EXTRA_BYTES as usize + raw.len());
-        let mut output = OutBuffer::around(&mut out[RAW_CRC_BYTES..]);
+        let mut start = RAW_CRC_BYTES;
         if self.zstd.as_ref().is_none_or(|(known, _)| *known != level) {
             let mut stream = match self.zstd.take() {
                 Some((_, mut stream)) => {
+                    let mut output = OutBuffer::around(&mut out[start..]);
                     let mut nothing = InBuffer::around(&[]);
                     let end = ZSTD_EndDirective::ZSTD_e_end;
                     let left = stream.compress_stream2(&mut output, &mut nothing, end);
                     assert_eq!(left, Ok(0), "three bytes end a frame, and there is room");
+                    start += output.pos();
                     stream
                 }
                 None => CCtx::try_create()?,
@@ -345,14 +371,20 @@ impl Packer {
                     .expect("levels and windows are within bounds");
             }
             self.zstd = Some((level, stream));
+            let told = u8::try_from(level).ok()?;
+            for byte in LEVEL_NOTE.into_iter().chain([told]) {
+                *out.get_mut(start)? = byte;
+                start += 1;
+            }
         }
         let (_, stream) = self.zstd.as_mut()?;
+        let mut output = OutBuffer::around(&mut out[start..]);
         let mut input = InBuffer::around(raw);
         let flush = ZSTD_EndDirective::ZSTD_e_flush;
         let left = stream.compress_stream2(&mut output, &mut input, flush);
         assert_eq!(left, Ok(0), "what does not compress is only framed");
         let written = output.pos();
-        out.truncate(RAW_CRC_BYTES + written);
+        out.truncate(start + written);
         Some(out)
     }
 }
@@ -506,6 +538,40 @@ mod tests {
             assert!(unpacked(&mut unpacker, &pieces[first], raws[first].len()).is_some());
             assert!(unpacked(&mut unpacker, &pieces[then], raws[then].len()).is_none());
         }
+    }
+
+    /// The receiver knows how much effort the sender takes, and one that looks at no notes passes over
+    /// them.
+    #[test]
+    fn the_level_is_told_with_each_frame_of_the_stream() {
+        let (mut packer, mut unpacker) = (Packer::default(), Unpacker::default());
+        let mut stranger = DCtx::try_create().expect("memory");
+        let raw = text(9000);
+        for level in [1, 1, 9, 3, MAX_LEVEL] {
+            let packed = packer.pack(Packing::Zstd(level), &raw).expect("text");
+            let out = unpacked(&mut unpacker, &packed, raw.len());
+            assert_eq!(out.as_ref(), Some(&raw));
+            assert_eq!(unpacker.level(), Some(level));
+            let mut place = vec![0; raw.len()];
+            let mut output = OutBuffer::around(&mut place[..]);
+            let mut input = InBuffer::around(&packed.1[RAW_CRC_BYTES..]);
+            while input.pos() < packed.1.len() - RAW_CRC_BYTES {
+                let read = stranger.decompress_stream(&mut output, &mut input);
+                assert!(read.is_ok());
+            }
+            assert!(place == raw);
+        }
+    }
+
+    #[test]
+    fn only_a_whole_note_of_a_known_level_counts() {
+        let note = |level: u8| [&LEVEL_NOTE[..], &[level, 7]].concat();
+        assert_eq!(level_note(&note(3)), Some(3));
+        for level in [0, MAX_LEVEL + 1, 255] {
+            assert_eq!(level_note(&note(level)), None);
+        }
+        assert_eq!(level_note(&LEVEL_NOTE), None);
+        assert_eq!(level_note(&[]), None);
     }
 
     /// What came before, within the window, is not sent again.

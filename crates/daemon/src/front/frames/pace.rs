@@ -30,6 +30,12 @@ const LEAST_BYTES: u64 = 256 << 10;
 /// For how long the window may send at once at the rate of the path.
 const LEAST_TIME: Duration = Duration::from_millis(4);
 
+/// A connection on which something is on its way and nothing was acknowledged for so long, and some round
+/// trips, does not count: its client stands still or has vanished, and what it was sent is on no path.
+/// Others would be held back for as long as the kernel believes in it.
+const SILENCE: Duration = Duration::from_secs(1);
+const SILENT_TRIPS: u32 = 4;
+
 /// The hosts that are sent to.
 static PATHS: LazyLock<Mutex<HashMap<IpAddr, Weak<Path>>>> = LazyLock::new(Mutex::default);
 
@@ -44,6 +50,8 @@ struct State {
     next_seat: u64,
     window: Window,
     round_started: Instant,
+    /// The shortest round trip.
+    base: Duration,
     /// Acknowledged in this round on connections that have ended since.
     left_bytes: u64,
     /// Something was held back in this round.
@@ -56,6 +64,8 @@ struct Seat {
     socket: Socket,
     /// Acknowledged when this round began.
     acknowledged: u64,
+    /// When something was acknowledged last, or nothing was on its way.
+    heard_at: Instant,
 }
 
 /// One connection's part in it. Given back when dropped.
@@ -72,6 +82,7 @@ impl Pace {
         let seat = Seat {
             socket: socket.try_clone().ok()?,
             acknowledged: told(socket)?.acknowledged,
+            heard_at: Instant::now(),
         };
         let path = {
             let mut paths = lock(&PATHS);
@@ -84,6 +95,7 @@ impl Pace {
                         next_seat: 0,
                         window: Window::default(),
                         round_started: Instant::now(),
+                        base: Duration::ZERO,
                         left_bytes: 0,
                         held_back: false,
                     }),
@@ -108,8 +120,10 @@ impl Pace {
         }
         let least = bytes_in(state.window.rate(), LEAST_TIME).max(LEAST_BYTES);
         let window = state.window.bytes().max(least);
+        let silence = state.silence();
         let seats = state.seats.values();
-        let on_their_way: u64 = seats.map(|seat| unacknowledged(&seat.socket)).sum();
+        let heard = seats.filter(|seat| now.saturating_duration_since(seat.heard_at) < silence);
+        let on_their_way: u64 = heard.map(|seat| unacknowledged(&seat.socket)).sum();
         let admitted = on_their_way < window;
         state.held_back |= !admitted;
         admitted
@@ -127,6 +141,10 @@ impl Drop for Pace {
 }
 
 impl State {
+    fn silence(&self) -> Duration {
+        SILENCE.max(self.base * SILENT_TRIPS)
+    }
+
     /// Ends the round, if it was as long as a round trip.
     fn look(&mut self, now: Instant) {
         let told: BTreeMap<u64, Told> = self
@@ -140,10 +158,17 @@ impl State {
         if took < base {
             return;
         }
+        self.base = base;
+        // For so long nobody has asked, and nobody was looked at.
+        let unseen = took >= self.silence();
         let mut bytes = std::mem::take(&mut self.left_bytes);
         for (number, told) in told {
             if let Some(seat) = self.seats.get_mut(&number) {
-                bytes += told.acknowledged.saturating_sub(seat.acknowledged);
+                let fresh = told.acknowledged.saturating_sub(seat.acknowledged);
+                if unseen || fresh > 0 || unacknowledged(&seat.socket) == 0 {
+                    seat.heard_at = now;
+                }
+                bytes += fresh;
                 seat.acknowledged = told.acknowledged;
             }
         }
@@ -245,7 +270,15 @@ mod tests {
         let waiting = unacknowledged(&Socket::from(sender.0.try_clone().unwrap()));
         assert!(waiting > 0 && waiting <= first);
         if waiting >= 1 << 20 {
-            assert!(ends.iter().all(|(_, _, pace)| !pace.admits(Instant::now())));
+            let now = Instant::now();
+            assert!(ends.iter().all(|(_, _, pace)| !pace.admits(now)));
+            // A client that goes on reading nothing holds the other one back no longer.
+            let later = (1..1000).map(|n| now + MIN_ROUND * n);
+            let admitted = later
+                .map(|at| ends[1].2.admits(at))
+                .position(|admits| admits);
+            let rounds = admitted.expect("it is held back for ever");
+            assert!(MIN_ROUND * u32::try_from(rounds + 1).unwrap() >= SILENCE);
         }
         let mut rest = vec![0; sent];
         ends[0].1.read_exact(&mut rest).unwrap();

@@ -185,7 +185,12 @@ impl<'a> Run<'a> {
     fn advice(&self) -> Advice {
         let advice = self.gauge.advice(self.volume.now());
         // Under a cap the link's speed is no matter: what is found goes without it.
-        let capped = || self.relocation.with_mover(|m| m.limit()).is_some();
+        let capped = || {
+            let limits = self
+                .relocation
+                .with_mover(|m| (m.limit(), m.common_limit()));
+            limits != (None, None)
+        };
         match advice {
             Advice::Measure(_) | Advice::Rest(Why::FastLink { .. }) if capped() => Advice::Look,
             advice => advice,

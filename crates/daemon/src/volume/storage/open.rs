@@ -112,6 +112,7 @@ fn open_new(
         ties: Ties {
             fenced_source: true,
             way_back: wanted.way_back,
+            released: old.released(),
             ..Ties::default()
         },
     };
