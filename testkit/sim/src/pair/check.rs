@@ -286,8 +286,11 @@ impl PairWorld {
             return Err("the handoff fails although nothing is wrong".into());
         }
         self.live_until("a request is never answered", |w| w.requests.is_empty())?;
+        // What is on its way still may close a fence, and is followed by what opens it again.
         self.live_until("the source never hears that the move was given up", |w| {
-            w.accepts(w.owner)
+            let hears = |side: &Side| side.fibers.iter().any(|f| f.name == "hears");
+            let told = !w.given_up || w.was_given_up();
+            told && w.accepts(w.owner) && !w.sides.iter().any(hears)
         })?;
         self.follow();
         self.leaves = false;

@@ -91,7 +91,7 @@ impl PairWorld {
 
     /// The move was given up and the source knows, so that what is left of it may be removed: a
     /// request for the handoff may still be on its way there.
-    fn was_given_up(&self) -> bool {
+    pub fn was_given_up(&self) -> bool {
         let heard = self.sides[self.other()].has_told.load(Ordering::Acquire);
         self.given_up && heard
     }
