@@ -67,6 +67,9 @@ impl Source for Hashing {
         lock(&self.asked_about).push((offset, len.into()));
         self.memory.hashes(lane, offset, len, grain, done);
     }
+    fn flush(&self, done: Completion<()>) {
+        self.memory.flush(done);
+    }
     fn speaks_frames(&self) -> bool {
         self.frames.load(Ordering::Relaxed)
     }
