@@ -18,6 +18,7 @@ const COMMIT: &str = "crates/daemon/src/volume/commit.rs";
 const DEPARTURE: &str = "crates/daemon/src/volume/departure.rs";
 const ARRIVAL: &str = "crates/daemon/src/volume/arrival.rs";
 const GATE: &str = "crates/daemon/src/volume/gate.rs";
+const SOURCE_FLUSH: &str = "crates/daemon/src/volume/source_flush.rs";
 const GUEST: &str = "crates/daemon/src/volume/guest.rs";
 const RELOCATION: &str = "crates/daemon/src/volume/relocation.rs";
 const VOLUME: &str = "crates/daemon/src/volume/mod.rs";
@@ -128,7 +129,7 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "handoff not durable",
         file: GUEST,
         edits: &[(
-            "            let outcome = state.record_arriving_but(at_source, lacking);\n",
+            "            let outcome = state.record_arriving_but(at_source, lacking, owed);\n",
             "            let _ = (state, at_source, lacking);\n            let outcome = Ok(());\n",
         )],
     },
@@ -352,6 +353,27 @@ pub const MUTATIONS: &[Mutation] = &[
         edits: &[(
             "        if handover::abort(departed, id) {\n",
             "        if handover::abort(departed, id) && known {\n",
+        )],
+    },
+    Mutation {
+        name: "flush before the handoff answered here",
+        file: SOURCE_FLUSH,
+        edits: &[(
+            "            LifeState::Standby => true,\n",
+            "            LifeState::Standby => false,\n",
+        )],
+    },
+    Mutation {
+        name: "no flush owed after the handoff",
+        file: GUEST,
+        edits: &[("            self.owes_a_flush();\n", "")],
+    },
+    Mutation {
+        name: "flush owed forgotten by a restart",
+        file: STATE,
+        edits: &[(
+            "            identity.ties.source_flush_owed = source_flush_owed;\n",
+            "            identity.ties.source_flush_owed = source_flush_owed && false;\n",
         )],
     },
 ];

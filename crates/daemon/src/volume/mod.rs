@@ -31,6 +31,9 @@ mod report;
 #[cfg(test)]
 mod return_tests;
 pub mod seeding;
+mod source_flush;
+#[cfg(test)]
+mod source_flush_tests;
 mod space;
 pub mod storage;
 #[cfg(test)]
@@ -60,6 +63,7 @@ use departure::Departures;
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use seeding::Seeding;
+use source_flush::SourceFlushes;
 use space::DiskTrouble;
 use storage::succession::Succession;
 use verify::Verification;
@@ -143,6 +147,8 @@ pub struct Volume {
     relocation: RwLock<Option<Arc<Relocation>>>,
     journal: Mutex<Journal>,
     committer: Committer,
+    /// Flushes that wait for the source.
+    source_flushes: SourceFlushes,
     /// When the witnesses of the source's disk were written last.
     witnesses_kept_at: Mutex<Option<Duration>>,
     clock: Clock,

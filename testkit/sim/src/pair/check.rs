@@ -215,9 +215,7 @@ impl PairWorld {
                     self.oracle.written(sector, id, *fua, now);
                 }
             }
-            // A destination that stands by has nothing to make durable, and does not ask the source
-            // to: what was written there is durable from the handoff on, or by its own flushes.
-            (Ask::Flush, Answer::Done) if request.elsewhere => {}
+            // One at a destination that stands by is passed on to the source.
             (Ask::Flush, Answer::Done) => self.oracle.flushed(request.began),
             _ => return Err(format!("request {id} was answered with something else")),
         }
