@@ -658,6 +658,7 @@ fn frames() -> Vec<(&'static str, Vec<u8>)> {
         ask::PING,
         0,
     ];
+    let flush: &[u8] = &[ask::PING, 0x80];
     let orders: &[u8] = &[
         ask::READ,
         4,
@@ -819,11 +820,20 @@ fn frames() -> Vec<(&'static str, Vec<u8>)> {
             server(4, 0, 0b1101_1001, &[reads, others]),
         ),
         ("serve-standby", server(6, 0, 0, &[reads, others])),
+        (
+            "serve-flush-standby",
+            server(6, 0, 0, &[reads, flush, others, flush]),
+        ),
+        (
+            "serve-flush-arriving",
+            server(3, 0, 0b0110_0110, &[flush, reads, flush]),
+        ),
         ("serve-talk", server(0, 0, 0, &[&talks, reads])),
         ("serve-talk-standby", server(7, 0, 0, &[reads, &talks])),
         ("serve-wrong", server(0, 0, 0, &[reads, wrong])),
         ("serve-raw", [&[0, 0, 0, 0][..], &raw].concat()),
         ("ask-whole", client(3, &[whole])),
+        ("ask-flush", client(3 | 0x10, &[whole, &[say::END, 4][..]])),
         ("ask-few-at-a-time", client(11, &[whole])),
         ("ask-pieces", client(3, &[pieces])),
         ("ask-wrong-order", client(3, &[wrong_order])),

@@ -29,6 +29,8 @@ pub struct PendingRequest {
     pub len: u64,
     /// A question for extents, not a read.
     pub extents: bool,
+    /// A flush, of everything.
+    pub flush: bool,
 }
 
 /// What was asked of a [`MemorySource`] so far.
@@ -40,6 +42,8 @@ pub struct MemoryCounters {
     pub extents: u64,
     /// Bytes of reads that were completed successfully.
     pub read_bytes: u64,
+    /// Flushes that were completed successfully.
+    pub flushes: u64,
     /// Requests that were answered with an error.
     pub failed: u64,
 }
@@ -47,6 +51,7 @@ pub struct MemoryCounters {
 enum Done {
     Read(Completion<Fetched>),
     Extents(Completion<ExtentsAnswer>),
+    Flush(Completion<()>),
 }
 
 struct Pending {
@@ -59,6 +64,7 @@ struct Pending {
 struct State {
     data: Vec<u8>,
     read_only: bool,
+    can_flush: bool,
     connected: bool,
     closed: bool,
     pending: VecDeque<Pending>,
@@ -85,6 +91,7 @@ impl MemorySource {
             state: Mutex::new(State {
                 data,
                 read_only: false,
+                can_flush: false,
                 connected: true,
                 closed: false,
                 pending: VecDeque::new(),
@@ -135,6 +142,11 @@ impl MemorySource {
         self.state().read_only = read_only;
     }
 
+    /// Sets whether it can be asked to flush; at first it cannot.
+    pub fn set_can_flush(&self, can_flush: bool) {
+        self.state().can_flush = can_flush;
+    }
+
     /// Connects or disconnects. On a disconnect every pending request fails as disconnected, then
     /// the watcher is told; on a connect the watcher is told. No change, no call.
     pub fn set_connected(&self, connected: bool) {
@@ -180,6 +192,7 @@ impl MemorySource {
         let mut state = self.state();
         let size = u64::try_from(state.data.len()).unwrap_or(u64::MAX);
         let extents = matches!(done, Done::Extents(_));
+        let flush = matches!(done, Done::Flush(_));
         let fits = offset.checked_add(len).is_some_and(|end| end <= size);
         let doomed = if !state.connected || state.closed {
             Some(SourceErrorKind::Disconnected)
@@ -188,10 +201,10 @@ impl MemorySource {
         } else {
             None
         };
-        if extents {
-            state.counters.extents += 1;
-        } else {
-            state.counters.reads += 1;
+        match done {
+            Done::Read(_) => state.counters.reads += 1,
+            Done::Extents(_) => state.counters.extents += 1,
+            Done::Flush(_) => {}
         }
         state.pending.push_back(Pending {
             request: PendingRequest {
@@ -199,6 +212,7 @@ impl MemorySource {
                 offset,
                 len,
                 extents,
+                flush,
             },
             done,
             doomed,
@@ -244,6 +258,11 @@ impl MemorySource {
                     wire_bytes: HEADERS_BYTES,
                 }));
             }
+            Done::Flush(done) => {
+                state.counters.flushes += 1;
+                drop(state);
+                done(Ok(()));
+            }
         }
         true
     }
@@ -254,6 +273,7 @@ impl Done {
         match self {
             Self::Read(done) => done(Err(error)),
             Self::Extents(done) => done(Err(error)),
+            Self::Flush(done) => done(Err(error)),
         }
     }
 }
@@ -296,6 +316,7 @@ impl Source for MemorySource {
             read_only: state.read_only,
             can_multi_conn: true,
             has_extents: self.granularity.is_some(),
+            can_flush: state.can_flush,
             min_block_bytes: 1,
             max_read_bytes: MAX_READ_BYTES,
             uri: "memory:".to_owned(),
@@ -317,6 +338,10 @@ impl Source for MemorySource {
 
     fn extents(&self, lane: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>) {
         self.submit(lane, offset, len, Done::Extents(done));
+    }
+
+    fn flush(&self, done: Completion<()>) {
+        self.submit(Lane::Demand, 0, 0, Done::Flush(done));
     }
 
     fn watch(&self, watcher: Arc<dyn SourceWatcher>) {

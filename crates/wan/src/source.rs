@@ -17,6 +17,8 @@ pub struct SourceInfo {
     pub can_multi_conn: bool,
     /// It tells holes and zeroes (`base:allocation`).
     pub has_extents: bool,
+    /// It can be asked to make durable what was written to it.
+    pub can_flush: bool,
     /// The smallest request it serves, in bytes.
     pub min_block_bytes: u32,
     /// The largest read it serves, in bytes.
@@ -210,6 +212,10 @@ pub trait Source: Send + Sync + 'static {
     fn hashes(&self, lane: Lane, offset: u64, len: u32, grain: u32, done: Completion<Hashes>) {
         hash_by_reading(self, lane, offset, len, grain, done);
     }
+
+    /// Asks it to make durable whatever was written to it, by whom ever, and answered. Where it
+    /// cannot be asked ([`SourceInfo::can_flush`]) it succeeds: nothing more can be done.
+    fn flush(&self, done: Completion<()>);
 
     /// A guest waits for `len` bytes at `offset` now: reads of these in the bulk lane are as urgent
     /// as demand from here on, as far as the source can still be told.

@@ -32,6 +32,12 @@ use crate::input::Input;
 use crate::memory;
 use crate::nbd_client::script::option_reply;
 
+/// Bit of the first byte: behind the questions it is asked to flush.
+const FLUSH: u8 = 0x10;
+
+/// Where the number of that is kept: no region is there.
+const FLUSH_REGION: u64 = u64::MAX;
+
 /// Each question has a region of its own.
 const REGION: u64 = 256 << 10;
 
@@ -103,17 +109,35 @@ pub fn run(how: u8, input: &mut Input<'_>) {
     let (mut theirs, ours) = UnixStream::pair().unwrap();
     theirs.write_all(&server).unwrap();
     theirs.shutdown(Shutdown::Write).unwrap();
+    let flushed = Arc::new(Mutex::new(None));
     let asked: usize = known.iter().map(|known| known.len as usize).sum();
     memory::within(MEMORY_BOUND + 4 * asked, "a source", || {
         converse(Socket::from(OwnedFd::from(ours)), config, true, |source| {
             for (n, question) in questions.iter().enumerate() {
                 ask(source, question, n, &ends);
             }
+            if how & FLUSH != 0 {
+                let told = Arc::clone(&flushed);
+                source.flush(Box::new(move |end: Result<_, _>| {
+                    let before = told.lock().unwrap().replace(end.is_ok());
+                    assert!(before.is_none(), "the flush ended twice");
+                }));
+            }
         })
     })
     .expect("a handshake that is right");
     let wire = received(&mut theirs);
     let frames = unpacked(frames_of(&server[start..]));
+    let flushed = *flushed.lock().unwrap();
+    assert_eq!(flushed.is_some(), how & FLUSH != 0, "the flush never ended");
+    if flushed == Some(true) {
+        let answer = brought(wire[&FLUSH_REGION], &frames);
+        let done = |frame: &&&Frame| frame.header.kind == Kind::End && frame.header.last;
+        assert!(
+            answer.last().filter(done).is_some(),
+            "nobody said that the flush was done"
+        );
+    }
     let mut ends = ends.lock().unwrap();
     for (n, (question, end)) in questions.iter().zip(ends.iter_mut()).enumerate() {
         let brought = wire
@@ -248,6 +272,9 @@ fn received(theirs: &mut UnixStream) -> HashMap<u64, u64> {
     let mut ids = HashMap::new();
     while let Some(frame) = decoder.next_frame().expect("frames of a client") {
         let request = Request::parse(&frame).expect("a request");
+        if let Request::Flush(id, _) = request {
+            ids.insert(FLUSH_REGION, id);
+        }
         if let Request::Wish {
             id, offset, wish, ..
         } = request

@@ -23,7 +23,7 @@ pub mod ask {
     pub const CANCEL: u8 = 3;
     /// How many requests back, priority.
     pub const PROMOTE: u8 = 4;
-    /// Priority.
+    /// Priority; with the top bit it is FLUSH.
     pub const PING: u8 = 5;
     /// Message, move, number.
     pub const TELL: u8 = 6;
@@ -72,6 +72,7 @@ mod kind {
     pub const CANCEL: u8 = 0x04;
     pub const PROMOTE: u8 = 0x05;
     pub const PING: u8 = 0x06;
+    pub const FLUSH: u8 = 0x07;
     pub const TELL: u8 = 0x10;
     pub const DATA: u8 = 0x81;
     pub const ZERO: u8 = 0x82;
@@ -97,7 +98,7 @@ struct Numbers {
 
 impl Numbers {
     fn put(self, payload: &[u8], out: &mut Vec<u8>) {
-        let mut header = b"HKF3".to_vec();
+        let mut header = b"HKF4".to_vec();
         header.extend_from_slice(&[self.kind, self.priority]);
         header.extend_from_slice(&self.flags.to_be_bytes());
         header.extend_from_slice(&self.id.to_be_bytes());
@@ -168,8 +169,9 @@ fn request(program: &mut Input<'_>, size: u64, next_id: &mut u64, out: &mut Vec<
             return numbers.put(&[], out);
         }
         ask::PING => {
-            numbers.kind = kind::PING;
-            numbers.priority = program.byte() % 7;
+            let byte = program.byte();
+            numbers.kind = [kind::PING, kind::FLUSH][usize::from(byte >> 7)];
+            numbers.priority = byte % 7;
         }
         ask::TELL => {
             numbers.kind = kind::TELL;

@@ -171,7 +171,7 @@ impl Asked {
                 (inside && rises(id)).then_some(())?;
                 self.wishes.insert(id, Some((wish, offset, len)));
             }
-            Request::Ping(id, _) => {
+            Request::Ping(id, _) | Request::Flush(id, _) => {
                 rises(id).then_some(())?;
                 self.wishes.insert(id, None);
             }
@@ -255,7 +255,8 @@ impl Asked {
             match (header.kind, wish) {
                 (Kind::End, None) => {}
                 (Kind::End, Some(_)) => assert!(cancelled, "request {id} was not cancelled"),
-                (Kind::Error, Some(_)) => {
+                // None: FLUSH, which a source has a part in as well.
+                (Kind::Error, Some(_) | None) => {
                     let why = message::parse_error(payload);
                     assert!(disk.has_refused(), "request {id} failed: {why:?}");
                 }

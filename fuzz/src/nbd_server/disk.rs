@@ -133,6 +133,9 @@ fn config(name: &str, handoff: Option<HandoffPolicy>, transport: Transport) -> E
     }
 }
 
+/// With this bit of its luck a source cannot be asked to flush.
+const CANNOT_FLUSH: u8 = 0x10;
+
 struct Luck {
     bits: u8,
     left: u32,
@@ -173,12 +176,14 @@ impl Disk {
             }
             Kind::Arriving { extents, .. } => {
                 let source = MemorySource::new(content.to_vec(), extents.then_some(4096));
+                source.set_can_flush(luck & CANNOT_FLUSH == 0);
                 let config = config("", Some(HandoffPolicy::Now), transport);
                 let (volume, store) = moving(&config, geometry, &source, &dir, clock);
                 (volume, store, Some(source))
             }
             Kind::Standby { by_command } => {
                 let source = MemorySource::new(content.to_vec(), Some(4096));
+                source.set_can_flush(luck & CANNOT_FLUSH == 0);
                 let policy = if by_command {
                     HandoffPolicy::Command
                 } else {
@@ -328,7 +333,10 @@ fn moving(
         source_uri: "memory".into(),
         incarnation: [2; 16],
         image_inode: None,
-        ties: Ties::default(),
+        ties: Ties {
+            source_flush_owed: handoff == Some(HandoffPolicy::Now) && source.info().can_flush,
+            ..Ties::default()
+        },
     };
     // Not by `create_in`: that writes 4 MiB of zeroes, which a run has no time for.
     dir.replace("log", &[0; 4096]).unwrap();

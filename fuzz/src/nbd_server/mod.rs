@@ -300,11 +300,15 @@ fn check_answer(disk: &Disk, asked: &Asked, answer: &Answer, read_only: bool) {
     );
     let excuse = if read_only || !disk.is_moving() {
         false
-    } else if changes && disk.wants_command() {
-        *code == Errno::Perm.code()
+    } else if changes && disk.wants_command() && *code == Errno::Perm.code() {
+        true
     } else {
-        // Reads need the source, and so do writes that do not begin and end on a sector.
-        let needs_source = matches!(command, Command::Read { .. } | Command::Cache { .. });
+        // Reads need the source, and so do writes that do not begin and end on a sector, and flushes
+        // until it has flushed.
+        let needs_source = matches!(
+            command,
+            Command::Read { .. } | Command::Cache { .. } | Command::Flush
+        );
         (needs_source || changes) && disk.has_refused() && *code == Errno::Io.code()
     };
     assert!(excuse, "{command:?} failed with {code} for no reason");

@@ -186,7 +186,7 @@ impl World {
         for sector in first..first + count {
             let n = usize::try_from(sector).unwrap_or(0);
             let value = sector_of(self.sim.chance(|rng| rng.any()));
-            self.server.write(n * 512, &value);
+            self.server.write(n * 512, &value, now);
             self.oracle.changed_elsewhere(n, Arc::new(value), now);
         }
     }

@@ -76,6 +76,8 @@ pub struct Plan {
     pub extents: Option<u32>,
     /// The source answers in chunks.
     pub structured: bool,
+    /// The source can be asked to flush.
+    pub can_flush: bool,
     /// The smallest request that the source serves.
     pub min_block: u32,
     /// The longest read that the source serves.
@@ -135,9 +137,11 @@ impl Plan {
         } else {
             None
         };
+        let can_flush = rng.permille(800);
         Self {
             geometry,
             config,
+            can_flush,
             clients: rng.index(4) + 1,
             depth: rng.index(6) + 1,
             hot: rng.pick(&[

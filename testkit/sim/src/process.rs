@@ -173,6 +173,7 @@ impl Opening {
             read_only: false,
             can_multi_conn: false,
             has_extents: true,
+            can_flush: true,
             min_block_bytes: 1,
             max_read_bytes: 32 << 20,
             uri: "simulated".into(),
@@ -194,7 +195,10 @@ impl World {
             source_uri: "simulated".into(),
             incarnation: [2; 16],
             image_inode: None,
-            ties: Ties::default(),
+            ties: Ties {
+                source_flush_owed: now && self.plan.can_flush,
+                ..Ties::default()
+            },
         };
         if now {
             (self.touched, self.handed_off) = (true, true);

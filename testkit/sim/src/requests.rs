@@ -292,6 +292,14 @@ impl World {
         }
         if matches!(request.ask, Ask::Flush) {
             self.oracle.flushed(request.began);
+            let volume = self.process.as_ref().and_then(|p| p.volume.as_ref());
+            let needs_source = volume.is_some_and(|volume| !volume.is_local());
+            if needs_source && self.server.owes_a_flush_of(request.began) {
+                return Err(
+                    "a flush was answered while what was written at the source is not durable there"
+                        .into(),
+                );
+            }
         }
         if !request.writes.is_empty() {
             self.handed_off |= request.writes.iter().any(|(_, unsure)| !unsure);

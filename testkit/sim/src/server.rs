@@ -2,7 +2,7 @@
 //!
 //! It answers in any order, in chunks that mix with those of other answers, with holes and data
 //! as it likes; and when it is to misbehave, it breaks the protocol in the ways that a client can
-//! notice.
+//! notice. What the VM there writes is durable once it was asked to flush, and not before.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +14,7 @@ use hikkoshi_nbd::server::reply::{
 use hikkoshi_nbd::server::{ReplyStyle, Request};
 use hikkoshi_nbd::wire::{Errno, REQUEST_BYTES, allocation, command, export};
 
+use crate::oracle::Time;
 use crate::plan::{Plan, SECTOR};
 use crate::sim::Sim;
 use crate::world::sector_of;
@@ -25,6 +26,7 @@ const CONTEXT: u32 = 7;
 pub struct Server {
     sim: Arc<Sim>,
     structured: bool,
+    can_flush: bool,
     extents: Option<u64>,
     min_block: u32,
     max_read: u32,
@@ -39,6 +41,8 @@ struct State {
     /// The right disk, while an older one is served in its place.
     right: Option<Vec<u8>>,
     silent_until_us: u64,
+    /// When it was written what is not durable; at first the whole disk is not.
+    unflushed: Vec<Time>,
 }
 
 /// What the server still has to say to one connection.
@@ -59,6 +63,11 @@ enum Message {
         offset: u64,
         len: u64,
     },
+    /// All that was written until then is durable.
+    Flushed {
+        until: Time,
+        reply: Vec<u8>,
+    },
 }
 
 impl Server {
@@ -67,6 +76,7 @@ impl Server {
         Arc::new(Self {
             sim: Arc::clone(sim),
             structured: plan.structured,
+            can_flush: plan.can_flush,
             extents: plan.extents.map(u64::from),
             min_block: plan.min_block,
             max_read: plan.max_read,
@@ -76,6 +86,7 @@ impl Server {
                 resized: false,
                 right: None,
                 silent_until_us: 0,
+                unflushed: vec![0],
             }),
         })
     }
@@ -113,8 +124,15 @@ impl Server {
     }
 
     /// The VM, still here, writes.
-    pub fn write(&self, offset: usize, bytes: &[u8]) {
-        self.state().disk[offset..offset + bytes.len()].copy_from_slice(bytes);
+    pub fn write(&self, offset: usize, bytes: &[u8], now: Time) {
+        let mut state = self.state();
+        state.disk[offset..offset + bytes.len()].copy_from_slice(bytes);
+        state.unflushed.push(now);
+    }
+
+    /// Whether something that was written before `began` is not durable, although it could be.
+    pub fn owes_a_flush_of(&self, began: Time) -> bool {
+        self.can_flush && self.state().unflushed.iter().any(|at| *at < began)
     }
 
     /// Can it be reached?
@@ -143,7 +161,13 @@ impl Server {
         let size = state.disk.len() as u64;
         Negotiated {
             size_bytes: if state.resized { size + 4096 } else { size },
-            flags: export::HAS_FLAGS | export::CAN_MULTI_CONN,
+            flags: export::HAS_FLAGS
+                | export::CAN_MULTI_CONN
+                | if self.can_flush {
+                    export::SEND_FLUSH
+                } else {
+                    0
+                },
             block_sizes: BlockSizes {
                 min: self.min_block,
                 preferred: 4096,
@@ -191,7 +215,12 @@ impl Server {
                 ));
                 return;
             }
-            command::READ | command::BLOCK_STATUS
+            command::FLUSH if !self.can_flush => {
+                self.sim
+                    .fail("the client asked a server to flush that does not know it");
+                return;
+            }
+            command::READ | command::BLOCK_STATUS | command::FLUSH
                 if end > size || self.sim.strikes(|t| t.refuse) =>
             {
                 let mut bytes = Vec::new();
@@ -205,6 +234,12 @@ impl Server {
                 len: request.len.into(),
             }),
             command::BLOCK_STATUS => messages.push_back(self.extents_of(request)),
+            command::FLUSH => {
+                let mut reply = Vec::new();
+                style.push_done(&mut reply, request.cookie);
+                let until = self.state().unflushed.last().copied().unwrap_or(0);
+                messages.push_back(Message::Flushed { until, reply });
+            }
             _ => return,
         }
         conversation.replies.push(Reply { messages });
@@ -303,6 +338,11 @@ impl Server {
             Message::Bytes(bytes) => {
                 header_bytes = bytes.len();
                 bytes
+            }
+            Message::Flushed { until, reply } => {
+                self.state().unflushed.retain(|at| *at > until);
+                header_bytes = reply.len();
+                reply
             }
             Message::Data {
                 mut header,

@@ -378,6 +378,18 @@ impl Source for SimSource {
         }
     }
 
+    fn flush(&self, done: Completion<()>) {
+        match self.pick(Lane::Demand) {
+            Some(bare) => {
+                let undone = bare.flush(done);
+                self.fail_undone(undone);
+            }
+            None => self.push(Told::Answer(Box::new(move || {
+                done(Err(error(SourceErrorKind::Disconnected, "not connected")));
+            }))),
+        }
+    }
+
     fn cancel(&self, lane: Lane, offset: u64, len: u64) {
         let connections = self.state().connections.clone();
         for connection in connections.into_iter().flatten() {

@@ -15,6 +15,7 @@ pub struct Mutation {
 }
 
 const COMMIT: &str = "crates/daemon/src/volume/commit.rs";
+const SOURCE_FLUSH: &str = "crates/daemon/src/volume/source_flush.rs";
 const GUEST: &str = "crates/daemon/src/volume/guest.rs";
 const RELOCATION: &str = "crates/daemon/src/volume/relocation.rs";
 const VOLUME: &str = "crates/daemon/src/volume/mod.rs";
@@ -125,7 +126,7 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "handoff not durable",
         file: GUEST,
         edits: &[(
-            "            let outcome = state.record_arriving_but(at_source, lacking);\n",
+            "            let outcome = state.record_arriving_but(at_source, lacking, owed);\n",
             "            let _ = (state, at_source, lacking);\n            let outcome = Ok(());\n",
         )],
     },
@@ -266,7 +267,7 @@ pub const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "completion that a kill cut short believed",
         file: LIVE,
-        edits: &[("    state.change(|_| ())?;\n", "")],
+        edits: &[("    state.confirm()?;\n", "")],
     },
     Mutation {
         name: "kill forgets the masks",
@@ -282,6 +283,27 @@ pub const MUTATIONS: &[Mutation] = &[
         edits: &[(
             "        if let Err(e) = mark.raise() {",
             "        if let Err(e) = mark.is_raised() {",
+        )],
+    },
+    Mutation {
+        name: "flush before the handoff answered here",
+        file: SOURCE_FLUSH,
+        edits: &[(
+            "            LifeState::Standby => true,\n",
+            "            LifeState::Standby => false,\n",
+        )],
+    },
+    Mutation {
+        name: "no flush owed after the handoff",
+        file: GUEST,
+        edits: &[("            self.owes_a_flush();\n", "")],
+    },
+    Mutation {
+        name: "flush owed forgotten by a restart",
+        file: STATE,
+        edits: &[(
+            "            identity.ties.source_flush_owed = source_flush_owed;\n",
+            "            identity.ties.source_flush_owed = source_flush_owed && false;\n",
         )],
     },
 ];

@@ -23,6 +23,7 @@ use super::departure::{Departures, MakeState};
 use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::seeding::Seeding;
+use super::source_flush::SourceFlushes;
 use super::space::DiskTrouble;
 use super::storage::ImageAddress;
 use super::storage::succession::Succession;
@@ -151,6 +152,7 @@ impl Parts<'_> {
         let moved_to = identity.and_then(|i| ImageAddress::parse(i.ties.moved_to.as_deref()?));
         let from_image = identity.is_some_and(|i| ImageAddress::parse(&i.source_uri).is_some());
         let released = identity.and_then(|identity| identity.ties.released);
+        let owed = identity.is_some_and(|identity| identity.ties.source_flush_owed);
         let source = self.config.source.as_ref();
         let (way_back, trouble) = WayBack::new(self.state.as_ref(), at_release);
         let volume = Volume {
@@ -170,6 +172,7 @@ impl Parts<'_> {
             relocation: RwLock::new(None),
             journal: Mutex::new(Journal::new(self.state)),
             committer: Committer::default(),
+            source_flushes: SourceFlushes::new(owed),
             witnesses_kept_at: Mutex::default(),
             clock: self.clock,
             background: source.is_none_or(|s| s.background),

@@ -81,16 +81,28 @@ pub(super) struct Queue {
 }
 
 impl Volume {
-    /// Makes all completed writes durable and then calls `done`, on another thread.
+    /// Makes all completed writes durable and then calls `done`, on another thread: also those that
+    /// were made at the source, where the source must be asked for that.
     pub fn flush(&self, done: FlushDone) {
-        lock(&self.committer.queue).waiting.push(done);
-        self.committer.wake.notify_one();
+        if self.source_has_a_part() {
+            return self.flush_with_source(done);
+        }
+        self.flush_here(vec![done]);
+    }
+
+    /// The same for what was written here.
+    pub(super) fn flush_here(&self, mut waiting: Vec<FlushDone>) {
+        if !waiting.is_empty() {
+            lock(&self.committer.queue).waiting.append(&mut waiting);
+            self.committer.wake.notify_one();
+        }
     }
 
     /// The same within the call, where that is cheaper than asking another thread: the medium
     /// syncs in no time and nobody else commits. `None` if it is not so.
     pub fn flush_inline(&self) -> Option<io::Result<()>> {
-        if self.committer.last_sync_us.load(Ordering::Relaxed) > INLINE_SYNC_US {
+        let slow = self.committer.last_sync_us.load(Ordering::Relaxed) > INLINE_SYNC_US;
+        if slow || self.source_has_a_part() {
             return None;
         }
         // Behind a commit or a snapshot that runs already, the connection's other requests would
@@ -305,6 +317,8 @@ impl Volume {
         self.last_traffic.take_over(traffic);
         relocation.retire();
         drop(old);
+        // Everything that was at the source is here, durably.
+        self.attend_source_flushes();
         if !kept {
             self.way_back.release();
         }
@@ -327,6 +341,7 @@ impl Volume {
         loop {
             let (waiting, lazy, complete, stop) = self.await_duties();
             self.do_duties(waiting, lazy || stop, complete);
+            self.record_source_flush();
             self.keep_witnesses(stop);
             if stop {
                 return;
@@ -345,7 +360,7 @@ impl Volume {
     }
 
     /// One turn of that loop, if there is anything to do; for callers without that thread.
-    #[cfg(feature = "fuzzing")]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn attend_commits(&self) {
         let (waiting, lazy, complete) = {
             let mut queue = lock(&self.committer.queue);
@@ -356,6 +371,7 @@ impl Volume {
             )
         };
         self.do_duties(waiting, lazy, complete);
+        self.record_source_flush();
     }
 
     fn await_duties(&self) -> (Vec<FlushDone>, bool, bool, bool) {
@@ -401,6 +417,7 @@ impl Volume {
         let now = self.now();
         if !self.is_local() {
             relocation.tick();
+            self.attend_source_flushes();
         }
         let resident = self.geometry.size_bytes() - relocation.residency.missing_bytes();
         self.rate.sample(now, resident);
@@ -426,6 +443,7 @@ impl Volume {
         if let Some(relocation) = self.relocation() {
             relocation.retire();
         }
+        self.end_source_flushes();
         self.verification.end();
         lock(&self.committer.queue).stop = true;
         self.committer.wake.notify_all();

@@ -800,6 +800,9 @@ impl Volume {
             return Err("the disk has not arrived at this source itself".to_owned());
         }
         if self.read_only && !self.has_departed() {
+            // Nobody writes here; but somebody has, once, and may not have waited for the medium.
+            self.commit()
+                .map_err(|error| format!("the disk could not be made durable here: {error}"))?;
             return Ok(self.fenced(id, epoch));
         }
         let departed = self.departures.departed().map(|d| d.to);
@@ -814,6 +817,7 @@ impl Volume {
                     );
                 };
                 self.need_state().map_err(|e| e.to_string())?;
+                self.await_nothing_owed()?;
                 if session.needed {
                     // Most of it while the VM still writes; it may write more.
                     let _ = self.complete_partials(REST_LIMIT);

@@ -82,6 +82,7 @@ pub fn attend(volume: &Arc<Volume>) {
     if let Some(relocation) = volume.relocation() {
         relocation.tick();
     }
+    volume.attend_source_flushes();
     volume.attend_commits();
 }
 
@@ -90,6 +91,7 @@ pub fn retire(volume: &Arc<Volume>) {
     if let Some(relocation) = volume.relocation() {
         relocation.retire();
     }
+    volume.end_source_flushes();
     volume.attend_commits();
 }
 

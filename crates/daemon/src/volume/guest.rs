@@ -199,10 +199,11 @@ impl Volume {
             return Ok(());
         };
         crash_point!("handoff.begun");
+        let owed = self.will_owe_a_flush(&relocation);
         if let Some(state) = journal.state.as_mut() {
             let at_source = takeover.as_ref().map_or(0, |t| t.generation);
             let lacking = takeover.as_ref().and_then(|t| t.lacking.as_ref());
-            let outcome = state.record_arriving_but(at_source, lacking);
+            let outcome = state.record_arriving_but(at_source, lacking, owed);
             self.note_state("recording the handoff", outcome)?;
         }
         crash_point!("handoff.recorded");
@@ -215,9 +216,13 @@ impl Volume {
         crash_point!("handoff.taken");
         // The mover first: as soon as a write is accepted, no read may pass by it to the source.
         relocation.drive(|m, now, out| m.handoff(now, &relocation.residency, out));
+        if owed {
+            self.owes_a_flush();
+        }
         self.set_life(LifeState::Arriving);
         crash_point!("handoff.done");
         drop(journal);
+        self.attend_source_flushes();
         self.event(
             EventKind::Handoff,
             if self.from_image {

@@ -21,6 +21,8 @@ mod gate;
 pub mod guest;
 pub mod open;
 mod open_tied;
+#[cfg(test)]
+mod prepared_tests;
 pub mod proof;
 #[cfg(test)]
 mod proof_tests;
@@ -29,6 +31,9 @@ mod report;
 #[cfg(test)]
 mod return_tests;
 pub mod seeding;
+mod source_flush;
+#[cfg(test)]
+mod source_flush_tests;
 mod space;
 pub mod storage;
 #[cfg(test)]
@@ -58,6 +63,7 @@ use departure::Departures;
 use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use seeding::Seeding;
+use source_flush::SourceFlushes;
 use space::DiskTrouble;
 use storage::succession::Succession;
 use verify::Verification;
@@ -141,6 +147,8 @@ pub struct Volume {
     relocation: RwLock<Option<Arc<Relocation>>>,
     journal: Mutex<Journal>,
     committer: Committer,
+    /// Flushes that wait for the source.
+    source_flushes: SourceFlushes,
     /// When the witnesses of the source's disk were written last.
     witnesses_kept_at: Mutex<Option<Duration>>,
     clock: Clock,

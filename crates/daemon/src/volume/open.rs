@@ -387,6 +387,7 @@ fn open_new(
         image_inode: inode_of(&store)?,
         ties: Ties {
             fenced_source,
+            source_flush_owed: now && !fenced_source && source.info().can_flush,
             way_back: wanted.way_back,
             ..Ties::default()
         },
@@ -415,6 +416,10 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         ));
     }
     let mut state = StateDir::open(state_path)?;
+    if state.identity().life == Life::GivenUp || state.identity().ties.gave_up {
+        // Before the source hears of it: from there on the VM goes on where it was.
+        state.confirm()?;
+    }
     if state.identity().ties.gave_up {
         say_that_the_return_was_given_up(config, &mut state)?;
     }
@@ -1018,6 +1023,8 @@ fn reconnect(
                 can_multi_conn: false,
                 // Asked anew once it is there; one that cannot say answers that all is data.
                 has_extents: true,
+                // The same: nothing is owed by one that cannot.
+                can_flush: true,
                 min_block_bytes: 1,
                 max_read_bytes: wire::MAX_PAYLOAD_BYTES,
                 uri: wanted.uri.clone(),

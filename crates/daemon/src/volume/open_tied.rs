@@ -272,6 +272,7 @@ pub(super) fn open_return(
         ties: Ties {
             base: base.as_ref().map(|(id, _)| *id),
             fenced_source,
+            source_flush_owed: now && !fenced_source && source.info().can_flush,
             only_here,
             // Once the disk is here again, it still is not for whom it was not then.
             released: identity.ties.released,

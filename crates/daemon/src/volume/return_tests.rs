@@ -273,6 +273,7 @@ impl Source for Wire {
             read_only: false,
             can_multi_conn: false,
             has_extents: true,
+            can_flush: true,
             min_block_bytes: 1,
             max_read_bytes: 1 << 20,
             uri: "wire".into(),
@@ -301,6 +302,15 @@ impl Source for Wire {
 
     fn extents(&self, _: Lane, offset: u64, len: u64, done: Completion<ExtentsAnswer>) {
         lock(&self.extents).push((offset, len, done));
+    }
+
+    fn flush(&self, done: Completion<()>) {
+        let volume = self.peer.get().filter(|_| self.is_up());
+        let refused = |e: std::io::Error| SourceError::new(SourceErrorKind::Refused, e.to_string());
+        done(match volume {
+            Some(volume) => volume.commit().map_err(refused),
+            None => Err(gone()),
+        });
     }
 
     fn watch(&self, watcher: Arc<dyn SourceWatcher>) {

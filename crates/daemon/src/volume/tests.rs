@@ -366,6 +366,7 @@ impl World {
     fn restart(&mut self, store: MemoryStore, dir: MemoryDirectory, kill: bool) {
         self.waiting.clear();
         let connected = self.source.is_connected();
+        let can_flush = self.source.info().can_flush;
         self.store = Arc::new(store);
         self.dir = dir;
         let mut state = StateDir::open_in(Box::new(self.dir.clone()), None).unwrap();
@@ -375,6 +376,7 @@ impl World {
         } else {
             self.source = MemorySource::new(self.original.clone(), self.granularity);
             self.source.set_connected(connected);
+            self.source.set_can_flush(can_flush);
         }
         let residency = if kill {
             Residency::recover(self.geometry, Box::new(self.words.clone()))

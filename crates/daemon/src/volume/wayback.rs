@@ -319,6 +319,7 @@ impl Source for NoSource {
             read_only: true,
             can_multi_conn: false,
             has_extents: false,
+            can_flush: false,
             min_block_bytes: 1,
             max_read_bytes: hikkoshi_nbd::wire::MAX_PAYLOAD_BYTES,
             uri: String::new(),
@@ -338,6 +339,10 @@ impl Source for NoSource {
     }
 
     fn extents(&self, _: Lane, _: u64, _: u64, done: Completion<ExtentsAnswer>) {
+        done(Err(Self::gone()));
+    }
+
+    fn flush(&self, done: Completion<()>) {
         done(Err(Self::gone()));
     }
 

@@ -70,7 +70,12 @@ impl Guest {
     }
 
     pub fn flush(&mut self) {
-        assert!(self.ask(command::FLUSH, 0, 0), "the flush failed");
+        assert!(self.try_flush(), "the flush failed");
+    }
+
+    /// The same; whether it was done.
+    pub fn try_flush(&mut self) -> bool {
+        self.ask(command::FLUSH, 0, 0)
     }
 
     /// Reads, and waits for it.

@@ -128,6 +128,8 @@ pub enum Outcome {
     Read(Vec<Hole>),
     /// Extents from the start of the request, gapless, at most as long as it.
     Status(Vec<StatusExtent>),
+    /// It was done: there is nothing else to say of a FLUSH.
+    Done,
 }
 
 #[derive(Debug)]
@@ -140,6 +142,7 @@ enum Asked {
         context: u32,
         extents: Vec<StatusExtent>,
     },
+    Flush,
 }
 
 /// The state of one request's reply.
@@ -172,6 +175,11 @@ impl Reply {
             extents: Vec::new(),
         };
         Self::new(asked, offset, len, true)
+    }
+
+    /// For a FLUSH. It may be answered either way, whatever was agreed on for reads.
+    pub fn to_flush(structured: bool) -> Self {
+        Self::new(Asked::Flush, 0, 0, structured)
     }
 
     fn new(asked: Asked, offset: u64, len: u32, structured: bool) -> Self {
@@ -211,6 +219,7 @@ impl Reply {
                     len: self.len,
                 })
             }
+            Asked::Flush => Ok(Step::Nothing),
             _ => Err(ClientError::violation(
                 "a simple reply where a structured one was agreed on",
             )),
@@ -376,6 +385,7 @@ impl Reply {
             Asked::Read { .. } => Err(ClientError::violation(
                 "a read was called done with bytes missing",
             )),
+            Asked::Flush => Ok(Outcome::Done),
             Asked::Status { extents, .. } if !extents.is_empty() => Ok(Outcome::Status(extents)),
             Asked::Status { .. } => Err(ClientError::violation(
                 "a question for extents was called done without any",

@@ -76,6 +76,9 @@ pub struct Ties {
     pub gave_up: bool,
     /// The source keeps a fence: the handoff is not done before it has closed it.
     pub fenced_source: bool,
+    /// The source keeps none, and has not said since the handoff that what was written there is
+    /// durable: no flush is answered here before it has.
+    pub source_flush_owed: bool,
     /// What is written here after completion is recorded as well, so that the way back is short.
     pub way_back: bool,
     /// When the image was written last, in nanoseconds since 1970, before the volume was closed in
@@ -171,6 +174,9 @@ impl Identity {
         if ties.fenced_source {
             line("source-fence", KEPT);
         }
+        if ties.source_flush_owed {
+            line("source-flush", OWED);
+        }
         if ties.way_back {
             line("way-back", KEPT);
         }
@@ -248,6 +254,7 @@ impl Identity {
 /// What is said of a tie that is there.
 const KEPT: &str = "kept";
 const GIVEN_UP: &str = "given-up";
+const OWED: &str = "owed";
 
 /// The lines of the ties, as many as there are.
 fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError> {
@@ -272,6 +279,7 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
             ("only-here", KEPT) => ties.only_here = true,
             ("return", GIVEN_UP) => ties.gave_up = true,
             ("source-fence", KEPT) => ties.fenced_source = true,
+            ("source-flush", OWED) => ties.source_flush_owed = true,
             ("way-back", KEPT) => ties.way_back = true,
             ("closed", time) => {
                 let time = time.parse().map_err(|_| IdentityError::Line("closed"))?;

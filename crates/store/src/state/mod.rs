@@ -617,13 +617,13 @@ impl StateDir {
     /// # Errors
     /// The medium fails; the state is unusable then.
     pub fn record_arriving(&mut self, at_source: u64) -> Result<(), StateError> {
-        self.record_arriving_but(at_source, None)
+        self.record_arriving_but(at_source, None, false)
     }
 
     /// The same for a disk that comes back over the old copy that its source still needed
     /// ([`Ties::only_here`]): `lacking` is to come from there, and all else is here. In this order:
     /// 1. what is lacking; before the next step it counts for nothing;
-    /// 2. that the VM runs here.
+    /// 2. that the VM runs here, and whether the source owes a flush ([`Ties::source_flush_owed`]).
     ///
     /// # Errors
     /// As [`StateDir::record_arriving`].
@@ -631,6 +631,7 @@ impl StateDir {
         &mut self,
         at_source: u64,
         lacking: Option<&BlockSet>,
+        source_flush_owed: bool,
     ) -> Result<(), StateError> {
         if let Some(set) = lacking {
             let id = self.volume_id();
@@ -647,6 +648,7 @@ impl StateDir {
         self.change(|identity| {
             identity.life = Life::Arriving;
             identity.generation = generation;
+            identity.ties.source_flush_owed = source_flush_owed;
             // From here on the image is no copy of what it was.
             identity.ties.base = None;
             if identity.ties.only_here {
@@ -693,6 +695,7 @@ impl StateDir {
         self.change(|identity| {
             identity.life = Life::Local;
             identity.ties.only_here = false;
+            identity.ties.source_flush_owed = false;
         })?;
         crash_point!("completion.recorded");
         let _ = self.dir.remove(LACKING);
@@ -743,6 +746,15 @@ impl StateDir {
             this.identity = identity;
             Ok(())
         })
+    }
+
+    /// Makes durable what it says. A process that was killed while it recorded that may have left it
+    /// in the kernel alone, and others are about to rely on it.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn confirm(&mut self) -> Result<(), StateError> {
+        self.change(|_| ())
     }
 
     fn guarded(

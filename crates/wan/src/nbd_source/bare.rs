@@ -87,6 +87,13 @@ impl BareConnection {
             .collect()
     }
 
+    /// Asks it to make durable what was written.
+    pub fn flush(&self, done: Completion<()>) -> Vec<Undone> {
+        let job = Job::flush(done);
+        let undone = self.line.submit(job).err().map(Undone);
+        undone.into_iter().collect()
+    }
+
     /// Reads of `lane` within this range are wanted no more. Gives back what was not sent yet.
     pub fn cancel(&self, lane: Lane, offset: u64, len: u64) -> Vec<Undone> {
         let unsent = self.line.cancel(lane, offset, len);

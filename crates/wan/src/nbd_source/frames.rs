@@ -145,6 +145,7 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
         Answer::Data => wire(data.len()) == u64::from(job.len),
         Answer::Extents => !extents.is_empty(),
         Answer::Hashes { .. } => !hashes.is_empty(),
+        Answer::Done => true,
     };
     if error.is_none() && !whole && job.is_read() && replies.line.is_cancelled(id) {
         let missing = u64::from(job.len).saturating_sub(wire(data.len()));
@@ -164,6 +165,7 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
         (None, Answer::Data) => job.deliver_data(data, holes, wire_bytes),
         (None, Answer::Extents) => job.deliver_status(&extents, wire_bytes),
         (None, Answer::Hashes { .. }) => job.deliver_hashes(hashes, wire_bytes),
+        (None, Answer::Done) => job.deliver_done(),
     }
     Ok(())
 }
@@ -230,8 +232,8 @@ fn take(
                 header.check_payload(payload)?;
                 parse_error(payload).ok_or(ReadError::Answer("a malformed error"))
             })??;
-            let Job { offset, len, .. } = active.job;
-            let message = format!("{len} bytes at {offset}: the source said {errno:?}: {text}");
+            let what = active.job.what();
+            let message = format!("{what}: the source said {errno:?}: {text}");
             active.error = Some(SourceError::new(SourceErrorKind::Refused, message));
             Ok(())
         }

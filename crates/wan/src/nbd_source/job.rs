@@ -50,6 +50,9 @@ enum Op {
         grain: u32,
         done: Completion<Hashes>,
     },
+    Flush {
+        done: Completion<()>,
+    },
 }
 
 /// What answers a job.
@@ -57,7 +60,11 @@ enum Op {
 pub(super) enum Answer {
     Data,
     Extents,
-    Hashes { grain: u32 },
+    Hashes {
+        grain: u32,
+    },
+    /// Nothing but that it was done.
+    Done,
 }
 
 /// The bytes that the caller asked for, inside those of the job.
@@ -174,12 +181,35 @@ impl Job {
         }
     }
 
+    /// A request to make durable what was written.
+    pub(super) fn flush(done: Completion<()>) -> Self {
+        Self {
+            lane: Lane::Demand,
+            offset: 0,
+            len: 0,
+            op: Op::Flush { done },
+            come: None,
+        }
+    }
+
+    /// What it is, for people.
+    pub(super) fn what(&self) -> String {
+        let Self { len, offset, .. } = self;
+        match self.op {
+            Op::Read { .. } => format!("reading {len} bytes at {offset}"),
+            Op::Status { .. } => format!("extents of {len} bytes at {offset}"),
+            Op::Hash { .. } => format!("hashes of {len} bytes at {offset}"),
+            Op::Flush { .. } => "a flush".to_owned(),
+        }
+    }
+
     /// What answers it.
     pub(super) fn answer(&self) -> Answer {
         match self.op {
             Op::Read { .. } => Answer::Data,
             Op::Status { .. } => Answer::Extents,
             Op::Hash { grain, .. } => Answer::Hashes { grain },
+            Op::Flush { .. } => Answer::Done,
         }
     }
 
@@ -229,6 +259,7 @@ impl Job {
             Op::Read { .. } => Wish::Read { packing },
             Op::Status { .. } => Wish::Extents,
             Op::Hash { grain, .. } => Wish::Hash { grain },
+            Op::Flush { .. } => return Request::Flush(id, Priority::DEMAND).encode(),
         };
         let priority = match (self.lane, wish) {
             (Lane::Demand, _) => Priority::DEMAND,
@@ -254,7 +285,7 @@ impl Job {
         HEADER_BYTES
             + match self.op {
                 Op::Hash { .. } => limits::REQUEST_PAYLOAD_BYTES as usize,
-                Op::Read { .. } | Op::Status { .. } => 0,
+                Op::Read { .. } | Op::Status { .. } | Op::Flush { .. } => 0,
             }
     }
 
@@ -268,6 +299,7 @@ impl Job {
         match self.op {
             Op::Read { .. } => command::READ,
             Op::Status { .. } | Op::Hash { .. } => command::BLOCK_STATUS,
+            Op::Flush { .. } => command::FLUSH,
         }
     }
 
@@ -278,6 +310,7 @@ impl Job {
             Op::Status { .. } | Op::Hash { .. } => {
                 Reply::to_block_status(self.offset, self.len, context.unwrap_or(u32::MAX))
             }
+            Op::Flush { .. } => Reply::to_flush(structured),
         }
     }
 
@@ -297,7 +330,16 @@ impl Job {
             Op::Read { done, .. } => done(Err(error)),
             Op::Status { done, .. } => done(Err(error)),
             Op::Hash { done, .. } => done(Err(error)),
+            Op::Flush { done } => done(Err(error)),
         }
+    }
+
+    /// Answers a flush.
+    pub(super) fn deliver_done(self) {
+        let Op::Flush { done } = self.op else {
+            return self.fail(untold("nothing in answer to a question"));
+        };
+        done(Ok(()));
     }
 
     /// Answers a question for hashes.

@@ -17,6 +17,8 @@ mod cancel_tests;
 mod choice;
 mod coding;
 mod dial;
+#[cfg(test)]
+mod flush_tests;
 mod frames;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -218,6 +220,14 @@ impl NbdSource {
             .dispatch(Job::hashes(lane, offset, len, grain, done));
     }
 
+    fn submit_flush(&self, done: Completion<()>) {
+        // Of one that was not reached yet nothing is known; it cannot be asked now either.
+        if self.shared.standing() > 0 && !self.shared.info().can_flush {
+            return self.answer(move || done(Ok(())));
+        }
+        self.shared.dispatch(Job::flush(done));
+    }
+
     /// Runs `answer` on the herald's thread.
     fn answer(&self, answer: impl FnOnce() + Send + 'static) {
         self.shared.tell(News::Answer(Box::new(answer)));
@@ -261,6 +271,10 @@ impl Source for NbdSource {
 
     fn hashes(&self, lane: Lane, offset: u64, len: u32, grain: u32, done: Completion<Hashes>) {
         self.submit_hashes(lane, offset, len, grain, done);
+    }
+
+    fn flush(&self, done: Completion<()>) {
+        self.submit_flush(done);
     }
 
     fn promote(&self, offset: u64, len: u64) {

@@ -106,17 +106,13 @@ fn finish(replies: &mut Replies<'_, Active>, cookie: u64) -> Result<(), ReadErro
             match outcome {
                 Outcome::Read(holes) => job.deliver_data(data, holes, wire_bytes),
                 Outcome::Status(extents) => job.deliver_status(&extents, wire_bytes),
+                Outcome::Done => job.deliver_done(),
             }
             Ok(())
         }
         Err(error) if error.kind() == ClientErrorKind::Refused => {
             replies.answered(cookie, &job);
-            let what = if job.is_read() {
-                "reading"
-            } else {
-                "extents of"
-            };
-            let message = format!("{what} {} bytes at {}: {error}", job.len, job.offset);
+            let message = format!("{}: {error}", job.what());
             job.fail(SourceError::new(SourceErrorKind::Refused, message));
             Ok(())
         }

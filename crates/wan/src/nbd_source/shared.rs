@@ -98,6 +98,7 @@ pub(super) fn info_of(uri: &str, negotiated: &Negotiated) -> SourceInfo {
         read_only: negotiated.flags & export::READ_ONLY != 0,
         can_multi_conn: negotiated.flags & export::CAN_MULTI_CONN != 0,
         has_extents: negotiated.allocation_context.is_some(),
+        can_flush: negotiated.transport || negotiated.flags & export::SEND_FLUSH != 0,
         min_block_bytes: negotiated.block_sizes.min,
         max_read_bytes: negotiated.block_sizes.max,
         uri: uri.to_owned(),
@@ -136,6 +137,7 @@ impl Shared {
             read_only: false,
             can_multi_conn: false,
             has_extents: false,
+            can_flush: false,
             min_block_bytes: 1,
             max_read_bytes: 1,
             uri: uri.clone(),
@@ -391,7 +393,7 @@ impl Shared {
                 pace: line.pace(),
             })
             .collect();
-        let index = spared + quickest(&busy, job.len)?;
+        let index = spared + quickest(&busy, job.offset, job.len)?;
         alive.get(index).map(|line| Arc::clone(line))
     }
 

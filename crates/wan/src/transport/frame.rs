@@ -10,8 +10,8 @@ use super::pack::{self, Codec, Packing};
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 40;
 
-/// `HKF3`: the last byte is the version.
-pub const MAGIC: u32 = 0x484b_4633;
+/// `HKF4`: the last byte is the version.
+pub const MAGIC: u32 = 0x484b_4634;
 
 /// In the last frame of a reply.
 pub const FLAG_LAST: u16 = 1 << 0;
@@ -32,6 +32,8 @@ pub enum Kind {
     Promote = 0x05,
     /// Request: an answer, and nothing else.
     Ping = 0x06,
+    /// Request: what was written is made durable, as for a client that flushes.
+    Flush = 0x07,
     /// Request: something about the move.
     Tell = 0x10,
     /// Reply: bytes of a range.
@@ -59,6 +61,7 @@ impl Kind {
             0x04 => Self::Cancel,
             0x05 => Self::Promote,
             0x06 => Self::Ping,
+            0x07 => Self::Flush,
             0x10 => Self::Tell,
             0x81 => Self::Data,
             0x82 => Self::Zero,
@@ -284,7 +287,7 @@ impl Header {
                 let of_grain = payload_len == limits::REQUEST_PAYLOAD_BYTES && !self.last;
                 of_grain && (1..=limits::HASH_BYTES).contains(&span)
             }
-            Kind::Cancel | Kind::Promote | Kind::Ping => bare && nothing,
+            Kind::Cancel | Kind::Promote | Kind::Ping | Kind::Flush => bare && nothing,
             Kind::Data => {
                 (1..=limits::QUANTUM_BYTES).contains(&span)
                     && match Codec::from_flags(self.packing) {

@@ -49,6 +49,8 @@ pub enum Request {
     Promote(u64, Priority),
     /// A sign of life.
     Ping(u64, Priority),
+    /// What was written is to be made durable.
+    Flush(u64, Priority),
 }
 
 impl Request {
@@ -82,6 +84,7 @@ impl Request {
             Kind::Cancel => return Ok(Self::Cancel(id)),
             Kind::Promote => return Ok(Self::Promote(id, priority)),
             Kind::Ping => return Ok(Self::Ping(id, priority)),
+            Kind::Flush => return Ok(Self::Flush(id, priority)),
             _ => return Err(FrameError::Unknown),
         };
         Ok(Self::Wish {
@@ -118,6 +121,7 @@ impl Request {
             Self::Cancel(id) => bare(Kind::Cancel, Priority::DEMAND, id),
             Self::Promote(id, priority) => bare(Kind::Promote, priority, id),
             Self::Ping(id, priority) => bare(Kind::Ping, priority, id),
+            Self::Flush(id, priority) => bare(Kind::Flush, priority, id),
         }
     }
 }

@@ -18,6 +18,8 @@ use super::message::{Request, Wish};
 pub enum Work {
     /// Something of the disk.
     Wish(Wish),
+    /// Making what was written durable.
+    Flush,
     /// Nothing but the end of the answer.
     End,
 }
@@ -121,6 +123,7 @@ impl Scheduler {
                 self.add(id, priority, Work::Wish(wish), offset, end)
             }
             Request::Ping(id, priority) => self.add(id, priority, Work::End, 0, 0),
+            Request::Flush(id, priority) => self.add(id, priority, Work::Flush, 0, 0),
             Request::Cancel(id) => {
                 self.check_known(id)?;
                 if let Some(job) = self.jobs.get_mut(&id) {
@@ -200,7 +203,7 @@ impl Scheduler {
         let left = u32::try_from(job.end - job.at).unwrap_or(u32::MAX);
         let len = match job.work {
             Work::Wish(Wish::Read { .. } | Wish::Hash { .. }) => left.min(limits::QUANTUM_BYTES),
-            Work::Wish(Wish::Extents) | Work::End => left,
+            Work::Wish(Wish::Extents) | Work::Flush | Work::End => left,
         };
         Some(Step {
             id,

@@ -106,6 +106,7 @@ pub fn conforms(source: &dyn Source, expected: &[u8], pump: &dyn Fn()) {
     many_at_once(source, expected, pump);
     extents_are_true(source, expected, pump);
     outside_is_refused(source, size, pump);
+    a_flush_is_done(source, pump);
     source.close();
     let late = submit_read(source, Lane::Demand, 0, 512);
     pump();
@@ -195,6 +196,14 @@ fn extents_are_true(source: &dyn Source, expected: &[u8], pump: &dyn Fn()) {
             }
         }
     }
+}
+
+/// Where it cannot be asked, nothing more can be done.
+fn a_flush_is_done(source: &dyn Source, pump: &dyn Fn()) {
+    let (sender, answer) = channel();
+    source.flush(Box::new(move |r| sender.send(r).unwrap()));
+    pump();
+    outcome(&answer).unwrap();
 }
 
 fn outside_is_refused(source: &dyn Source, size: u64, pump: &dyn Fn()) {

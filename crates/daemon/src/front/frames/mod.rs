@@ -63,6 +63,7 @@ const EXTENTS_COST: u32 = 4096;
 /// What has come for a request that had to wait.
 enum Ready {
     Bytes { offset: u64, data: Arc<Vec<u8>> },
+    Done,
     Failed(Errno, String),
 }
 
@@ -354,6 +355,7 @@ impl FrameSession {
                 self.batch.frame(end, Vec::new());
                 self.finish(step);
             }
+            Work::Flush => self.produce_flush(step),
             Work::Wish(Wish::Extents) => self.produce_extents(step),
             Work::Wish(Wish::Read { packing }) => match self.bytes(step) {
                 Got::Bytes(bytes) => {
@@ -385,6 +387,38 @@ impl FrameSession {
                 Got::Parked => {}
                 Got::Failed(errno, text) => self.fail(step, errno, &text),
             },
+        }
+    }
+
+    /// As a client that flushes: set aside until it is done, and answered then.
+    fn produce_flush(&mut self, step: &Step) {
+        match self.ready.remove(&step.id) {
+            Some(Ready::Failed(errno, text)) => self.fail(step, errno, &text),
+            Some(Ready::Done | Ready::Bytes { .. }) => {
+                self.batch.frame(reply(Kind::End, step, 0, 0), Vec::new());
+                self.finish(step);
+            }
+            None => {
+                self.volume.tally.flushes.fetch_add(1, Ordering::Relaxed);
+                self.scheduler.park(step.id);
+                let (post, id) = (Arc::clone(&self.post), step.id);
+                let volume = self.volume.deferred();
+                let done = move |outcome: io::Result<()>| {
+                    let outcome = match outcome {
+                        Ok(()) => Outcome::Done,
+                        Err(e) => Outcome::Failed(errno_of(&e), e.to_string()),
+                    };
+                    let (offset, reserved_bytes) = (0, 0);
+                    post.leave(Letter {
+                        id,
+                        offset,
+                        reserved_bytes,
+                        outcome,
+                    });
+                    drop(volume);
+                };
+                self.volume.flush(Box::new(done));
+            }
         }
     }
 
@@ -476,7 +510,7 @@ impl FrameSession {
                 }
             }
             Some(Ready::Failed(errno, text)) => return Got::Failed(*errno, text.clone()),
-            None => {}
+            Some(Ready::Done) | None => {}
         }
         let Some(room) = self.batch.room(len) else {
             return Got::Failed(Errno::Io, "there is no room for a quantum".to_owned());
@@ -575,6 +609,7 @@ impl FrameSession {
                     }
                 }
                 Outcome::Failed(errno, text) => Ready::Failed(errno, text),
+                Outcome::Done => Ready::Done,
                 Outcome::Here => continue,
             };
             self.ready.insert(letter.id, ready);

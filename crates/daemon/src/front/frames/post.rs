@@ -15,6 +15,8 @@ pub(super) enum Outcome {
     Bytes(Vec<u8>),
     /// It is in the image now.
     Here,
+    /// What was asked for is done; there are no bytes to it.
+    Done,
     /// It cannot be had.
     Failed(Errno, String),
 }

@@ -28,6 +28,7 @@ const MAX_EXTENTS: usize = 1024;
 enum Work {
     Read(u32, Completion<Fetched>),
     Extents(u64, Completion<ExtentsAnswer>),
+    Flush(Completion<()>),
 }
 
 struct Job {
@@ -75,6 +76,7 @@ impl ImageSource {
                 read_only: false,
                 can_multi_conn: true,
                 has_extents: true,
+                can_flush: true,
                 min_block_bytes: 1,
                 max_read_bytes: wire::MAX_PAYLOAD_BYTES,
                 uri,
@@ -140,6 +142,7 @@ impl Job {
         match self.work {
             Work::Read(len, done) => done(read(old, offset, len)),
             Work::Extents(len, done) => done(extents(old, offset, len)),
+            Work::Flush(done) => flush(old, done),
         }
     }
 }
@@ -195,6 +198,19 @@ fn extents(old: Option<&Volume>, offset: u64, len: u64) -> Result<ExtentsAnswer,
     })
 }
 
+/// As a client that flushes does.
+fn flush(old: Option<&Volume>, done: Completion<()>) {
+    let old = match held(old) {
+        Ok(old) => old,
+        Err(error) => return done(Err(error)),
+    };
+    let failed = |error: io::Error| {
+        let message = format!("making the old image durable failed: {error}");
+        SourceError::new(SourceErrorKind::Refused, message)
+    };
+    old.flush(Box::new(move |outcome| done(outcome.map_err(failed))));
+}
+
 impl Source for ImageSource {
     fn info(&self) -> SourceInfo {
         self.info.clone()
@@ -218,6 +234,11 @@ impl Source for ImageSource {
         self.submit(lane, Job { offset, work });
     }
 
+    fn flush(&self, done: Completion<()>) {
+        let work = Work::Flush(done);
+        self.submit(Lane::Demand, Job { offset: 0, work });
+    }
+
     fn promote(&self, offset: u64, len: u64) {
         let end = offset.saturating_add(len);
         let mut queue = lock(&self.shared.queue);
@@ -225,7 +246,7 @@ impl Source for ImageSource {
         for job in std::mem::take(&mut queue.other) {
             let wanted = match job.work {
                 Work::Read(len, _) => job.offset < end && offset < job.offset + u64::from(len),
-                Work::Extents(..) => false,
+                Work::Extents(..) | Work::Flush(_) => false,
             };
             if wanted {
                 queue.urgent.push_back(job);

@@ -45,6 +45,7 @@ fn request() -> impl Strategy<Value = Request> {
         any::<u64>().prop_map(Request::Cancel),
         (any::<u64>(), priority()).prop_map(|(id, p)| Request::Promote(id, p)),
         (any::<u64>(), priority()).prop_map(|(id, p)| Request::Ping(id, p)),
+        (any::<u64>(), priority()).prop_map(|(id, p)| Request::Flush(id, p)),
     ]
 }
 
@@ -205,7 +206,7 @@ fn a_header_is_these_bytes() {
     }
     .with_payload(b"abcd");
     let expected = [
-        0x48, 0x4b, 0x46, 0x33, 0x81, 4, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,
+        0x48, 0x4b, 0x46, 0x34, 0x81, 4, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,
         0, 0, 0, 4, 0, 0, 0, 4, 0x92, 0xc8, 0x0a, 0x31,
     ];
     let bytes = header.encode();

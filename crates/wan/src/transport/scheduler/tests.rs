@@ -108,12 +108,28 @@ fn promotion_only_goes_up() {
 }
 
 #[test]
+fn a_flush_is_set_aside_while_others_go_on() {
+    let mut s = with(&[
+        Request::Flush(1, Priority::DEMAND),
+        read(2, Priority::COLD, 0, QUANTUM),
+    ]);
+    let step = s.peek().unwrap();
+    assert_eq!((step.id, step.work, step.last), (1, Work::Flush, true));
+    s.park(1);
+    assert_eq!(s.peek().unwrap().id, 2);
+    assert!(s.resume(1), "somebody wants it");
+    s.done(&step);
+    assert_eq!((s.peek().unwrap().id, s.len()), (2, 1));
+}
+
+#[test]
 fn misuse_is_found() {
     let mut s = with(&[read(5, Priority::COLD, 0, 1)]);
     for (request, misuse) in [
         (read(5, Priority::COLD, 0, 1), Misuse::Number(5)),
         (read(4, Priority::COLD, 0, 1), Misuse::Number(4)),
         (Request::Ping(5, Priority::DEMAND), Misuse::Number(5)),
+        (Request::Flush(5, Priority::DEMAND), Misuse::Number(5)),
         (Request::Cancel(6), Misuse::Unknown(6)),
         (Request::Promote(9, Priority::DEMAND), Misuse::Unknown(9)),
         (read(7, Priority::COLD, DISK, 1), Misuse::Range(7)),
