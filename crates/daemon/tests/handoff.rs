@@ -119,3 +119,31 @@ fn a_handoff_does_not_wait_for_the_answer_to_another_question() {
     assert!(std::fs::read(dir.path().join("new")).unwrap() == data);
     old.stop();
 }
+
+/// Simulated worlds of two sites. A destination was killed between the steps in which a file takes
+/// another's place, as it recorded that the move was given up. The next start believed it and told the
+/// source, whose VM went on; a power cut took the record back, and the move that was given up stood by
+/// again, for any stray write to end that VM. So it is recorded once more before anybody is told.
+#[test]
+fn that_a_move_was_given_up_is_durable_before_a_restart_tells_of_it() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let old = Site::with(dir.path(), "old", &site::noise(1 << 20), On::Unix);
+    let wanted = || Wanted {
+        source: Some(hikkoshi_daemon::config::SourceConfig::new(old.uri())),
+        ..Wanted::plain(On::Unix)
+    };
+    let new = Site::start(dir.path(), "new", wanted());
+    new.export().abort().unwrap();
+    new.stop();
+    let record = dir.path().join("new.hikkoshi/volume");
+    let written = || {
+        let meta = std::fs::metadata(&record).unwrap();
+        (meta.ino(), meta.mtime(), meta.mtime_nsec())
+    };
+    let before = written();
+    let refused = Site::try_start(dir.path(), "new", wanted()).err().unwrap();
+    assert!(refused.contains("was given up"), "{refused}");
+    assert_ne!(before, written(), "it was not written again");
+    old.stop();
+}

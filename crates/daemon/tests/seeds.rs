@@ -139,6 +139,67 @@ fn nothing_is_copied_ahead_and_a_guest_that_writes_keeps_what_it_wrote() {
     old.daemon.shutdown().unwrap();
 }
 
+/// Cuts the disk into files of random lengths and lays them out in another order, with other bytes
+/// between them: an image whose file system was made anew.
+fn relaid(disk: &[u8], longest: usize) -> Vec<u8> {
+    let mut lot = 0x2545_f491_4f6c_dd1d_u64;
+    let mut draw = |below: usize| {
+        lot ^= lot << 13;
+        lot ^= lot >> 7;
+        lot ^= lot << 17;
+        usize::try_from(lot >> 33).unwrap() % below
+    };
+    let (mut files, mut rest) = (Vec::new(), disk);
+    while !rest.is_empty() {
+        let len = (1 + draw(longest)) * BLOCK;
+        let (file, after) = rest.split_at(len.min(rest.len()));
+        files.push(file);
+        rest = after;
+    }
+    for n in (1..files.len()).rev() {
+        files.swap(n, draw(n + 1));
+    }
+    let mut image = vec![0x11; 3 * BLOCK];
+    for file in files {
+        image.extend_from_slice(file);
+        if draw(4) == 0 {
+            image.resize(image.len() + BLOCK, 0x22);
+        }
+    }
+    image
+}
+
+#[test]
+fn with_an_image_that_has_its_files_elsewhere_little_crosses_the_wire() {
+    for longest in [1, 300] {
+        let dir = TempDir::new().unwrap();
+        let (old, data) = source(dir.path(), Transport::Auto);
+        let other = dir.path().join("other");
+        std::fs::write(&other, relaid(&data, longest)).unwrap();
+        let mut wanted = wanted(&old.uri(), &[other]);
+        wanted.source().handoff = HandoffPolicy::Command;
+        let new = Site::start(dir.path(), "new", wanted);
+        // There is time for it while the disk stands by.
+        wait_until("the seed is indexed", || {
+            let events = seeding_events(&new);
+            events.iter().any(|text| text.contains("at any offset"))
+        });
+        new.export().handoff().unwrap();
+        wait_until("it is local", || new.is_local());
+        let (status, size) = (new.status(), u64::try_from(SIZE).unwrap());
+        println!("{} of {size} bytes crossed", status.wire_bytes);
+        assert!(status.wire_bytes * 100 <= size * 2, "{status:?}");
+        // A third of it is zeroes, which the source told.
+        assert!(status.seeded_bytes >= size / 100 * 65, "{status:?}");
+        assert!(new.contents() == data);
+        let events = seeding_events(&new);
+        let last = events.last().unwrap();
+        assert!(last.contains("at other offsets"), "{events:?}");
+        new.daemon.shutdown().unwrap();
+        old.daemon.shutdown().unwrap();
+    }
+}
+
 #[test]
 fn a_restart_goes_on_with_the_seed() {
     let dir = TempDir::new().unwrap();

@@ -338,7 +338,7 @@ pub struct Serve {
     #[arg(long, requires = "from")]
     pub verify: bool,
     /// An image at this site that may hold blocks of the disk (an old copy, a template): what it
-    /// has does not cross the link. Up to 8; IMAGE itself with --overwrite
+    /// has, at whatever offset, does not cross the link. Up to 8; IMAGE itself with --overwrite
     #[arg(long = "seed-image", value_name = "PATH", requires = "from")]
     pub seed_images: Vec<PathBuf>,
     /// Look in the seed images even where the link is so fast that it costs time

@@ -288,9 +288,8 @@ pub fn open_complete(
 /// # Errors
 /// As [`open_complete`].
 pub fn open_complete_in<P: LivePlace>(state: &mut StateDir, place: &P) -> Result<(), StateError> {
-    // A process that was killed while it recorded the completion may have left that in the kernel
-    // alone. From here on people rely on it: the source is switched off.
-    state.change(|_| ())?;
+    // From here on people rely on the completion: the source is switched off.
+    state.confirm()?;
     crash_point!("local.recorded");
     place.discard(state.identity());
     crash_point!("local.memory-removed");

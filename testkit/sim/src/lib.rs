@@ -13,6 +13,7 @@ pub mod fiber;
 mod finish;
 pub mod hunt;
 pub mod oracle;
+pub mod pair;
 pub mod plan;
 mod process;
 mod requests;

@@ -162,7 +162,14 @@ fn print_summary(caught: &Catch) {
     );
     println!(
         "{} requests answered ({} with an error), {} kills, {} power cuts, {} closings, {} failed \
-         openings",
-        t.answered, t.failed, t.kills, t.power_cuts, t.closes, t.failed_opens
+         openings, {} handoffs, {} moves given up",
+        t.answered,
+        t.failed,
+        t.kills,
+        t.power_cuts,
+        t.closes,
+        t.failed_opens,
+        t.handoffs,
+        t.given_up
     );
 }

@@ -13,6 +13,7 @@ use crate::client::Ask;
 use crate::disk::{Disk, choose};
 use crate::fiber::{self, Fiber, Wait};
 use crate::oracle::{NEVER, Oracle, Time};
+use crate::pair;
 use crate::plan::{Plan, SECTOR, Trouble};
 use crate::process::Process;
 use crate::rng::Rng;
@@ -38,6 +39,10 @@ pub struct Tally {
     pub closes: u64,
     /// Openings that a failing medium or a source of another size did not let succeed.
     pub failed_opens: u64,
+    /// Disks that were taken over by another site.
+    pub handoffs: u64,
+    /// Moves to another site that were given up.
+    pub given_up: u64,
 }
 
 impl Tally {
@@ -50,6 +55,8 @@ impl Tally {
         self.power_cuts += other.power_cuts;
         self.closes += other.closes;
         self.failed_opens += other.failed_opens;
+        self.handoffs += other.handoffs;
+        self.given_up += other.given_up;
     }
 }
 
@@ -125,6 +132,9 @@ pub struct Options {
 
 /// Plays the world of a seed.
 pub fn play(seed: u64, options: Options) -> Outcome {
+    if seed & pair::PAIR != 0 {
+        return pair::play(seed, options);
+    }
     fiber::begin(seed);
     let mut world = World::new(seed, options.shown);
     if let Some(steps) = options.steps {
@@ -156,7 +166,7 @@ pub fn play(seed: u64, options: Options) -> Outcome {
     }
 }
 
-fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
+pub fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
     panic
         .downcast_ref::<String>()
         .cloned()
@@ -166,7 +176,7 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// The disk at the source when the world begins: data, zeroes, and runs of both that don't care
 /// for blocks.
-fn original(size: u64, rng: &mut Rng) -> Vec<u8> {
+pub fn original(size: u64, rng: &mut Rng) -> Vec<u8> {
     let mut disk = Vec::new();
     let size = usize::try_from(size).unwrap_or(0);
     while disk.len() < size {

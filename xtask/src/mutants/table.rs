@@ -267,7 +267,7 @@ pub const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "completion that a kill cut short believed",
         file: LIVE,
-        edits: &[("    state.change(|_| ())?;\n", "")],
+        edits: &[("    state.confirm()?;\n", "")],
     },
     Mutation {
         name: "kill forgets the masks",

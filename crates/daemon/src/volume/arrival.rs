@@ -285,7 +285,7 @@ impl Volume {
     }
 
     /// Whether the source has heard that the move was given up.
-    pub(super) fn abort_was_heard(&self) -> bool {
+    pub fn abort_was_heard(&self) -> bool {
         self.arrival.as_ref().is_some_and(|a| a.state().abort_heard)
     }
 
@@ -926,14 +926,18 @@ impl Volume {
         }
     }
 
-    /// With `--prepare full`: waits until everything is here.
+    /// With `--prepare full`: waits until everything is here. Not where somebody else has handed off
+    /// meanwhile, since nothing is prepared any more then; and not where the source is fenced for this
+    /// move already: it tracks and tells no changes after a restart, and the VM runs nowhere meanwhile.
     pub(super) fn await_prepared(&self, arrival: &Arrival) -> io::Result<()> {
         // Without a background copy nothing comes ahead, however long it is waited for.
         if arrival.prepare != Prepare::Full || !self.background {
             return Ok(());
         }
+        let is_fenced = || arrival.ticket.attached().is_some_and(|a| a.departed);
+        let is_over = || self.life() != LifeState::Standby || is_fenced();
         let mut state = arrival.state();
-        while !self.is_nearly_all_here(&state) {
+        while !is_over() && !self.is_nearly_all_here(&state) {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {
                 return Err(io::Error::from_raw_os_error(1));
             }

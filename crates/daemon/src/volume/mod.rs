@@ -21,6 +21,8 @@ mod gate;
 pub mod guest;
 pub mod open;
 mod open_tied;
+#[cfg(test)]
+mod prepared_tests;
 pub mod proof;
 #[cfg(test)]
 mod proof_tests;

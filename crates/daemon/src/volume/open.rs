@@ -416,6 +416,10 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         ));
     }
     let mut state = StateDir::open(state_path)?;
+    if state.identity().life == Life::GivenUp || state.identity().ties.gave_up {
+        // Before the source hears of it: from there on the VM goes on where it was.
+        state.confirm()?;
+    }
     if state.identity().ties.gave_up {
         say_that_the_return_was_given_up(config, &mut state)?;
     }

@@ -100,6 +100,14 @@ impl<W> Mover<W> {
         SeedStep::Look(range)
     }
 
+    /// More can be found from now on: what was passed and is missing still is looked for again.
+    pub fn seed_again(&mut self, now: Duration) {
+        if let Some(seeds) = &mut self.seeds {
+            seeds.cursor = 0;
+            seeds.moved_at = now;
+        }
+    }
+
     /// All of a window that a seed has is installed; the rest is for the background copy.
     pub fn seed_passed(
         &mut self,

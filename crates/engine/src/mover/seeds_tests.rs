@@ -54,6 +54,24 @@ fn what_is_looked_for_is_not_copied_until_it_is_passed() {
     assert_eq!(fetched(out), [(BlockRange::new(100, 101), Lane::Bulk)]);
 }
 
+/// More can be found than before: what was passed is looked for again, but what is on its way is not.
+#[test]
+fn what_was_passed_is_looked_for_again_where_it_is_still_missing() {
+    let (mut m, r) = seeding(policy());
+    let first = look(&mut m, &r);
+    let out = &mut Vec::new();
+    m.seed_passed(MS, first, &r, out);
+    let flying = fetched(out);
+    let until = flying.iter().map(|(range, _)| range.end).max().unwrap();
+    assert!(until < 256, "all of it is on its way");
+    look(&mut m, &r);
+    m.seed_again(MS);
+    assert_eq!(look(&mut m, &r).start, until);
+    // And the copy holds off from it again.
+    m.tick(MS, &r, out);
+    assert_eq!(fetched(out), []);
+}
+
 #[test]
 fn a_guest_waits_for_no_seed() {
     let (mut m, r) = seeding(policy());

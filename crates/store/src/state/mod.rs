@@ -748,6 +748,15 @@ impl StateDir {
         })
     }
 
+    /// Makes durable what it says. A process that was killed while it recorded that may have left it
+    /// in the kernel alone, and others are about to rely on it.
+    ///
+    /// # Errors
+    /// The medium fails; the state is unusable then.
+    pub fn confirm(&mut self) -> Result<(), StateError> {
+        self.change(|_| ())
+    }
+
     fn guarded(
         &mut self,
         step: impl FnOnce(&mut Self) -> Result<(), StateError>,

@@ -108,7 +108,8 @@ impl Ticket {
         self.state().silent = true;
     }
 
-    fn is_silent(&self) -> bool {
+    /// Whether nothing is said of the move.
+    pub fn is_silent(&self) -> bool {
         self.state().silent
     }
 

@@ -15,6 +15,10 @@ const LEND_AFTER: Duration = Duration::from_millis(500);
 /// TCP's slow start over a long way.
 const LEAST_PACE: u64 = 64 << 10;
 
+/// Bulk of one such part of the disk keeps to one connection where that costs little time: what lies
+/// together is alike, and each connection is compressed as a stream of its own.
+const NEAR_BYTES: u64 = 512 << 10;
+
 /// Since when nobody has demanded anything.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
@@ -43,18 +47,24 @@ pub(super) struct Busy {
     pub pace: u64,
 }
 
-/// Where bulk of `len` bytes would be answered first. A connection that is slow, because its TCP has just
-/// begun or has lost something, would otherwise keep a part of the window to itself. A part of
-/// the mean counts for each, so that those that are as fast as they are used are used alike.
-pub(super) fn quickest(lines: &[Busy], len: u32) -> Option<usize> {
-    let count = u64::try_from(lines.len().max(1)).unwrap_or(1);
-    let mean = lines.iter().map(|line| line.pace).sum::<u64>() / count;
+/// Where bulk of `len` bytes at `offset` goes: to the connection that has what is near it, unless that is
+/// slow or it would be answered in less than half the time elsewhere, and then to where it is answered first. A connection
+/// that is slow, because its TCP has just begun or has lost something, would otherwise keep a part of
+/// the window to itself. A part of the mean counts for each, so that those that are as fast as they
+/// are used are used alike.
+pub(super) fn quickest(lines: &[Busy], offset: u64, len: u32) -> Option<usize> {
+    let count = u64::try_from(lines.len()).unwrap_or(u64::MAX);
+    let mean = lines.iter().map(|line| line.pace).sum::<u64>() / count.max(1);
     let least = (mean / 4).max(LEAST_PACE);
-    let time = |line: &Busy| {
+    let time = |index: usize| {
+        let line = &lines[index];
         let bytes = u128::from(line.load) + u128::from(len);
         bytes * 1_000_000_000 / u128::from(line.pace.saturating_add(least))
     };
-    (0..lines.len()).min_by_key(|index| time(&lines[*index]))
+    let best = (0..lines.len()).min_by_key(|index| time(*index))?;
+    let near = usize::try_from(offset / NEAR_BYTES % count).ok()?;
+    let soon = time(near) <= time(best) * 2 && lines[near].pace >= mean / 2;
+    Some(if soon { near } else { best })
 }
 
 #[cfg(test)]
@@ -75,8 +85,11 @@ mod tests {
         assert!(quiet.note(Lane::Late, ms(1599)));
     }
 
-    /// How many of 400 pieces each gets, while all of them bring what they can.
-    fn divided(paces: &[u64]) -> Vec<u64> {
+    const PIECE: u64 = 64 << 10;
+
+    /// How many of 400 pieces, one behind the other, each gets, while all of them bring what they can; and how
+    /// many stayed with the one before.
+    fn divided(paces: &[u64]) -> (Vec<u64>, usize) {
         let mut lines: Vec<Busy> = paces
             .iter()
             .map(|pace| Busy {
@@ -84,19 +97,45 @@ mod tests {
                 pace: *pace,
             })
             .collect();
-        for _ in 0..400 {
-            let index = quickest(&lines, 1 << 16).expect("there are some");
-            lines[index].load += 1 << 16;
+        let (mut together, mut last) = (0, None);
+        for piece in 0..400 {
+            let index = quickest(&lines, piece * PIECE, 1 << 16).expect("there are some");
+            lines[index].load += PIECE;
+            together += usize::from(last.replace(index) == Some(index));
         }
-        lines.iter().map(|line| line.load >> 16).collect()
+        (
+            lines.iter().map(|line| line.load / PIECE).collect(),
+            together,
+        )
     }
 
     #[test]
     fn equal_connections_get_the_same_and_a_slow_one_little() {
-        assert_eq!(divided(&[10 << 20; 4]), [100; 4]);
-        assert_eq!(divided(&[0; 4]), [100; 4]);
-        let shares = divided(&[10 << 20, 10 << 20, 10 << 20, 1 << 20]);
+        for paces in [[10 << 20; 4], [0; 4]] {
+            let (shares, together) = divided(&paces);
+            assert_eq!(shares.iter().sum::<u64>(), 400);
+            assert!(
+                shares.iter().all(|share| (90..=110).contains(share)),
+                "{shares:?}"
+            );
+            assert!(together > 300, "{together}");
+        }
+        let (shares, _) = divided(&[10 << 20, 10 << 20, 10 << 20, 1 << 20]);
         assert!(shares[3] < 40 && shares[3] > 10, "{shares:?}");
-        assert_eq!(quickest(&[], 1), None);
+        assert_eq!(quickest(&[], 0, 1), None);
+    }
+
+    #[test]
+    fn what_is_near_goes_elsewhere_where_that_takes_half_the_time() {
+        let line = |load| Busy {
+            load,
+            pace: 1 << 20,
+        };
+        assert_eq!(quickest(&[line(PIECE), line(0)], 0, 1 << 16), Some(0));
+        assert_eq!(quickest(&[line(PIECE * 2), line(0)], 0, 1 << 16), Some(1));
+        assert_eq!(
+            quickest(&[line(PIECE * 2), line(0)], NEAR_BYTES, 1 << 16),
+            Some(1)
+        );
     }
 }

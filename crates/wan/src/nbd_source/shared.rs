@@ -393,7 +393,7 @@ impl Shared {
                 pace: line.pace(),
             })
             .collect();
-        let index = spared + quickest(&busy, job.len)?;
+        let index = spared + quickest(&busy, job.offset, job.len)?;
         alive.get(index).map(|line| Arc::clone(line))
     }
 

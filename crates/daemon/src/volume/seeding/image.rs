@@ -51,6 +51,35 @@ impl SeedImage {
         self.own
     }
 
+    /// The next bytes at or behind `offset` that are no hole, from where to where; all that is left, where
+    /// nobody tells. One at a time asks: the answer comes by way of the file's position.
+    pub(super) fn data_from(&self, offset: u64) -> Option<(u64, u64)> {
+        if offset >= self.size_bytes {
+            return None;
+        }
+        let seek = |to| rustix::fs::seek(&self.file, to);
+        match seek(rustix::fs::SeekFrom::Data(offset)) {
+            Ok(start) => {
+                let hole = seek(rustix::fs::SeekFrom::Hole(start));
+                let end = hole.unwrap_or(self.size_bytes).min(self.size_bytes);
+                // It may have been cut or have grown meanwhile.
+                (start < end).then_some((start, end))
+            }
+            Err(rustix::io::Errno::NXIO) => None,
+            Err(_) => Some((offset, self.size_bytes)),
+        }
+    }
+
+    /// How much of it is no hole.
+    pub(super) fn data_bytes(&self) -> u64 {
+        let (mut at, mut bytes) = (0, 0);
+        while let Some((start, end)) = self.data_from(at) {
+            bytes += end - start;
+            at = end;
+        }
+        bytes
+    }
+
     /// Reads at `offset`; tells how much of `buf` is filled. It may end, or have been cut, anywhere.
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         let mut filled = 0;

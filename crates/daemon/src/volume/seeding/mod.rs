@@ -2,15 +2,21 @@
 //!
 //! Owns the seed images of a volume and how looking through them stands. After the handoff a thread
 //! of its own asks the source for hashes, ahead of the background copy, and installs what has the
-//! same hash at the same offset of a seed (`run`); the rest is fetched as ever. Nothing of it is
-//! durable: after a restart what is still absent is looked for anew.
+//! same hash at the same offset of a seed (`run`), or anywhere in one, as an index tells (`index`,
+//! made by `indexing`); the rest is fetched as ever. Nothing of it is durable: after a restart what
+//! is still absent is looked for anew.
 
+mod elsewhere;
+#[cfg(test)]
+mod elsewhere_tests;
 mod image;
+mod index;
+mod indexing;
 mod run;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use hikkoshi_engine::seeding::Why;
@@ -19,6 +25,7 @@ use super::{Volume, lock};
 use crate::events::EventKind;
 use crate::status::LifeState;
 pub use image::SeedImage;
+use indexing::Index;
 use run::Run;
 
 /// The seed images of a volume.
@@ -27,6 +34,9 @@ pub(super) struct Seeding {
     images: OnceLock<Vec<SeedImage>>,
     always: bool,
     stage: Mutex<Stage>,
+    index: Index,
+    /// Of what was found: at another offset.
+    elsewhere_bytes: AtomicU64,
 }
 
 /// How it stands.
@@ -47,6 +57,8 @@ impl Seeding {
             images: OnceLock::new(),
             always,
             stage: Mutex::default(),
+            index: Index::default(),
+            elsewhere_bytes: AtomicU64::new(0),
         }
     }
 
@@ -82,7 +94,19 @@ impl Volume {
         let over = Guard(|| {
             relocation.drive(|m, now, out| m.seeds_over(now, &relocation.residency, out));
         });
-        Run::new(self, &relocation, stop).run();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let ending = Guard(|| ended.store(true, Ordering::Release));
+            let is_over = || ended.load(Ordering::Acquire) || stop.load(Ordering::Acquire);
+            let indexing = std::thread::Builder::new().name("seed-index".into());
+            if let Err(error) = indexing.spawn_scoped(scope, move || self.index_seeds(is_over)) {
+                tracing::warn!("the seed images are not indexed: no thread can be had: {error}");
+                self.seeding.index.give_up();
+            }
+            Run::new(self, &relocation, stop).run();
+            drop(ending);
+        });
+        self.seeding.index.end();
         drop(over);
         if !stop.load(Ordering::Acquire) {
             self.seeding_is(Stage::Ended);
@@ -108,7 +132,14 @@ impl Volume {
             }
             (Stage::Ended, _) => {
                 let seeded = self.seeded_bytes();
-                format!("looking in the seed images has ended: {seeded} bytes were in them")
+                let elsewhere = self.seeding.elsewhere_bytes.load(Ordering::Relaxed);
+                let elsewhere = match elsewhere {
+                    0 => String::new(),
+                    bytes => format!(", {bytes} of these at other offsets"),
+                };
+                format!(
+                    "looking in the seed images has ended: {seeded} bytes were in them{elsewhere}"
+                )
             }
         };
         self.event(EventKind::Seeding, text);

@@ -24,6 +24,7 @@ use hikkoshi_wan::{Fetched, Hashes, Lane, SourceError, SourceErrorKind};
 
 use super::super::Volume;
 use super::super::relocation::Relocation;
+use super::indexing::{Built, fine_grain};
 use super::{Stage, reason};
 
 /// The grain of the first look: 32 bytes of hash for it, half a thousandth.
@@ -46,7 +47,7 @@ const HEADER_BYTES: u64 = 128;
 
 /// What is read, hashed and installed at once. The image itself is read under the lock of the
 /// range, which guests' writes may wait for.
-const STEP_BYTES: u64 = 1 << 20;
+pub(super) const STEP_BYTES: u64 = 1 << 20;
 const OWN_STEP_BYTES: u64 = 256 << 10;
 
 /// What one fetch of a measurement covers.
@@ -100,21 +101,26 @@ enum Answer {
 }
 
 pub(super) struct Run<'a> {
-    volume: &'a Volume,
-    relocation: &'a Arc<Relocation>,
+    pub(super) volume: &'a Volume,
+    pub(super) relocation: &'a Arc<Relocation>,
     stop: &'a AtomicBool,
-    gauge: Gauge,
+    pub(super) gauge: Gauge,
     answers: Receiver<Answer>,
     answer_to: Sender<Answer>,
     under_way: usize,
     again: VecDeque<Piece>,
     open: Vec<Open>,
     measuring: Option<Measuring>,
-    at_end: bool,
+    pub(super) at_end: bool,
     /// The seed that had something last is looked in first.
     best: usize,
     /// Looked for and found by the block.
-    fine: (u64, u64),
+    pub(super) fine: (u64, u64),
+    /// Looked for in all, and not found at the same offset.
+    pub(super) searched: u64,
+    pub(super) missed: u64,
+    /// The index, once it is used.
+    pub(super) index: Option<Arc<Built>>,
     buffer: Vec<u8>,
 }
 
@@ -135,6 +141,9 @@ impl<'a> Run<'a> {
             at_end: false,
             best: 0,
             fine: (0, 0),
+            searched: 0,
+            missed: 0,
+            index: None,
             buffer: Vec::new(),
         }
     }
@@ -151,6 +160,7 @@ impl<'a> Run<'a> {
                 );
                 continue;
             }
+            self.take_up_index();
             match self.advice() {
                 Advice::Rest(why) => {
                     self.rest(&reason(why), REST);
@@ -159,7 +169,9 @@ impl<'a> Run<'a> {
                 Advice::Measure(bytes) => self.measure(bytes),
                 Advice::Look => while self.ask_next() {},
             }
-            if self.at_end && self.open.is_empty() && self.measuring.is_none() {
+            let all = self.at_end && self.open.is_empty() && self.measuring.is_none();
+            // What is missing is fetched meanwhile.
+            if all && !self.volume.seeding.index.is_awaited() && !self.index_came() {
                 return;
             }
             if let Ok(answer) = self.answers.recv_timeout(PATIENCE) {
@@ -209,7 +221,7 @@ impl<'a> Run<'a> {
         }
         self.resting(true);
         let until = self.volume.now() + how_long;
-        while self.volume.now() < until && !self.is_over() {
+        while self.volume.now() < until && !self.is_over() && !self.index_came() {
             // What was asked before comes too late: the background copy has it.
             if let Ok(answer) = self.answers.recv_timeout(PATIENCE) {
                 self.under_way -= 1;
@@ -421,10 +433,9 @@ impl<'a> Run<'a> {
     /// Takes from the seeds what has these hashes; what has not is asked about by the block.
     fn look(&mut self, piece: Piece, there: &[Hash]) -> io::Result<()> {
         let geometry = self.volume.geometry;
-        let block = u32::try_from(geometry.block_bytes()).unwrap_or(COARSE_BYTES);
-        let fine_grain = block.min(COARSE_BYTES);
+        let fine_grain = fine_grain(geometry.block_bytes());
         let mut wanted = self.wanted(piece, there);
-        let wanted_bytes: u64 = wanted.iter().map(|unit| unit.bytes.len()).sum();
+        let wanted_bytes = bytes_of(&wanted);
         let mut found = 0;
         let seeds = self.volume.seeding.images().len();
         let first = self.best;
@@ -438,10 +449,19 @@ impl<'a> Run<'a> {
                 self.best = seed;
             }
         }
+        let is_fine = piece.grain == fine_grain;
+        if is_fine {
+            self.missed += bytes_of(&wanted);
+            found += self.look_elsewhere(piece.grain, &mut wanted)?;
+        }
+        if piece.grain == COARSE_BYTES {
+            self.searched += wanted_bytes;
+        }
+        self.may_want_index();
         if let Some(open) = self.open.iter_mut().find(|o| o.window == piece.window) {
             open.found += found;
         }
-        if piece.grain == fine_grain {
+        if is_fine {
             self.fine.0 += wanted_bytes;
             self.fine.1 += found;
             return Ok(());
@@ -450,6 +470,7 @@ impl<'a> Run<'a> {
             // Whole grains differ, or none: a hash for each block is mostly for nothing. One grain
             // in nine or so is still asked about.
             self.fine.0 -= (wanted_bytes / 8).min(self.fine.0);
+            self.missed += bytes_of(&wanted);
             return Ok(());
         }
         for run in joined(wanted.iter().map(|unit| unit.bytes)) {
@@ -510,7 +531,7 @@ impl<'a> Run<'a> {
             let equal = if image.is_own() {
                 self.keep(&run, grain, &mut came)?
             } else {
-                self.install(seed, &run, grain, &mut came)?
+                self.install(seed, span(&run).start, &run, grain, &mut came)?
             };
             rest.extend(
                 run.into_iter()
@@ -527,10 +548,11 @@ impl<'a> Run<'a> {
         Ok(came)
     }
 
-    /// Installs what of a run of units is in a seed; tells which.
-    fn install(
+    /// Installs what of a run of units is in a seed, from this offset of it on; tells which.
+    pub(super) fn install(
         &mut self,
         seed: usize,
+        from: u64,
         run: &[Unit<'_>],
         grain: u32,
         came: &mut u64,
@@ -540,7 +562,7 @@ impl<'a> Run<'a> {
         let mut data = std::mem::take(&mut self.buffer);
         data.resize(usize::try_from(all.len()).map_err(io::Error::other)?, 0);
         let image = &volume.seeding.images()[seed];
-        let filled = image.read(all.start, &mut data).unwrap_or_else(|error| {
+        let filled = image.read(from, &mut data).unwrap_or_else(|error| {
             // As good as one that is too short.
             tracing::debug!(
                 "reading the seed image {} failed: {error}",
@@ -635,9 +657,13 @@ impl<'a> Run<'a> {
 }
 
 /// The shortest stretch that can be installed, with the source's hashes of it.
-struct Unit<'h> {
-    bytes: ByteRange,
-    hashes: &'h [Hash],
+pub(super) struct Unit<'h> {
+    pub bytes: ByteRange,
+    pub hashes: &'h [Hash],
+}
+
+fn bytes_of(units: &[Unit<'_>]) -> u64 {
+    units.iter().map(|unit| unit.bytes.len()).sum()
 }
 
 /// Which units are in `data`, that begins where the first of them does and may end anywhere.

@@ -23,11 +23,11 @@ use super::super::relocation::Relocation;
 use super::*;
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, Transport};
 
-const BLOCK: u64 = 4096;
-const DISK: u64 = (10 << 20) + 512;
+pub(super) const BLOCK: u64 = 4096;
+pub(super) const DISK: u64 = (10 << 20) + 512;
 
 /// Nothing depends on how long something takes; this only ends a test that hangs.
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
         assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
@@ -41,6 +41,8 @@ struct Hashing {
     memory: Arc<MemorySource>,
     frames: AtomicBool,
     questions: AtomicU64,
+    /// Which bytes were asked about, from where and how many.
+    asked_about: Mutex<Vec<(u64, u64)>>,
 }
 
 impl Source for Hashing {
@@ -61,6 +63,7 @@ impl Source for Hashing {
     }
     fn hashes(&self, lane: Lane, offset: u64, len: u32, grain: u32, done: Completion<Hashes>) {
         self.questions.fetch_add(1, Ordering::Relaxed);
+        lock(&self.asked_about).push((offset, len.into()));
         self.memory.hashes(lane, offset, len, grain, done);
     }
     fn flush(&self, done: Completion<()>) {
@@ -77,17 +80,17 @@ impl Source for Hashing {
     }
 }
 
-struct World {
-    volume: Arc<Volume>,
-    memory: Arc<MemorySource>,
+pub(super) struct World {
+    pub(super) volume: Arc<Volume>,
+    pub(super) memory: Arc<MemorySource>,
     source: Arc<Hashing>,
     store: Arc<dyn Store>,
-    relocation: Arc<Relocation>,
+    pub(super) relocation: Arc<Relocation>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-fn data() -> Vec<u8> {
+pub(super) fn data() -> Vec<u8> {
     let mut state = 1_u64;
     let word = || {
         state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(11);
@@ -103,18 +106,19 @@ fn words(geometry: Geometry) -> Vec<AtomicU64> {
     words.map(|_| AtomicU64::new(0)).collect()
 }
 
-fn in_memory() -> Arc<dyn Store> {
+pub(super) fn in_memory() -> Arc<dyn Store> {
     Arc::new(MemoryStore::new(DISK))
 }
 
 /// A volume after the handoff, with nothing here, that looks in these files.
-fn world(store: Arc<dyn Store>, image: &Path, seeds: &[PathBuf]) -> World {
+pub(super) fn world(store: Arc<dyn Store>, image: &Path, seeds: &[PathBuf]) -> World {
     let geometry = Geometry::new(DISK, 4096).unwrap();
     let memory = MemorySource::new(data(), None);
     let source = Arc::new(Hashing {
         memory: Arc::clone(&memory),
         frames: AtomicBool::new(true),
         questions: AtomicU64::new(0),
+        asked_about: Mutex::default(),
     });
     let residency = Arc::new(Residency::new(geometry, Box::new(words(geometry))));
     let config = ExportConfig {
@@ -170,13 +174,13 @@ fn world(store: Arc<dyn Store>, image: &Path, seeds: &[PathBuf]) -> World {
 
 impl World {
     /// Lets the thread begin.
-    fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         let (volume, stop) = (Arc::clone(&self.volume), Arc::clone(&self.stop));
         self.thread = Some(std::thread::spawn(move || volume.run_seeding(&stop)));
     }
 
     /// Waits for the first question.
-    fn asked(&self) {
+    pub(super) fn asked(&self) {
         until("it asks", || self.memory.pending() > 0);
     }
 
@@ -196,8 +200,24 @@ impl World {
         });
     }
 
+    /// Answers questions for hashes, and nothing that is fetched, until this holds.
+    pub(super) fn answer_hashes_until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        until(what, || {
+            let is_question = |r: &hikkoshi_wan::memory::PendingRequest| {
+                let mut asked = lock(&self.source.asked_about);
+                let at = asked.iter().position(|asked| *asked == (r.offset, r.len));
+                at.map(|at| asked.swap_remove(at)).is_some()
+            };
+            while let Some(at) = self.memory.requests().iter().position(is_question) {
+                self.memory.complete(at);
+            }
+            self.relocation.tick();
+            holds()
+        });
+    }
+
     /// Answers everything until everything is here. Tells how many bytes were fetched plainly.
-    fn finish(&mut self) {
+    pub(super) fn finish(&mut self) {
         until("everything is here", || {
             self.memory.complete_all();
             self.relocation.tick();
@@ -212,17 +232,17 @@ impl World {
         }
     }
 
-    fn image(&self) -> Vec<u8> {
+    pub(super) fn image(&self) -> Vec<u8> {
         let mut image = vec![0; usize::try_from(DISK).unwrap()];
         self.store.read(0, &mut image).unwrap();
         image
     }
 
-    fn seeded(&self) -> u64 {
+    pub(super) fn seeded(&self) -> u64 {
         self.volume.seeded_bytes()
     }
 
-    fn kinds(&self) -> Vec<String> {
+    pub(super) fn kinds(&self) -> Vec<String> {
         let events = self.volume.events.since(0).into_iter();
         let seeding = events.filter(|e| e.kind == EventKind::Seeding);
         seeding.map(|e| e.text).collect()
@@ -240,7 +260,7 @@ impl Drop for World {
     }
 }
 
-fn seed(dir: &TempDir, name: &str, data: &[u8]) -> PathBuf {
+pub(super) fn seed(dir: &TempDir, name: &str, data: &[u8]) -> PathBuf {
     let path = dir.path().join(name);
     std::fs::write(&path, data).unwrap();
     path
@@ -256,7 +276,7 @@ fn changed(blocks: &[u64]) -> Vec<u8> {
     data
 }
 
-const ELSEWHERE: &str = "/nowhere/image";
+pub(super) const ELSEWHERE: &str = "/nowhere/image";
 
 #[test]
 fn what_is_in_a_seed_is_installed_and_the_rest_is_fetched() {
