@@ -70,6 +70,8 @@ pub struct Cut {
 struct State {
     broken: Option<Break>,
     cut: Option<Cut>,
+    /// What it breaks behind is on its way; until it is there nothing else passes.
+    passing: bool,
     /// Connections of an earlier time are to end.
     time: u64,
     over: bool,
@@ -119,14 +121,19 @@ impl Shared {
         }
     }
 
-    /// Breaks if this is where to, and tells so. `passed`: it has got through.
-    fn look(&self, what: What, way: Way, passed: bool) -> bool {
-        let here = |cut: &Cut| cut.what == what && cut.way == way && cut.passes == passed;
-        let mut state = self.state();
-        if state.broken.is_some() {
-            return false;
+    /// Takes the cut, if this is where the link is to break: in front of it, or (`passes`) behind it.
+    fn take_cut(state: &mut State, what: What, way: Way, passes: bool) -> Option<Cut> {
+        let here = |cut: &Cut| cut.what == what && cut.way == way && cut.passes == passes;
+        match state.broken {
+            Some(_) => None,
+            None => state.cut.take_if(|cut| here(cut)),
         }
-        let Some(cut) = state.cut.take_if(|cut| here(cut)) else {
+    }
+
+    /// Breaks if this is where to, and tells so.
+    fn breaks_before(&self, what: What, way: Way) -> bool {
+        let mut state = self.state();
+        let Some(cut) = Self::take_cut(&mut state, what, way, false) else {
             return false;
         };
         state.broken = Some(cut.how);
@@ -135,10 +142,32 @@ impl Shared {
         true
     }
 
+    /// Delivers what is let through. If the link is to break behind it, nothing else passes from
+    /// before it is delivered on: whoever hears it could answer before anybody has come to break.
+    fn deliver(&self, what: What, way: Way, deliver: impl FnOnce() -> bool) -> bool {
+        let cut = {
+            let mut state = self.state();
+            let cut = Self::take_cut(&mut state, what, way, true);
+            if cut.is_some() {
+                state.broken = Some(Break::Silent);
+                state.passing = true;
+            }
+            cut
+        };
+        let delivered = deliver();
+        if let Some(cut) = cut {
+            self.change(|state| {
+                state.broken = Some(cut.how);
+                state.passing = false;
+            });
+        }
+        delivered
+    }
+
     /// What is to get through: waits for when it does. Whether it does at all.
     fn lets_through(&self, what: What, way: Way, time: u64) -> bool {
         loop {
-            let breaks = self.look(what, way, false);
+            let breaks = self.breaks_before(what, way);
             match self.silence(time) {
                 None => return false,
                 // The next break may be meant for what came during the one before.
@@ -160,6 +189,7 @@ impl CutLink {
             state: Mutex::new(State {
                 broken: None,
                 cut: None,
+                passing: false,
                 time: 0,
                 over: false,
             }),
@@ -201,7 +231,7 @@ impl CutLink {
     pub fn wait_broken(&self) -> Result<()> {
         let start = Instant::now();
         let mut state = self.shared.state();
-        while state.broken.is_none() {
+        while state.broken.is_none() || state.passing {
             let left = LONG.checked_sub(start.elapsed());
             let left = left.with_context(|| format!("it never came to {:?}", state.cut))?;
             let waited = self.shared.changed.wait_timeout(state, left);
@@ -295,11 +325,10 @@ fn pass(shared: &Shared, time: u64, way: Way, mut from: UnixStream, mut to: Unix
             let _ = to.shutdown(Shutdown::Write);
             return;
         };
-        if to.write_all(&bytes).is_err() {
+        if !shared.deliver(what, way, || to.write_all(&bytes).is_ok()) {
             let _ = from.shutdown(Shutdown::Both);
             return;
         }
-        shared.look(what, way, true);
     }
 }
 

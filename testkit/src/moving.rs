@@ -386,6 +386,16 @@ impl Site {
         self.start()
     }
 
+    /// Kills it and serves its image, with nothing said of its move.
+    ///
+    /// # Errors
+    /// As [`Site::kill`] and [`Daemon::start`].
+    pub fn restart_alone(&mut self) -> Result<()> {
+        self.kill()?;
+        self.daemon = Some(Daemon::start(&self.dir, &self.name, &self.image, &[])?);
+        Ok(())
+    }
+
     /// `state` of its status.
     ///
     /// # Errors

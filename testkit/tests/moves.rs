@@ -254,6 +254,11 @@ fn with_handoff_by_command_a_stray_write_is_refused() {
     }
     assert_eq!(b.state().unwrap(), "standby");
     assert_eq!(a.state().unwrap(), "departing");
+    // That it waits for a command outlives its daemon.
+    b.restart_alone().unwrap();
+    b.wait_prepared().unwrap();
+    refuses_writes(&b);
+    guest.work(&mut client, 20).unwrap();
     b.daemon().command(&["handoff"]).unwrap();
     guest.work(&mut b.client().unwrap(), 20).unwrap();
     refuses_writes(&a);

@@ -15,6 +15,9 @@ pub struct Mutation {
 }
 
 const COMMIT: &str = "crates/daemon/src/volume/commit.rs";
+const DEPARTURE: &str = "crates/daemon/src/volume/departure.rs";
+const ARRIVAL: &str = "crates/daemon/src/volume/arrival.rs";
+const GATE: &str = "crates/daemon/src/volume/gate.rs";
 const SOURCE_FLUSH: &str = "crates/daemon/src/volume/source_flush.rs";
 const GUEST: &str = "crates/daemon/src/volume/guest.rs";
 const RELOCATION: &str = "crates/daemon/src/volume/relocation.rs";
@@ -283,6 +286,73 @@ pub const MUTATIONS: &[Mutation] = &[
         edits: &[(
             "        if let Err(e) = mark.raise() {",
             "        if let Err(e) = mark.is_raised() {",
+        )],
+    },
+    Mutation {
+        name: "fence answered before it is durable",
+        file: DEPARTURE,
+        edits: &[(
+            "            let outcome = state.change(|identity| {\n                \
+             identity.ties.departed = Some(departure);\n                \
+             identity.ties.moved_to = moved_to;\n            });\n            \
+             self.note_state(\"recording the departure\", outcome)?;\n",
+            "            let _ = (state, moved_to);\n",
+        )],
+    },
+    Mutation {
+        name: "fence before what was written is durable",
+        file: DEPARTURE,
+        edits: &[(
+            "        self.commit_locked(&mut journal)?;\n        crash_point!(\"fence.synced\");\n",
+            "",
+        )],
+    },
+    Mutation {
+        name: "fence does not wait for writes under way",
+        file: GATE,
+        edits: &[(
+            "while self.state.load(Ordering::Acquire) != CLOSED {",
+            "while self.state.load(Ordering::Acquire) & CLOSED == 0 {",
+        )],
+    },
+    Mutation {
+        name: "last changes dropped",
+        file: ARRIVAL,
+        edits: &[(
+            "                state.precopy.changed(ranges.into_iter().map(covering));\n                \
+             state.precopy.finish()\n",
+            "                let _ = ranges.into_iter().map(covering);\n                \
+             state.precopy.finish()\n",
+        )],
+    },
+    Mutation {
+        name: "change marked before it is made",
+        file: GUEST,
+        edits: &[(
+            "        let outcome = make();\n        self.changed(bytes);\n",
+            "        self.changed(bytes);\n        let outcome = make();\n",
+        )],
+    },
+    Mutation {
+        name: "first write before the source has answered",
+        file: GUEST,
+        edits: &[(
+            "        let takeover = self.take_over(arrival)?;\n        \
+             self.record_handoff(Some(takeover))?;\n",
+            "        self.record_handoff(None)?;\n        self.take_over(arrival)?;\n",
+        )],
+    },
+    Mutation {
+        name: "write without a handoff",
+        file: GUEST,
+        edits: &[("            self.admit_first_write()?;\n", "")],
+    },
+    Mutation {
+        name: "fence that giving up does not lift",
+        file: DEPARTURE,
+        edits: &[(
+            "        if handover::abort(departed, id) {\n",
+            "        if handover::abort(departed, id) && known {\n",
         )],
     },
     Mutation {

@@ -153,6 +153,11 @@ impl Parts<'_> {
         let from_image = identity.is_some_and(|i| ImageAddress::parse(&i.source_uri).is_some());
         let released = identity.and_then(|identity| identity.ties.released);
         let owed = identity.is_some_and(|identity| identity.ties.source_flush_owed);
+        // Started again by its image alone, it goes on as it began.
+        let recorded = match identity.is_some_and(|identity| identity.ties.by_command) {
+            true => HandoffPolicy::Command,
+            false => HandoffPolicy::FirstWrite,
+        };
         let source = self.config.source.as_ref();
         let (way_back, trouble) = WayBack::new(self.state.as_ref(), at_release);
         let volume = Volume {
@@ -162,7 +167,7 @@ impl Parts<'_> {
             read_only: self.config.read_only,
             frames: self.config.transport == Transport::Auto,
             packs: self.config.compress != Packing::None,
-            handoff_policy: source.map_or(HandoffPolicy::FirstWrite, |s| s.handoff),
+            handoff_policy: source.map_or(recorded, |s| s.handoff),
             on_loss: source.map_or(SourceLoss::Wait, |s| s.on_loss),
             store: self.store,
             life: AtomicU8::new(0),

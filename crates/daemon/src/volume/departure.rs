@@ -482,7 +482,8 @@ impl Volume {
         let copying = self.departures.read_sessions().len();
         (copying > 0).then(|| {
             format!(
-                "{copying} new {} being prepared; the VM still runs here",
+                "{copying} new {} being prepared; the VM still runs here; `hikkoshi abort` there ends \
+                 that, and a restart of this daemon forgets a site that is gone",
                 if copying == 1 { "site is" } else { "sites are" }
             )
         })

@@ -388,6 +388,7 @@ fn open_new(
         ties: Ties {
             fenced_source,
             source_flush_owed: now && !fenced_source && source.info().can_flush,
+            by_command: wanted.handoff == HandoffPolicy::Command,
             way_back: wanted.way_back,
             ..Ties::default()
         },
@@ -447,6 +448,10 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let seeds = open_seeds(&wanted, &config.image)?;
     if wanted.uri != identity.source_uri {
         state.change(|identity| identity.source_uri = wanted.uri.clone())?;
+    }
+    let by_command = wanted.handoff == HandoffPolicy::Command;
+    if config.source.is_some() && by_command != identity.ties.by_command {
+        state.change(|identity| identity.ties.by_command = by_command)?;
     }
     let asked = u64::from(config.block_bytes);
     if asked != u64::from(DEFAULT_BLOCK_BYTES) && asked != identity.geometry.block_bytes() {

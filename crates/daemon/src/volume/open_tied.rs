@@ -274,6 +274,7 @@ pub(super) fn open_return(
             fenced_source,
             source_flush_owed: now && !fenced_source && source.info().can_flush,
             only_here,
+            by_command: wanted.handoff == HandoffPolicy::Command,
             // Once the disk is here again, it still is not for whom it was not then.
             released: identity.ties.released,
             way_back: wanted.way_back,

@@ -626,8 +626,8 @@ impl Relocation {
 
     /// Of `range`, what is absent and lies in the image all the same, as an older copy left it,
     /// becomes clean where it has the hash of what the source has (`equal` says so of the bytes).
-    /// Read under the lock of the range: whoever writes here marks the blocks under it. Tells
-    /// which blocks.
+    /// Read under the lock of the range: whoever writes here marks the blocks under it. Tells how
+    /// many bytes became clean by it.
     ///
     /// # Errors
     /// The local image cannot be read.
@@ -636,23 +636,24 @@ impl Relocation {
         range: BlockRange,
         buffer: &mut [u8],
         equal: impl FnOnce(&[u8]) -> Vec<BlockRange>,
-    ) -> io::Result<Vec<BlockRange>> {
+    ) -> io::Result<u64> {
         let guard = self.locks.lock(range);
         let start = self.geometry.bytes(range).start;
         self.store.read(start, buffer)?;
-        let equal = equal(buffer);
-        for found in &equal {
+        let mut kept = 0;
+        for found in &equal(buffer) {
             let runs: Vec<_> = self.residency.runs(*found).collect();
             for (run, _) in runs.into_iter().filter(|(_, s)| *s == BlockState::Absent) {
                 let bytes = self.geometry.bytes(run);
                 let at = usize::try_from(bytes.start - start).map_err(io::Error::other)?;
                 let len = usize::try_from(bytes.len()).map_err(io::Error::other)?;
                 self.now_clean(run);
+                kept += bytes.len();
                 lock(&self.witnesses).came(self.geometry, run, &buffer[at..at + len]);
             }
         }
         drop(guard);
-        Ok(equal)
+        Ok(kept)
     }
 
     fn install_absent(&self, run: BlockRange, fetched: &Fetched) -> io::Result<()> {

@@ -144,7 +144,7 @@ fn what_is_copied_ahead_shares_link_and_cap() {
     }
     let mut precopy = Precopy::new(link.geometry, false);
     precopy.share(&link.disks[1].mover);
-    precopy.connected(link.now, true);
+    precopy.connected(link.now, false);
     link.begin(0);
     link.ahead = Some((1, precopy));
     link.run(3 * SECOND);

@@ -205,7 +205,6 @@ pub struct Mover<W> {
     next_waiter: u64,
     /// How much may be in flight.
     pacer: Arc<Seat>,
-    source_paces: bool,
     bucket: Arc<Allowance>,
     /// Where the background copy looks next.
     order: CopyOrder,
@@ -238,7 +237,6 @@ impl<W> Mover<W> {
             waiters: HashMap::new(),
             next_waiter: 0,
             pacer: Arc::new(Seat::alone()),
-            source_paces: false,
             bucket: Arc::new(Allowance::new(policy.max_rate)),
             order: CopyOrder::default(),
             streams: Streams::new(),
@@ -254,7 +252,6 @@ impl<W> Mover<W> {
     /// behind the one that is common to all.
     pub fn share(&mut self, path: &Arc<Path>, behind: Duration) {
         self.pacer.move_to(path, behind);
-        self.pacer.source_paces(self.source_paces);
     }
 
     /// A cap holds for what it and other disks copy in the background together. `behind` as for
@@ -270,7 +267,6 @@ impl<W> Mover<W> {
 
     /// The source sends no more than fills the link, whatever it is asked for; or it does not.
     pub fn source_paces(&mut self, paces: bool) {
-        self.source_paces = paces;
         self.pacer.source_paces(paces);
     }
 

@@ -61,8 +61,6 @@ pub(crate) struct Pacer {
     /// In wire bytes.
     window: Window,
     in_flight_bytes: u64,
-    /// The source bounds what it sends by itself.
-    source_paces: bool,
     /// Wire bytes for a byte of the disk, by what came last, in parts of [`RATIO_ONE`].
     ratio: u64,
     /// The shortest round trip of this and of the previous period.
@@ -83,7 +81,6 @@ impl Pacer {
         Self {
             window: Window::default(),
             in_flight_bytes: 0,
-            source_paces: false,
             ratio: RATIO_ONE,
             base: None,
             next_base: None,
@@ -100,7 +97,6 @@ impl Pacer {
     pub fn restart(&mut self, now: Duration) {
         *self = Self {
             in_flight_bytes: self.in_flight_bytes,
-            source_paces: self.source_paces,
             base_since: now,
             round_started: now,
             drained_at: now,
@@ -141,23 +137,19 @@ impl Pacer {
     /// Whether what nobody waits for may go now, with one disk at the link.
     #[cfg(all(test, not(loom)))]
     pub fn may_send(&mut self) -> bool {
-        let room = self.in_flight_bytes < self.open_bytes();
+        let room = self.in_flight_bytes < self.open_bytes(false);
         self.held_back |= !room;
         room
     }
 
-    /// How much may be in flight now.
-    pub fn open_bytes(&self) -> u64 {
-        let window = match self.source_paces {
+    /// How much may be in flight now; more where the source sends no more than fills the path,
+    /// whatever it is asked for.
+    pub fn open_bytes(&self, source_paces: bool) -> u64 {
+        let window = match source_paces {
             true => (self.window_bytes() * OVER_ASKED).min(MAX_WINDOW_BYTES),
             false => self.window_bytes(),
         };
         if self.draining { window / 2 } else { window }
-    }
-
-    /// The source sends no more than fills the path, whatever it is asked for; or it does not.
-    pub fn source_paces(&mut self, paces: bool) {
-        self.source_paces = paces;
     }
 
     /// How much is.

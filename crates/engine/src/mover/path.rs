@@ -51,6 +51,8 @@ struct Use {
     held_back: bool,
     /// What it may fill, in parts of [`WHOLE`].
     share: u64,
+    /// Its source sends no more than fills the path, whatever it is asked for.
+    source_paces: bool,
 }
 
 /// One disk's place at a link, which may become another. Given back when dropped. It is shared by the
@@ -74,7 +76,7 @@ impl Path {
     }
 
     /// A place for one more disk, which has so many bytes in flight.
-    fn seat(self: &Arc<Self>, in_flight: u64, behind: Duration) -> Place {
+    fn seat(self: &Arc<Self>, in_flight: u64, source_paces: bool, behind: Duration) -> Place {
         let mut state = self.state();
         let number = state.next_seat;
         state.next_seat += 1;
@@ -83,6 +85,7 @@ impl Path {
             peak: in_flight,
             held_back: true,
             share: 0,
+            source_paces,
         };
         state.seats.insert(number, seat);
         state.pacer.sent(in_flight);
@@ -144,7 +147,7 @@ impl Seat {
     /// At a path of its own.
     pub fn alone() -> Self {
         Self {
-            place: Mutex::new(Arc::new(Path::default()).seat(0, Duration::ZERO)),
+            place: Mutex::new(Arc::new(Path::default()).seat(0, false, Duration::ZERO)),
         }
     }
 
@@ -155,11 +158,12 @@ impl Seat {
     /// Takes what is in flight along to another path.
     pub fn move_to(&self, path: &Arc<Path>, behind: Duration) {
         let mut place = self.place();
-        let in_flight = {
+        let (in_flight, source_paces) = {
             let state = place.path.state();
-            state.seats.get(&place.number).map_or(0, |s| s.in_flight)
+            let seat = state.seats.get(&place.number);
+            seat.map_or((0, false), |seat| (seat.in_flight, seat.source_paces))
         };
-        *place = path.seat(in_flight, behind);
+        *place = path.seat(in_flight, source_paces, behind);
     }
 
     /// Forgets the path, unless others are using it.
@@ -176,9 +180,12 @@ impl Seat {
         }
     }
 
-    /// See [`Pacer::source_paces`].
+    /// The disk's source sends no more than fills the path, whatever it is asked for; or it does not.
     pub fn source_paces(&self, paces: bool) {
-        self.place().path.state().pacer.source_paces(paces);
+        let place = self.place();
+        if let Some(seat) = place.path.state().seats.get_mut(&place.number) {
+            seat.source_paces = paces;
+        }
     }
 
     /// See [`Pacer::chunk_bytes`].
@@ -205,10 +212,13 @@ impl Seat {
         let mut guard = place.path.state();
         let state = &mut *guard;
         let count = u64::try_from(state.seats.len()).unwrap_or(1);
-        let window = state.pacer.open_bytes();
+        // What is asked of those that pace themselves is not on the path yet, and takes nobody's place there.
+        let over_asked = state.seats.values().any(|seat| seat.source_paces);
+        let all = state.pacer.open_bytes(over_asked);
         let Some(seat) = state.seats.get_mut(&place.number) else {
             return false;
         };
+        let window = state.pacer.open_bytes(seat.source_paces);
         // Each may be a chunk above its share; else whoever is would keep the others below theirs.
         let slack = if count > 1 {
             count * state.pacer.chunk_bytes()
@@ -216,11 +226,11 @@ impl Seat {
             0
         };
         let in_flight = state.pacer.in_flight_bytes();
-        let room = seat.in_flight < part_of(window, seat.share) && in_flight < window + slack;
+        let room = seat.in_flight < part_of(window, seat.share) && in_flight < all + slack;
         if !room {
             seat.held_back = true;
             // What others have left unused of it says nothing of the path.
-            if in_flight + slack >= window {
+            if in_flight + slack >= all {
                 state.pacer.hold_back();
             }
         }

@@ -261,3 +261,31 @@ fn demand_of_one_is_not_behind_the_copy_of_another() {
     }
     assert!(worst < RTT * 3 / 2 + 10 * MS, "{worst:?}");
 }
+
+/// A source that paces itself is asked for more than fills the path; another one of the same host is not.
+#[test]
+fn only_a_source_that_paces_itself_is_over_asked() {
+    let path = Arc::new(Path::default());
+    let seats = [Seat::alone(), Seat::alone()];
+    seats[1].source_paces(true);
+    for seat in &seats {
+        seat.move_to(&path, Duration::ZERO);
+    }
+    let asked = [1, 0].map(|index: usize| {
+        let mut asked = 0_u64;
+        while seats[index].may_send() {
+            seats[index].sent(4096);
+            asked += 4096;
+        }
+        asked
+    });
+    let shares = [1, 0].map(|index: usize| seats[index].window_bytes());
+    assert!(
+        asked[0].abs_diff(shares[0] * 2) <= 8192,
+        "{asked:?} of {shares:?}"
+    );
+    assert!(
+        asked[1].abs_diff(shares[1]) <= 4096,
+        "{asked:?} of {shares:?}"
+    );
+}

@@ -71,6 +71,8 @@ pub struct Ties {
     /// not fetched is only in the old copy that is here. Before the handoff nothing is written into
     /// that; after it all is here but what was recorded as lacking.
     pub only_here: bool,
+    /// The handoff is asked for by command alone: a write before it is refused, also after a restart.
+    pub by_command: bool,
     /// This volume was a return that was given up, and its source may not have heard so: it may keep
     /// a fence for it.
     pub gave_up: bool,
@@ -168,6 +170,9 @@ impl Identity {
         if ties.only_here {
             line("only-here", KEPT);
         }
+        if ties.by_command {
+            line("handoff", COMMAND);
+        }
         if ties.gave_up {
             line("return", GIVEN_UP);
         }
@@ -255,6 +260,7 @@ impl Identity {
 const KEPT: &str = "kept";
 const GIVEN_UP: &str = "given-up";
 const OWED: &str = "owed";
+const COMMAND: &str = "command";
 
 /// The lines of the ties, as many as there are.
 fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError> {
@@ -277,6 +283,7 @@ fn ties<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Ties, IdentityError>
                 ties.base = Some(unhex(text).ok_or(IdentityError::Line("base"))?);
             }
             ("only-here", KEPT) => ties.only_here = true,
+            ("handoff", COMMAND) => ties.by_command = true,
             ("return", GIVEN_UP) => ties.gave_up = true,
             ("source-fence", KEPT) => ties.fenced_source = true,
             ("source-flush", OWED) => ties.source_flush_owed = true,

@@ -464,6 +464,19 @@ fn where_a_disk_has_moved_to_is_kept_with_its_departure() {
 }
 
 #[test]
+fn a_handoff_by_command_is_kept() {
+    let mut by_command = identity();
+    by_command.ties.by_command = true;
+    let content = by_command.encode();
+    assert!(
+        content
+            .windows(18)
+            .any(|line| line == b"handoff = command\n")
+    );
+    assert_eq!(Identity::decode(&content).unwrap(), by_command);
+}
+
+#[test]
 fn what_is_discarded_leaves_nothing_but_what_is_others() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk.hikkoshi");

@@ -128,15 +128,20 @@ impl PairWorld {
         Ok(())
     }
 
-    /// What was under way at the other site is so still.
+    /// What waits at the other site for the handoff is under way still. What was under way there when it
+    /// lost the disk happened before that or not at all: it was found, whatever its answer is.
     fn begin_again(&mut self) {
         let now = self.tick();
+        for request in self.requests.values_mut() {
+            request.unchecked |= !request.elsewhere;
+        }
         let write_of = |ask: &Ask| match ask {
             Ask::Write(offset, data, _) => Some((*offset, data.clone())),
             _ => None,
         };
         let requests = self.requests.iter();
         let writes: Vec<_> = requests
+            .filter(|(_, request)| request.elsewhere)
             .filter_map(|(id, request)| Some((*id, write_of(&request.ask)?)))
             .collect();
         for (id, (offset, data)) in writes {
@@ -177,6 +182,7 @@ impl PairWorld {
         };
         self.tally.answered += 1;
         match (&request.ask, answer) {
+            (Ask::Read(_) | Ask::Write(..), _) if request.unchecked => {}
             (_, Answer::Failed(errno)) => {
                 self.tally.failed += 1;
                 if request.must_succeed {
@@ -196,7 +202,6 @@ impl PairWorld {
                     }
                 }
             }
-            (Ask::Read(_), Answer::Data(_)) if request.unchecked => {}
             (Ask::Read(bytes), Answer::Data(data)) => {
                 let seen = data.chunks_exact(SECTOR);
                 for (sector, seen) in sectors(bytes.start, data.len()).zip(seen) {
@@ -210,9 +215,7 @@ impl PairWorld {
                     self.oracle.written(sector, id, *fua, now);
                 }
             }
-            // A destination that stands by has nothing to make durable, and does not ask the source
-            // to: what was written there is durable from the handoff on, or by its own flushes.
-            (Ask::Flush, Answer::Done) if request.elsewhere => {}
+            // One at a destination that stands by is passed on to the source.
             (Ask::Flush, Answer::Done) => self.oracle.flushed(request.began),
             _ => return Err(format!("request {id} was answered with something else")),
         }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use hikkoshi_daemon::config::HandoffPolicy;
 use hikkoshi_daemon::registry::Controlled;
+use hikkoshi_daemon::volume::Volume;
 use hikkoshi_engine::geometry::ByteRange;
 
 use crate::client::{self, Ask};
@@ -39,13 +40,14 @@ impl PairWorld {
         let may_command = standby && Arc::strong_count(&self.commands) == 1;
         let weights = [
             when(serves && room && self.may_ask(), 350),
-            80,
+            // A VM that moves does not wait: what it wrote last is to be told of at the handoff.
+            if self.leaves { 8 } else { 80 },
             when(is_owner && standby, 8),
             when(may_command, 1),
             // Mostly by a script that has brought the VM there, and now and then by mistake.
             when(may_command, if by_command && !is_owner { 30 } else { 1 }),
             when(standby && is_owner && room, 15),
-            when(self.was_given_up() && self.moves < MAX_MOVES, 20),
+            when(self.may_begin_anew() && self.moves < MAX_MOVES, 20),
             when(standby, t.control),
             t.kill,
             t.power_cut,
@@ -94,6 +96,13 @@ impl PairWorld {
     pub fn was_given_up(&self) -> bool {
         let heard = self.sides[self.other()].has_told.load(Ordering::Acquire);
         self.given_up && heard
+    }
+
+    /// Whether nobody needs what is at the other site: the move there was given up, or all has come from
+    /// there.
+    fn may_begin_anew(&self) -> bool {
+        let is_whole = |v: &Arc<Volume>| v.is_local() && !v.has_departed();
+        self.was_given_up() || !self.moving && self.volume(self.owner).is_some_and(is_whole)
     }
 
     /// Whether the VM is where it may run.
@@ -157,7 +166,7 @@ impl PairWorld {
         self.sims[site].spawn("handoff", Box::new(hand_off));
     }
 
-    /// After a move was given up: another image and another state.
+    /// Another image and another state at the other site: the same move once more, or the next one back.
     fn begin_anew(&mut self) {
         let site = self.other();
         self.moves += 1;

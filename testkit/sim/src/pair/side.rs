@@ -121,12 +121,21 @@ impl Side {
             self.dir = self.dir.kill();
             self.memory = self.memory.kill();
         }
+        self.end();
+    }
+
+    /// What the process held is given back: its flows of control, and the circles in which a volume, who
+    /// waits for it and its source hold each other. Its media are others' by now, or nobody's.
+    pub fn end(&mut self) {
         if let Some(source) = self.known_source() {
             source.die();
         }
         self.fibers.clear();
-        self.volume = None;
-        sim.forget();
+        if let Some(volume) = self.volume.take() {
+            volume.stop();
+            volume.run_committer();
+        }
+        self.sim.forget();
     }
 
     fn known_source(&self) -> Option<Arc<PairSource>> {
@@ -241,7 +250,7 @@ impl Opening {
             }
             Life::Local => {
                 open_complete_in(&mut state, &self.memory)?;
-                let had_source = identity.ties.fenced_source;
+                let had_source = !identity.source_uri.is_empty();
                 return Ok(Stage::Opened(self.parts(state, had_source).plain()));
             }
             Life::Standby => Stance::Standby,

@@ -36,6 +36,7 @@ struct State {
     /// The source has hung up.
     ended: bool,
     pending: BTreeMap<u64, Completion<Fetched>>,
+    flushes: BTreeMap<u64, Completion<()>>,
     next: u64,
     watcher: Option<Arc<dyn SourceWatcher>>,
     closed: bool,
@@ -109,20 +110,25 @@ impl PairSource {
             state.closed = true;
             let line = state.line.take();
             let pending = std::mem::take(&mut state.pending);
-            (line, pending, state.watcher.take())
+            let flushes = std::mem::take(&mut state.flushes);
+            (line, pending, flushes, state.watcher.take())
         };
         drop(left);
     }
 
     fn lose(&self) {
-        let (had, pending, watcher) = {
+        let (had, pending, flushes, watcher) = {
             let mut state = self.state();
             state.ended = false;
             let line = state.line.take();
             let pending = std::mem::take(&mut state.pending);
-            (line, pending, state.watcher.clone())
+            let flushes = std::mem::take(&mut state.flushes);
+            (line, pending, flushes, state.watcher.clone())
         };
         for done in pending.into_values() {
+            done(Err(broken()));
+        }
+        for done in flushes.into_values() {
             done(Err(broken()));
         }
         if let Some(watcher) = watcher.filter(|_| had.is_some()) {
@@ -158,6 +164,25 @@ impl PairSource {
         }
     }
 
+    /// At the source: makes durable what was written there, and says so to whom that is still welcome.
+    fn flush_there(self: &Arc<Self>, line: Line, id: u64) {
+        let there = &self.end.there;
+        fiber::pause(Wait::Until(there.now_us() + there.below(LATE_US)));
+        let (this, source) = (Arc::clone(self), Arc::clone(&line.source));
+        source.flush(Box::new(move |outcome| {
+            if !this.may_send(&line) {
+                return;
+            }
+            let Some(done) = this.state().flushes.remove(&id) else {
+                return;
+            };
+            let outcome =
+                outcome.map_err(|e| SourceError::new(SourceErrorKind::Refused, e.to_string()));
+            let receive = move || done(outcome);
+            this.end.here.spawn("receives", Box::new(receive));
+        }));
+    }
+
     fn send_of_store(&self, line: &Line, id: u64, bytes: ByteRange) {
         let mut data = vec![0; usize::try_from(bytes.len()).unwrap_or(0)];
         let read = line.source.store().read(bytes.start, &mut data);
@@ -165,13 +190,17 @@ impl PairSource {
         self.send(line, id, bytes, read);
     }
 
-    fn send(&self, line: &Line, id: u64, bytes: ByteRange, read: Result<Vec<u8>, String>) {
-        // Looked at after reading: a fence is lifted before the first write behind it.
+    /// Looked at after reading: a fence is lifted before the first write behind it.
+    fn may_send(&self, line: &Line) -> bool {
         if !line.still_serves() {
             self.state().ended = true;
-            return;
+            return false;
         }
-        if self.standing().is_none_or(|now| now.time != line.time) {
+        self.standing().is_some_and(|now| now.time == line.time)
+    }
+
+    fn send(&self, line: &Line, id: u64, bytes: ByteRange, read: Result<Vec<u8>, String>) {
+        if !self.may_send(line) {
             return;
         }
         let Some(done) = self.state().pending.remove(&id) else {
@@ -195,6 +224,7 @@ impl Source for PairSource {
             size_bytes: self.size_bytes,
             read_only: false,
             can_multi_conn: false,
+            can_flush: true,
             has_extents: false,
             min_block_bytes: 1,
             max_read_bytes: 32 << 20,
@@ -237,21 +267,43 @@ impl Source for PairSource {
         self.end.here.spawn("receives", Box::new(tell));
     }
 
+    fn flush(&self, done: Completion<()>) {
+        let (Some(line), Some(this)) = (self.standing(), self.this.upgrade()) else {
+            let fail = move || done(Err(broken()));
+            return self.end.here.spawn("receives", Box::new(fail));
+        };
+        let id = {
+            let mut state = self.state();
+            state.next += 1;
+            let id = state.next;
+            state.flushes.insert(id, done);
+            id
+        };
+        let flush = move || this.flush_there(line, id);
+        self.end.there.spawn("serves", Box::new(flush));
+    }
+
     fn watch(&self, watcher: Arc<dyn SourceWatcher>) {
         self.state().watcher = Some(watcher);
     }
 
     fn close(&self) {
-        let (pending, left) = {
+        let (pending, flushes, left) = {
             let mut state = self.state();
             state.closed = true;
             let pending = std::mem::take(&mut state.pending);
-            (pending, (state.line.take(), state.watcher.take()))
+            let flushes = std::mem::take(&mut state.flushes);
+            (pending, flushes, (state.line.take(), state.watcher.take()))
         };
         drop(left);
-        for done in pending.into_values() {
-            let fail = move || done(Err(broken()));
-            self.end.here.spawn("receives", Box::new(fail));
-        }
+        let fail = move || {
+            for done in pending.into_values() {
+                done(Err(broken()));
+            }
+            for done in flushes.into_values() {
+                done(Err(broken()));
+            }
+        };
+        self.end.here.spawn("receives", Box::new(fail));
     }
 }

@@ -212,7 +212,7 @@ impl FrameSession {
             Backlog::Short
         };
         let patience = match held_back {
-            true => Some(pace::LOOK_AGAIN),
+            true => self.pace.as_ref().map(Pace::look_again),
             false => backlog.patience(),
         };
         let patience = patience.map(|wait| Timespec {

@@ -18,8 +18,13 @@ use socket2::Socket;
 
 use super::backlog::unacknowledged;
 
-/// How long until a connection that was held back looks again: nobody tells it.
-pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// How long until a connection that was held back looks again: nobody tells it. Where they are more than
+/// [`FEW`], each waits longer, so that all together look no more often.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+const FEW: usize = 8;
+
+/// What was found on its way is believed for so long, for each connection that has to be asked.
+const BELIEVED: Duration = Duration::from_micros(10);
 
 /// What is sent between two looks, at least, must be on its way besides what fills the path.
 const SLACK_TIME: Duration = Duration::from_millis(2);
@@ -56,6 +61,10 @@ struct State {
     left_bytes: u64,
     /// Something was held back in this round.
     held_back: bool,
+    /// When the connections were asked what is on its way.
+    asked_at: Option<Instant>,
+    /// That, and a quantum for each time that somebody was admitted since.
+    on_their_way: u64,
 }
 
 /// One connection.
@@ -98,6 +107,8 @@ impl Pace {
                         base: Duration::ZERO,
                         left_bytes: 0,
                         held_back: false,
+                        asked_at: None,
+                        on_their_way: 0,
                     }),
                 });
                 paths.insert(peer, Arc::downgrade(&fresh));
@@ -120,13 +131,23 @@ impl Pace {
         }
         let least = bytes_in(state.window.rate(), LEAST_TIME).max(LEAST_BYTES);
         let window = state.window.bytes().max(least);
-        let silence = state.silence();
-        let seats = state.seats.values();
-        let heard = seats.filter(|seat| now.saturating_duration_since(seat.heard_at) < silence);
-        let on_their_way: u64 = heard.map(|seat| unacknowledged(&seat.socket)).sum();
-        let admitted = on_their_way < window;
+        let believed = BELIEVED * u32::try_from(state.seats.len()).unwrap_or(u32::MAX);
+        let asked = state.asked_at;
+        if asked.is_none_or(|at| now.saturating_duration_since(at) >= believed) {
+            state.ask(now);
+        }
+        let admitted = state.on_their_way < window;
+        if admitted {
+            state.on_their_way += u64::from(limits::QUANTUM_BYTES);
+        }
         state.held_back |= !admitted;
         admitted
+    }
+
+    /// How long a connection that was held back waits until it looks again.
+    pub fn look_again(&self) -> Duration {
+        let seats = lock(&self.path.state).seats.len();
+        LOOK_AGAIN * u32::try_from(seats.div_ceil(FEW)).unwrap_or(1).max(1)
     }
 }
 
@@ -143,6 +164,14 @@ impl Drop for Pace {
 impl State {
     fn silence(&self) -> Duration {
         SILENCE.max(self.base * SILENT_TRIPS)
+    }
+
+    fn ask(&mut self, now: Instant) {
+        let silence = self.silence();
+        let seats = self.seats.values();
+        let heard = seats.filter(|seat| now.saturating_duration_since(seat.heard_at) < silence);
+        self.on_their_way = heard.map(|seat| unacknowledged(&seat.socket)).sum();
+        self.asked_at = Some(now);
     }
 
     /// Ends the round, if it was as long as a round trip.
@@ -285,6 +314,27 @@ mod tests {
         while !ends[1].2.admits(Instant::now()) {
             std::thread::yield_now();
         }
+    }
+
+    /// However many look at the same moment, no more is admitted than fits; and more connections look less often.
+    #[test]
+    fn many_connections_are_admitted_what_one_would_be() {
+        let listener = TcpListener::bind("127.77.0.2:0").unwrap();
+        let ends: Vec<(TcpStream, Pace)> = (0..20)
+            .map(|_| {
+                let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let (there, _) = listener.accept().unwrap();
+                (here, Pace::of(&Socket::from(there)).unwrap())
+            })
+            .collect();
+        let now = Instant::now();
+        let admitted = ends.iter().filter(|(_, pace)| pace.admits(now)).count();
+        let window = Window::default().bytes().max(LEAST_BYTES);
+        let quanta = window / u64::from(limits::QUANTUM_BYTES);
+        assert_eq!(u64::try_from(admitted).unwrap(), quanta);
+        assert_eq!(ends[0].1.look_again(), LOOK_AGAIN * 3);
+        // Nothing was sent, which is seen when they are asked again.
+        assert!(ends[19].1.admits(now + BELIEVED * 20));
     }
 
     #[test]

@@ -600,7 +600,6 @@ impl<'a> Run<'a> {
         let all = span(run);
         let len = usize::try_from(all.len()).map_err(io::Error::other)?;
         self.buffer.resize(len, 0);
-        let missing = self.missing_bytes(geometry.covering(all));
         let mut which = Vec::new();
         let in_image = |data: &[u8]| {
             which = equal(run, data, grain);
@@ -611,9 +610,10 @@ impl<'a> Run<'a> {
                 .collect()
         };
         let range = geometry.covering(all);
-        self.relocation
+        // What comes from elsewhere meanwhile does not count.
+        *came += self
+            .relocation
             .keep_equal(range, &mut self.buffer, in_image)?;
-        *came += missing.saturating_sub(self.missing_bytes(range));
         Ok(which)
     }
 
