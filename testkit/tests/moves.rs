@@ -433,8 +433,9 @@ fn a_released_source_is_never_read_from_again() {
     assert!(said.contains("--force"), "{said}");
     refuses_writes(&a);
 
-    // Readers all over half of the disk, in flight all the time; but they may be quick, with all that
-    // is read ahead of them. So something is left that is only asked for after the release.
+    // Readers all over half of the disk, in flight all the time; but they may be quick. So something is left
+    // that is only asked for after the release, and no two steps of theirs are the same, so that nothing
+    // is read ahead.
     let (half, late) = (SIZE / 2, SIZE - 65536);
     let newer = vec![0xab; 1 << 20];
     let readers: Vec<_> = (0..6)
@@ -442,8 +443,9 @@ fn a_released_source_is_never_read_from_again() {
             let mut client = b.client().unwrap();
             std::thread::spawn(move || {
                 let mut seen = Vec::new();
-                for at in (0..half).step_by(65536) {
-                    let at = (at + n * half / 6) % half / 65536 * 65536;
+                let pieces = half / 65536;
+                for step in 0..pieces {
+                    let at = (step * (step + 1) / 2 + n * pieces / 6) % pieces * 65536;
                     match client.try_read(at, 65536) {
                         Ok((Answer::OK, bytes)) => seen.push((at, bytes)),
                         Ok(_) | Err(_) => return seen,
