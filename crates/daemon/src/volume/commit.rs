@@ -304,17 +304,18 @@ impl Volume {
             let outcome = state.record_local();
             self.note_state("recording that the move is complete", outcome)?;
         }
-        self.set_life(crate::status::LifeState::Local);
-        // For the way back residency, journal and marks go on, without a source.
-        let kept = self.way_back.is_kept();
-        let old = if kept { None } else { self.let_go_of_map() };
-        drop(journal);
+        // Before anybody sees that it is complete: from there on these are the figures of the move.
         let changed = relocation.source().checksum_failures();
         let traffic = &relocation.traffic;
         traffic.checksum_failures.store(changed, Ordering::Relaxed);
         let cancelled = relocation.source().cancelled_bytes();
         traffic.cancelled_bytes.store(cancelled, Ordering::Relaxed);
         self.last_traffic.take_over(traffic);
+        self.set_life(crate::status::LifeState::Local);
+        // For the way back residency, journal and marks go on, without a source.
+        let kept = self.way_back.is_kept();
+        let old = if kept { None } else { self.let_go_of_map() };
+        drop(journal);
         relocation.retire();
         drop(old);
         // Everything that was at the source is here, durably.

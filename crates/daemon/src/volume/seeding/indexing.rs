@@ -119,6 +119,7 @@ impl Volume {
         };
         let mib = |bytes: u64| bytes >> 20;
         let blocks = made.table.len() * u64::from(grain);
+        let tenths = (made.table.bytes() * 10) >> 20;
         let part = match made.left_out {
             0 => String::new(),
             left => format!(
@@ -131,10 +132,11 @@ impl Volume {
             EventKind::Seeding,
             format!(
                 "{} MiB of the seed images can be found at any offset now; the index took {:.1} s and \
-                 takes {} MiB of memory{part}",
+                 takes {}.{} MiB of memory{part}",
                 mib(blocks),
                 since.elapsed().as_secs_f64(),
-                made.table.bytes() >> 20
+                tenths / 10,
+                tenths % 10
             ),
         );
         let table = made.table;

@@ -162,6 +162,12 @@ impl<'a> Run<'a> {
             }
             self.take_up_index();
             match self.advice() {
+                Advice::Rest(Why::Barren) if self.volume.seeding.index.is_awaited() => {
+                    let why =
+                        "next to nothing is at the same offset of one; they are being indexed";
+                    self.rest(why, REST);
+                    continue;
+                }
                 Advice::Rest(why) => {
                     self.rest(&reason(why), REST);
                     continue;

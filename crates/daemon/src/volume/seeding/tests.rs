@@ -440,8 +440,9 @@ fn a_source_that_goes_is_waited_for_and_asked_again() {
     w.fail_question(SourceErrorKind::Refused);
     w.finish();
     assert!(w.image() == data());
-    // What was refused was not asked about again but fetched.
-    assert!(w.seeded() > 0 && w.seeded() < DISK - BLOCK);
+    // What is refused is fetched; but what is refused here may have been asked while the source was
+    // away, and then it only counts as lost, and is found.
+    assert!(w.seeded() > 0 && w.seeded() < DISK);
 }
 
 #[test]
