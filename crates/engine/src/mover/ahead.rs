@@ -5,7 +5,8 @@
 //! stream has read, so that what is fetched in vain stays in proportion to what was of use; it is
 //! bounded by what fills the path (as the pacer measures it) and shrinks for everybody when streams
 //! end before they have read what was fetched for them. What is in flight is bounded by the pacer,
-//! together with the background copy, which read-ahead goes before.
+//! together with the background copy, which read-ahead goes before; where the source itself sends what is urgent
+//! first, by a window of its own.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -225,7 +226,9 @@ impl<W> Mover<W> {
     ) {
         let mut idle = 0;
         while idle < self.streams.all.len() {
-            if self.must_rest(now) || !self.pacer.may_send() {
+            let flights = u64::try_from(self.flights.count(Purpose::Ahead)).unwrap_or(u64::MAX);
+            let in_flight = flights.saturating_mul(self.pacer.chunk_bytes());
+            if self.must_rest(now) || !self.pacer.may_read_ahead(in_flight) {
                 return;
             }
             let Some(mut stream) = self.streams.all.pop_front() else {

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::tests::{MS, disk, policy};
 use super::*;
 use crate::heat::Heat;
-use crate::readahead::Detector;
+use crate::readahead::{Advance, Detector, Shape};
 
 /// A source that answers in order, 20 ms after it was asked, and what it was asked.
 struct World {
@@ -294,6 +294,39 @@ fn read_ahead_goes_before_the_background_copy() {
         "{ahead} blocks ahead, {bulk} in the background"
     );
     world.nothing_twice();
+}
+
+/// A source that paces itself sends what a stream wants before the copy that was asked for earlier:
+/// nothing of that need have come. Another source would not.
+#[test]
+fn of_a_source_that_paces_itself_a_stream_asks_at_once() {
+    for paces in [false, true] {
+        let (g, r) = disk(512);
+        let mut mover: Mover<u32> = Mover::new(g, Phase::Arriving, policy());
+        mover.source_paces(paces);
+        let mut out = Vec::new();
+        mover.source_up(MS, &r, &mut out);
+        assert!(!out.is_empty(), "the copy has begun");
+        out.clear();
+        let told = Advance {
+            stream: 1,
+            shape: Shape::Forward,
+            front: 256 << 20,
+            read_bytes: 64 << 20,
+        };
+        mover.read_ahead(MS, told, &r, &mut out);
+        let asked = out.iter().filter_map(|action| match action {
+            Action::Fetch { range, lane, .. } => {
+                assert_eq!(*lane, Lane::Ahead);
+                Some(g.bytes(*range).len())
+            }
+            _ => None,
+        });
+        let asked: u64 = asked.sum();
+        assert_eq!(asked > 0, paces, "{asked} bytes asked for");
+        // Nothing has come yet: the window is the first one.
+        assert!(asked <= 2 << 20, "{asked} bytes asked for");
+    }
 }
 
 #[test]

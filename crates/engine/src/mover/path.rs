@@ -237,6 +237,18 @@ impl Seat {
         room
     }
 
+    /// Whether what a stream will read soon may go now, of which so much is in flight. A source that paces
+    /// itself sends it before whatever of the background copy waits there: that need not have come first.
+    pub fn may_read_ahead(&self, in_flight: u64) -> bool {
+        let paces = {
+            let place = self.place();
+            let state = place.path.state();
+            let seat = state.seats.get(&place.number);
+            seat.is_some_and(|seat| seat.source_paces)
+        };
+        self.may_send() || paces && in_flight < self.window_bytes()
+    }
+
     /// A fetch is under way.
     pub fn sent(&self, bytes: u64) {
         let place = self.place();
