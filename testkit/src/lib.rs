@@ -28,6 +28,7 @@ pub mod pattern;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod rows;
 pub mod server;
 mod tun;
 pub mod writelog;

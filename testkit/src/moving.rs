@@ -222,6 +222,21 @@ impl Guest {
         client.flush()
     }
 
+    /// Tries to write at a site; whether it was taken, or refused for good.
+    ///
+    /// # Errors
+    /// Anything else came of it.
+    pub fn takes_writes(&mut self, site: &Site) -> Result<bool> {
+        let answer = self.write_somewhere(&mut site.client()?)?;
+        ensure!(
+            answer == Answer::OK || answer == Answer::EPERM,
+            "an error {} at {}",
+            answer.0,
+            site.story()
+        );
+        Ok(answer == Answer::OK)
+    }
+
     /// Writes until it succeeds, over new connections where one breaks: what a VM does whose
     /// client reconnects, and whose owner lets it go on after errors.
     ///

@@ -108,18 +108,6 @@ struct Life {
     how: How,
 }
 
-/// Tries to write; whether it was taken.
-fn takes_writes(guest: &mut Guest, site: &Site) -> Result<bool> {
-    let answer = guest.write_somewhere(&mut site.client()?)?;
-    ensure!(
-        answer == Answer::OK || answer == Answer::EPERM,
-        "an error {} at {}",
-        answer.0,
-        site.story()
-    );
-    Ok(answer == Answer::OK)
-}
-
 /// A write that may have to wait.
 fn write_on_a_thread(mut client: Client) -> JoinHandle<Result<Answer>> {
     std::thread::spawn(move || client.try_write(WRITE_AT, &content(9, 0, 4096)))
@@ -174,9 +162,9 @@ impl Life {
                 .wait_status("taken over", |s| s["state"] != "standby")?;
         }
         let state = to.state()?;
-        let here = takes_writes(&mut self.guest, from)?;
+        let here = self.guest.takes_writes(from)?;
         // A first write there would begin a handoff.
-        let there = state != "standby" && takes_writes(&mut self.guest, to)?;
+        let there = state != "standby" && self.guest.takes_writes(to)?;
         let told = format!("{} {}", from.story(), to.story());
         let right = match writer {
             Writer::Source => here && !there,
@@ -280,7 +268,7 @@ impl Life {
             .wait_status("told that all has arrived", |s| {
                 s["notes"].to_string().contains("needed no more")
             })?;
-        ensure!(!takes_writes(&mut self.guest, from)?, "{}", from.story());
+        ensure!(!self.guest.takes_writes(from)?, "{}", from.story());
         self.guest.work(&mut to.client()?, 20)?;
         self.guest.check(&mut to.client()?)
     }
@@ -314,7 +302,7 @@ impl Life {
         })?;
         ensure!(answer == Answer::EPERM, "the first write: {}", answer.0);
         ensure!(giving_up.status.success(), "{}", to.story());
-        ensure!(!takes_writes(&mut self.guest, to)?, "{}", to.story());
+        ensure!(!self.guest.takes_writes(to)?, "{}", to.story());
         to.daemon().wait_status("heard of at the source", |s| {
             s["notes"].to_string().contains("remove this image")
         })?;
@@ -426,12 +414,12 @@ fn cut_while_it_attaches_for_the_first_time() -> Result<()> {
             "{said}"
         );
         link.wait_broken()?;
-        ensure!(takes_writes(&mut life.guest, &a)?, "{}", a.story());
+        ensure!(life.guest.takes_writes(&a)?, "{}", a.story());
         life.mend(&link)?;
     }
     b.start()?;
     life.guest.insist(&b)?;
-    ensure!(!takes_writes(&mut life.guest, &a)?, "{}", a.story());
+    ensure!(!life.guest.takes_writes(&a)?, "{}", a.story());
     b.wait_state("local")?;
     a.kill()?;
     life.guest.check(&mut b.client()?)
@@ -490,7 +478,7 @@ fn slowed_down(when: When, how: How) -> Result<()> {
     let mut client = a.client()?;
     // Nobody repeats it: it ends by itself.
     while slowed(&a)? {
-        ensure!(takes_writes(&mut life.guest, &a)?, "{}", a.story());
+        ensure!(life.guest.takes_writes(&a)?, "{}", a.story());
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
     ensure!(life.guest.write(&mut client, 0, 2048)? == Answer::OK);
@@ -498,7 +486,7 @@ fn slowed_down(when: When, how: How) -> Result<()> {
     b.daemon().command(&["limit", "none"])?;
     life.mend(&link)?;
     life.guest.insist(&b)?;
-    ensure!(!takes_writes(&mut life.guest, &a)?, "{}", a.story());
+    ensure!(!life.guest.takes_writes(&a)?, "{}", a.story());
     b.wait_state("local")?;
     life.guest.check(&mut b.client()?)
 }
@@ -539,7 +527,7 @@ fn cut_and_released_by_hand() -> Result<()> {
     let mut b = Site::new(dir.path(), "b", &anew, false);
     b.start()?;
     life.guest.insist(&b)?;
-    ensure!(!takes_writes(&mut life.guest, &a)?, "{}", a.story());
+    ensure!(!life.guest.takes_writes(&a)?, "{}", a.story());
     b.wait_state("local")?;
     life.guest.check(&mut b.client()?)
 }

@@ -8,6 +8,7 @@
 use anyhow::{Context, Result, ensure};
 use hikkoshi_testkit::client::{Answer, Client};
 use hikkoshi_testkit::moving::{Dice, Guest, Site};
+use hikkoshi_testkit::rows::play_rows;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -55,25 +56,12 @@ const ROWS: &[(Plan, Who, &str)] = &[
     (Plan::GiveUp, Who::Destination, "give-up.recorded:1"),
 ];
 
-/// Tries to write; whether it was taken. Only where that begins no handoff.
-fn takes_writes(guest: &mut Guest, site: &Site) -> Result<bool> {
-    let mut client = site.client()?;
-    let answer = guest.write_somewhere(&mut client)?;
-    ensure!(
-        answer == Answer::OK || answer == Answer::EPERM,
-        "an error {} at {}",
-        answer.0,
-        site.story()
-    );
-    Ok(answer == Answer::OK)
-}
-
 /// A destination that has taken over takes writes, and then its source takes none; with none that
 /// does, a status says what to do.
 fn one_or_a_way_on(guest: &mut Guest, a: &Site, b: Option<&Site>) -> Result<String> {
-    let here = takes_writes(guest, a)?;
+    let here = guest.takes_writes(a)?;
     let there = match b {
-        Some(b) if b.state()? != "standby" => takes_writes(guest, b)?,
+        Some(b) if b.state()? != "standby" => guest.takes_writes(b)?,
         _ => false,
     };
     ensure!(
@@ -214,7 +202,7 @@ fn play_giving_up(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String
     guest.insist(&a).context("A takes writes again")?;
     a.wait_state("local")?;
     if who == Who::Source {
-        ensure!(!takes_writes(&mut guest, &b)?, "B takes writes");
+        ensure!(!guest.takes_writes(&b)?, "B takes writes");
     }
     a.restart()?;
     guest.work(&mut a.client()?, 20)?;
@@ -241,44 +229,21 @@ fn killed_while_it_copies_ahead() -> Result<()> {
     b.start()?;
     b.wait_prepared()?;
     guest.insist(&b)?;
-    ensure!(!takes_writes(&mut guest, &a)?, "A takes writes");
+    ensure!(!guest.takes_writes(&a)?, "A takes writes");
     is_whole(&guest, &mut b)
 }
 
 /// Plays rows on three threads; prints each.
 #[test]
 fn killed_at_every_step() {
-    let play = |n: usize| -> Vec<String> {
-        let mut failed = Vec::new();
-        for (seed, (plan, who, point)) in (1_u64..).zip(ROWS).skip(n).step_by(3) {
-            let dir = tempfile::tempdir().unwrap();
-            let outcome = match plan {
-                Plan::Move => play_move(dir.path(), *who, point, seed),
-                Plan::GiveUp => play_giving_up(dir.path(), *who, point, seed),
-            };
-            let row = format!("{plan:?} | {who:?} | {point} | ");
-            match outcome {
-                Ok(said) => println!("{row}{said}"),
-                Err(error) => {
-                    println!("{row}FAILED: {error:#}");
-                    failed.push(format!("{row}{error:#}"));
-                }
-            }
-        }
-        failed
-    };
-    let failed: Vec<String> = std::thread::scope(|scope| {
-        let plays: Vec<_> = (0..3).map(|n| scope.spawn(move || play(n))).collect();
-        plays
-            .into_iter()
-            .flat_map(|play| play.join().unwrap())
-            .collect()
-    });
-    assert!(
-        failed.is_empty(),
-        "{} rows failed:\n{}",
-        failed.len(),
-        failed.join("\n")
+    play_rows(
+        ROWS,
+        3,
+        |(plan, who, point)| format!("{plan:?} | {who:?} | {point}"),
+        |dir, (plan, who, point), seed| match plan {
+            Plan::Move => play_move(dir, *who, point, seed),
+            Plan::GiveUp => play_giving_up(dir, *who, point, seed),
+        },
     );
 }
 
@@ -357,14 +322,14 @@ fn random_move(seed: u64) -> Result<()> {
                 // It may have been handed over already, or still be A's: never both.
                 let recorded = b.recorded()?;
                 if recorded.contains("life = arriving") || recorded.contains("life = local") {
-                    ensure!(!takes_writes(&mut guest, &a)?, "both take writes");
+                    ensure!(!guest.takes_writes(&a)?, "both take writes");
                 }
             }
         }
     }
     guest.insist(&b)?;
     ensure!(
-        !takes_writes(&mut guest, &a)?,
+        !guest.takes_writes(&a)?,
         "A takes writes after {kills} kills"
     );
     is_whole(&guest, &mut b)

@@ -7,8 +7,9 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, ensure};
-use hikkoshi_testkit::client::{Answer, Client};
+use hikkoshi_testkit::client::Client;
 use hikkoshi_testkit::moving::{Guest, Site};
+use hikkoshi_testkit::rows::play_rows;
 use std::path::Path;
 
 const SIZE: u64 = 4 << 20;
@@ -75,17 +76,6 @@ struct Sites {
     back: Site,
 }
 
-fn takes_writes(guest: &mut Guest, site: &Site) -> Result<bool> {
-    let answer = guest.write_somewhere(&mut site.client()?)?;
-    ensure!(
-        answer == Answer::OK || answer == Answer::EPERM,
-        "an error {} at {}",
-        answer.0,
-        site.story()
-    );
-    Ok(answer == Answer::OK)
-}
-
 impl Sites {
     fn new(dir: &Path, seed: u64) -> Result<Self> {
         let mut guest = Guest::new(SIZE, seed);
@@ -113,8 +103,8 @@ impl Sites {
 
     /// At most one takes writes; where none does, a status says what to do.
     fn one_or_a_way_on(&mut self) -> Result<String> {
-        let here = takes_writes(&mut self.guest, &self.back)?;
-        let there = takes_writes(&mut self.guest, &self.b)?;
+        let here = self.guest.takes_writes(&self.back)?;
+        let there = self.guest.takes_writes(&self.b)?;
         ensure!(!(here && there), "both take writes");
         if !here && !there {
             let told = self.back.notes()? + &self.b.notes()?;
@@ -139,7 +129,7 @@ impl Sites {
         if self.back.state()? == "standby" {
             self.back.daemon().command(&["handoff"])?;
         }
-        ensure!(!takes_writes(&mut self.guest, &self.b)?, "B takes writes");
+        ensure!(!self.guest.takes_writes(&self.b)?, "B takes writes");
         self.guest.insist(&self.back)?;
         self.back.restart()?;
         self.b.restart()?;
@@ -225,10 +215,7 @@ fn play_giving_up(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String
         sites.back.daemon().command(&["abort"])?;
     }
     sites.guest.insist(&sites.b).with_context(|| told.clone())?;
-    ensure!(
-        !takes_writes(&mut sites.guest, &sites.back)?,
-        "A takes writes"
-    );
+    ensure!(!sites.guest.takes_writes(&sites.back)?, "A takes writes");
     // What B never had still comes from A.
     let mut client: Client = sites.b.client()?;
     sites.guest.check(&mut client)?;
@@ -240,37 +227,13 @@ fn play_giving_up(dir: &Path, who: Who, point: &str, seed: u64) -> Result<String
 /// Plays rows on two threads; prints each.
 #[test]
 fn killed_at_every_step_of_an_early_return() {
-    let play = |n: usize| -> Vec<String> {
-        let mut failed = Vec::new();
-        for (seed, (plan, who, point)) in (1_u64..).zip(ROWS).skip(n).step_by(2) {
-            let dir = tempfile::tempdir().unwrap();
-            let began = std::time::Instant::now();
-            let outcome = match plan {
-                Plan::Return => play_return(dir.path(), *who, point, seed),
-                Plan::GiveUp => play_giving_up(dir.path(), *who, point, seed),
-            };
-            let row = format!("{plan:?} | {who:?} | {point} | ");
-            match outcome {
-                Ok(said) => println!("{row}{said} | {:?}", began.elapsed()),
-                Err(error) => {
-                    println!("{row}FAILED: {error:#}");
-                    failed.push(format!("{row}{error:#}"));
-                }
-            }
-        }
-        failed
-    };
-    let failed: Vec<String> = std::thread::scope(|scope| {
-        let plays: Vec<_> = (0..2).map(|n| scope.spawn(move || play(n))).collect();
-        plays
-            .into_iter()
-            .flat_map(|play| play.join().unwrap())
-            .collect()
-    });
-    assert!(
-        failed.is_empty(),
-        "{} rows failed:\n{}",
-        failed.len(),
-        failed.join("\n")
+    play_rows(
+        ROWS,
+        2,
+        |(plan, who, point)| format!("{plan:?} | {who:?} | {point}"),
+        |dir, (plan, who, point), seed| match plan {
+            Plan::Return => play_return(dir, *who, point, seed),
+            Plan::GiveUp => play_giving_up(dir, *who, point, seed),
+        },
     );
 }

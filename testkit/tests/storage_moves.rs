@@ -11,6 +11,7 @@ use hikkoshi_testkit::client::Answer;
 use hikkoshi_testkit::daemon::Daemon;
 use hikkoshi_testkit::faults::{SmallDisk, content, make_image};
 use hikkoshi_testkit::moving::{Dice, Guest, Site};
+use hikkoshi_testkit::rows::play_rows;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -174,32 +175,11 @@ fn play(dir: &Path, point: &str, seed: u64) -> Result<String> {
 /// Plays rows on three threads; prints each.
 #[test]
 fn killed_at_every_step() {
-    let play_some = |n: usize| -> Vec<String> {
-        let mut failed = Vec::new();
-        for (seed, point) in (1_u64..).zip(ROWS).skip(n).step_by(3) {
-            let dir = tempfile::tempdir().unwrap();
-            match play(dir.path(), point, seed) {
-                Ok(said) => println!("{point} | {said}"),
-                Err(error) => {
-                    println!("{point} | FAILED: {error:#}");
-                    failed.push(format!("{point}: {error:#}"));
-                }
-            }
-        }
-        failed
-    };
-    let failed: Vec<String> = std::thread::scope(|scope| {
-        let plays: Vec<_> = (0..3).map(|n| scope.spawn(move || play_some(n))).collect();
-        plays
-            .into_iter()
-            .flat_map(|play| play.join().unwrap())
-            .collect()
-    });
-    assert!(
-        failed.is_empty(),
-        "{} rows failed:\n{}",
-        failed.len(),
-        failed.join("\n")
+    play_rows(
+        ROWS,
+        3,
+        |point| (*point).to_owned(),
+        |dir, point, seed| play(dir, point, seed),
     );
 }
 
