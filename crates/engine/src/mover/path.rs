@@ -240,13 +240,14 @@ impl Seat {
     /// Whether what a stream will read soon may go now, of which so much is in flight. A source that paces
     /// itself sends it before whatever of the background copy waits there: that need not have come first.
     pub fn may_read_ahead(&self, in_flight: u64) -> bool {
-        let paces = {
-            let place = self.place();
-            let state = place.path.state();
-            let seat = state.seats.get(&place.number);
-            seat.is_some_and(|seat| seat.source_paces)
-        };
-        self.may_send() || paces && in_flight < self.window_bytes()
+        self.may_send() || self.source_is_paced() && in_flight < self.window_bytes()
+    }
+
+    fn source_is_paced(&self) -> bool {
+        let place = self.place();
+        let state = place.path.state();
+        let seat = state.seats.get(&place.number);
+        seat.is_some_and(|seat| seat.source_paces)
     }
 
     /// A fetch is under way.
