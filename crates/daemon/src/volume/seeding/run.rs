@@ -321,7 +321,9 @@ impl<'a> Run<'a> {
     fn ask(&mut self, piece: Piece) {
         self.under_way += 1;
         let answer_to = self.answer_to.clone();
+        let (relocation, believed) = (Arc::clone(self.relocation), self.relocation.belief());
         let done = move |outcome| {
+            let outcome = relocation.vouched(believed, outcome);
             // Nobody listens any more when this was stopped.
             let _ = answer_to.send(Answer::Hashes(piece, outcome));
         };
@@ -375,8 +377,9 @@ impl<'a> Run<'a> {
             self.under_way += 1;
             let (answer_to, clock) = (self.answer_to.clone(), Arc::clone(&self.volume.clock));
             let (range, since) = (geometry.covering(piece), clock());
-            let relocation = Arc::clone(self.relocation);
-            let done = move |outcome: Result<Fetched, SourceError>| {
+            let (relocation, believed) = (Arc::clone(self.relocation), self.relocation.belief());
+            let done = move |outcome| {
+                let outcome = relocation.vouched(believed, outcome);
                 let (at, len) = (clock(), piece.len());
                 // Here, whether anybody waits for the answer still or not: else its place in the window
                 // would be lost.
