@@ -254,6 +254,11 @@ impl Volume {
         })
     }
 
+    /// Whether guests' changes may begin now.
+    pub(super) fn lets_in(&self) -> bool {
+        self.departures.gate.is_open()
+    }
+
     /// A guest's change has been made, whatever came of it, and is not answered yet.
     #[inline]
     pub(super) fn changed(&self, bytes: ByteRange) {
@@ -1138,6 +1143,23 @@ mod tests {
         volume.answer(attach, &mut bound);
         let told = volume.answer(handoff, &mut bound);
         assert!(matches!(told, Told::Refused(_)), "{told:?}");
+        export.close().unwrap();
+    }
+
+    /// After a change of storage that had come to nothing, writes that met the gate of another site's handoff
+    /// were made again and again until that was recorded, as fast as each client's processor could.
+    #[test]
+    fn a_write_that_another_site_keeps_out_is_refused_and_not_made_again_and_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let export = plain(&dir);
+        let volume = export.volume();
+        volume.begin_switch();
+        volume.end_switch(None);
+        // One that was kept out by that switch is made again here.
+        assert!(volume.awaits_switch());
+        volume.departures.gate.close();
+        assert!(!volume.awaits_switch());
+        volume.departures.gate.open();
         export.close().unwrap();
     }
 
