@@ -246,6 +246,10 @@ impl Relocation {
             done,
         };
         self.drive(|m, now, out| m.read(now, reader, range, &self.residency, out));
+        // Nobody else would end a wait that began after the source was let go of.
+        if self.is_retired() {
+            self.drive(|m, _, out| m.abandon(out));
+        }
     }
 
     /// Tells the log, if it is to have everything, which blocks a guest's read misses here.
