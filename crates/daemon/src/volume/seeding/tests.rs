@@ -13,8 +13,8 @@ use hikkoshi_engine::sync::AtomicU64;
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::{FileStore, MemoryStore, OpenOptions, Store};
 use hikkoshi_wan::{
-    Completion, ExtentsAnswer, Fetched, Hashes, Lane, MemorySource, Source, SourceErrorKind,
-    SourceInfo, SourceWatcher,
+    Completion, ExtentsAnswer, Fetched, Hashes, Lane, MemorySource, Source, SourceError,
+    SourceErrorKind, SourceInfo, SourceWatcher,
 };
 use tempfile::TempDir;
 
@@ -43,6 +43,15 @@ struct Hashing {
     questions: AtomicU64,
     /// Which bytes were asked about, from where and how many.
     asked_about: Mutex<Vec<(u64, u64)>>,
+    history: Arc<Mutex<History>>,
+}
+
+/// All that was ever asked for hashes, in order, as where from and how many bytes.
+#[derive(Default)]
+struct History {
+    asked: Vec<(u64, u64)>,
+    /// What was refused, and how many questions had been asked when that was said.
+    refused: Option<((u64, u64), usize)>,
 }
 
 impl Source for Hashing {
@@ -63,8 +72,19 @@ impl Source for Hashing {
     }
     fn hashes(&self, lane: Lane, offset: u64, len: u32, grain: u32, done: Completion<Hashes>) {
         self.questions.fetch_add(1, Ordering::Relaxed);
-        lock(&self.asked_about).push((offset, len.into()));
-        self.memory.hashes(lane, offset, len, grain, done);
+        let bytes = (offset, u64::from(len));
+        lock(&self.asked_about).push(bytes);
+        lock(&self.history).asked.push(bytes);
+        let history = Arc::clone(&self.history);
+        let said = move |outcome: Result<Hashes, SourceError>| {
+            // Before whoever asked hears of it, and may ask again.
+            if matches!(&outcome, Err(error) if error.kind == SourceErrorKind::Refused) {
+                let mut history = lock(&history);
+                history.refused = Some((bytes, history.asked.len()));
+            }
+            done(outcome);
+        };
+        self.memory.hashes(lane, offset, len, grain, Box::new(said));
     }
     fn flush(&self, done: Completion<()>) {
         self.memory.flush(done);
@@ -119,6 +139,7 @@ pub(super) fn world(store: Arc<dyn Store>, image: &Path, seeds: &[PathBuf]) -> W
         frames: AtomicBool::new(true),
         questions: AtomicU64::new(0),
         asked_about: Mutex::default(),
+        history: Arc::default(),
     });
     let residency = Arc::new(Residency::new(geometry, Box::new(words(geometry))));
     let config = ExportConfig {
@@ -184,20 +205,39 @@ impl World {
         until("it asks", || self.memory.pending() > 0);
     }
 
-    /// Fails the next question about a window, once there is one. What proves that the source is the
+    /// Fails the next question for hashes, once there is one. What proves that the source is the
     /// right disk, once something has come from it, is asked before, and answered.
     fn fail_question(&self, kind: SourceErrorKind) {
-        until("it asks about a window", || {
+        until("it asks for hashes", || {
             let requests = self.memory.requests();
-            let question =
-                |r: &hikkoshi_wan::memory::PendingRequest| r.lane == Lane::Bulk && r.len > BLOCK;
-            match requests.iter().position(question) {
-                Some(index) => self.memory.fail(index, kind),
+            let mut asked = lock(&self.source.asked_about);
+            let question = requests.iter().enumerate().find_map(|(index, request)| {
+                let bytes = (request.offset, request.len);
+                let at = asked.iter().position(|asked| *asked == bytes)?;
+                Some((index, at))
+            });
+            if let Some((_, at)) = question {
+                asked.swap_remove(at);
+            }
+            drop(asked);
+            match question {
+                Some((index, _)) => self.memory.fail(index, kind),
                 None if !requests.is_empty() => self.memory.complete(0),
                 None => {}
             }
-            requests.iter().any(question)
+            question.is_some()
         });
+    }
+
+    /// Refuses a question, and gives what it was about. One that was asked while the source was away
+    /// only counts as lost, whatever is said to it, and is asked again.
+    fn refuse_question(&self) -> ((u64, u64), usize) {
+        loop {
+            self.fail_question(SourceErrorKind::Refused);
+            if let Some(refused) = lock(&self.source.history).refused {
+                return refused;
+            }
+        }
     }
 
     /// Answers questions for hashes, and nothing that is fetched, until this holds.
@@ -459,12 +499,18 @@ fn a_source_that_goes_is_waited_for_and_asked_again() {
     w.memory.set_connected(false);
     w.memory.set_connected(true);
     w.fail_question(SourceErrorKind::Untrusted);
-    w.fail_question(SourceErrorKind::Refused);
+    let ((start, len), before) = w.refuse_question();
     w.finish();
     assert!(w.image() == data());
-    // What is refused is fetched; but what is refused here may have been asked while the source was
-    // away, and then it only counts as lost, and is found.
-    assert!(w.seeded() > 0 && w.seeded() < DISK);
+    // What was refused was not asked about again but fetched.
+    let history = lock(&w.source.history);
+    let mut later = history.asked[before..].iter();
+    assert!(
+        later.all(|(at, bytes)| at + bytes <= start || start + len <= *at),
+        "{start}, {len} bytes: {:?}",
+        &history.asked[before..]
+    );
+    assert!(w.seeded() > 0 && w.seeded() <= DISK - len);
 }
 
 #[test]
