@@ -4,7 +4,6 @@
 mod support;
 
 use std::sync::mpsc::TryRecvError;
-use std::time::Duration;
 
 use hikkoshi_wan::{Lane, MemorySource, NbdSource, NbdSourceConfig, Source, SourceErrorKind};
 use support::servers::{On, Server, nbd_server, nbdkit, qemu_nbd};
@@ -160,9 +159,7 @@ fn holes_are_found_in_real_answers() {
 fn a_server_for_one_client_is_enough() {
     let data = pattern(SIZE);
     let server = qemu_nbd(&data, On::Unix, "1", &["-r"]);
-    let mut config = config(&server, "");
-    config.handshake_timeout = Duration::from_millis(300);
-    let source = NbdSource::connect(config).unwrap();
+    let source = NbdSource::connect(config(&server, "")).unwrap();
     for _ in 0..50 {
         outcome(&submit_read(&*source, Lane::Bulk, 0, 1 << 20)).unwrap();
     }
@@ -176,7 +173,6 @@ fn a_server_for_one_client_admits_any_connection() {
     let data = pattern(SIZE);
     let server = qemu_nbd(&data, On::Unix, "1", &["-r"]);
     let mut config = config(&server, "");
-    config.handshake_timeout = Duration::from_millis(300);
     config.several_without_promise = true;
     let source = NbdSource::connect(config).unwrap();
     assert_eq!(source.connections(), 1);

@@ -4,7 +4,7 @@
 mod support;
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use hikkoshi_nbd::wire::command;
 use hikkoshi_wan::{Fetched, Lane, NbdSource, Source, SourceError, SourceErrorKind, SourceWatcher};
+use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 use support::fake::{Fake, Haste, Peer, Request, config, slice};
 use support::{HANG, Recorder, outcome, pattern, submit_extents, submit_read, wait_until};
 
@@ -214,11 +215,15 @@ fn death_inside_a_payload_fails_everything_outstanding_once() {
             "after {sent} bytes"
         );
     }
-    let fake = wrong_once(false, |peer, disk| {
+    let (go, wait) = channel::<()>();
+    let wait = Mutex::new(wait);
+    let fake = wrong_once(false, move |peer, disk| {
         let request = peer.request()?;
         for _ in 1..20 {
             peer.request()?;
         }
+        // What is asked after its death is for the next one to answer.
+        wait.lock().unwrap().recv().map_err(io::Error::other)?;
         peer.left = 5000;
         peer.simple(request.cookie, 0, slice(disk, &request))
     });
@@ -228,6 +233,7 @@ fn death_inside_a_payload_fails_everything_outstanding_once() {
     let answers: Vec<_> = (0..100)
         .map(|index| submit_read(&*source, Lane::Bulk, index * 8192, 8192))
         .collect();
+    go.send(()).unwrap();
     for answer in answers {
         assert_eq!(
             outcome(&answer).unwrap_err().kind,
@@ -281,7 +287,6 @@ fn a_second_connection_that_hangs_disturbs_nobody() {
     });
     let mut config = fake.config();
     config.connections = 4;
-    config.handshake_timeout = Duration::from_millis(100);
     let source = NbdSource::connect(config).unwrap();
     for _ in 0..200 {
         outcome(&submit_read(&*source, Lane::Bulk, 0, 65536)).unwrap();
@@ -433,10 +438,11 @@ fn bulk_leaves_the_first_connection_alone_and_closing_is_polite() {
 
 #[test]
 fn a_source_that_is_away_is_found_when_it_comes() {
-    // Bound and dropped: nobody listens there now.
-    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    // Bound all the time, so that nobody else gets the port, and listened on only later.
+    let bound = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&bound, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let listener = TcpListener::from(bound);
     let port = listener.local_addr().unwrap().port();
-    drop(listener);
     let known = {
         let other = wrong_once(false, |peer, disk| peer.serve(disk));
         NbdSource::connect(other.config()).unwrap().info()
@@ -446,7 +452,7 @@ fn a_source_that_is_away_is_found_when_it_comes() {
     let early = outcome(&submit_read(&*source, Lane::Demand, 0, 512)).unwrap_err();
     assert_eq!(early.kind, SourceErrorKind::Disconnected);
     assert_eq!(source.info().size_bytes, known.size_bytes);
-    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    listen(&listener, 16).unwrap();
     let _fake = Fake::on(listener, |_, mut peer| {
         let disk = disk();
         let _ = peer.greet(SIZE, false).and_then(|()| peer.serve(&disk));
