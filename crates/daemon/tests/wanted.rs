@@ -100,7 +100,9 @@ fn what_had_come_before_a_connection_was_lost_is_not_fetched_again() {
         assert!(fetched.data == data[at..at + fetched.data.len()]);
     }
     guest.close();
-    assert!(new.is_local() || new.status().absent_bytes == 0);
+    wait_until("every block is here", || {
+        new.is_local() || new.status().absent_bytes == 0
+    });
     let (connections, bytes) = (gate.connections(), gate.to_client());
     assert!(connections > 8, "only {connections} connections");
     // A connection loses a quantum that is cut, and begins with a handshake and the witnesses.

@@ -114,7 +114,9 @@ impl Shared {
                 Err(_) => ended = true,
             }
             if !self.closed.load(Ordering::SeqCst) {
-                ended |= to.write_all(&held).is_err();
+                // Where the server's half has ended, read on: a socket that is closed over unread bytes
+                // is reset, and takes with it what the client has not received yet.
+                let _ = to.write_all(&held);
                 held.clear();
             }
         }
@@ -144,7 +146,8 @@ impl Shared {
             left -= n;
             self.to_client.fetch_add(n, Ordering::SeqCst);
         }
-        let _ = to.shutdown(Shutdown::Both);
+        // All that was passed arrives; the client hangs up when it has it.
+        let _ = to.shutdown(Shutdown::Write);
         let _ = from.shutdown(Shutdown::Both);
     }
 }
