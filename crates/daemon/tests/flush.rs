@@ -140,7 +140,9 @@ fn a_flush_waits_while_the_source_is_gone() {
     let address = new.address();
     let flushing = thread::spawn(move || Guest::connect(&address).try_flush());
     wait_until("the flush has come", || flushes(&new) == 1);
-    assert!(new.status().notes.iter().any(|note| note.contains("flush")));
+    wait_until("it is told that a flush waits", || {
+        new.status().notes.iter().any(|note| note.contains("flush"))
+    });
     assert!(!flushing.is_finished());
     let old = Site::start(dir.path(), "old", Wanted::plain(On::Unix));
     assert!(flushing.join().unwrap(), "the flush failed");

@@ -133,8 +133,12 @@ fn read_through(site: &Site, data: &[u8], fault: Fault, way: Way) -> (Vec<Source
     };
     let proxy = Proxy::start(tcp(site), Arc::new(plan));
     let mut config = support::fake::config(proxy.port());
-    // What is lost is missed only by waiting for it.
-    config.progress_timeout = Some(Duration::from_millis(300));
+    // What is lost is missed only by waiting for it. What is changed is seen, and a connection that a slow
+    // machine lets stall must not be gone before its fault comes.
+    config.progress_timeout = match fault {
+        Fault::Flip(_) | Fault::FlipEvery(_) | Fault::End(_) => None,
+        _ => Some(Duration::from_secs(1)),
+    };
     // So many bytes cross the link as the disk has.
     config.packing = Packing::None;
     let source = NbdSource::connect(config).unwrap();
