@@ -458,6 +458,7 @@ fn the_link_falls_silent_and_reads_fail_by_policy() {
         began.elapsed()
     );
     assert!(client.read(0, BLOCK).unwrap() == content(OLD, 0, BLOCK.into()));
+    here.wait_event("reads-failed").unwrap();
     let kinds = here.event_kinds().unwrap();
     assert!(
         kinds.ends_with(&["source-lost".into(), "reads-failed".into()]),

@@ -41,13 +41,17 @@ fn round_trip_and_rate_are_as_asked() -> Result<()> {
 
     let mut byte = [0];
     let mut best = Duration::MAX;
-    for _ in 0..5 {
+    // One that nothing held up is enough.
+    for _ in 0..50 {
         let start = Instant::now();
         client.write_all(&byte)?;
         server.read_exact(&mut byte)?;
         server.write_all(&byte)?;
         client.read_exact(&mut byte)?;
         best = best.min(start.elapsed());
+        if best < Duration::from_millis(100) {
+            break;
+        }
     }
     println!("round trip {best:?}");
     ensure!(best >= Duration::from_millis(50), "{best:?}");

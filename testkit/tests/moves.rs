@@ -160,14 +160,13 @@ fn what_changes_for_ever_is_copied_a_few_times() {
     // Twenty rounds of asking for changes, at least; a bound from above holds for any number.
     let began = Instant::now();
     let mut written = 0;
-    while began.elapsed() < Duration::from_secs(5) {
+    while began.elapsed() < Duration::from_secs(5) || written <= 100 {
         assert_eq!(guest.write_somewhere(&mut client).unwrap(), Answer::OK);
         written += 1;
     }
     guest.within = SIZE;
     b.wait_prepared().unwrap();
     let repeated = number(&b, "repeated_bytes");
-    assert!(written > 100, "{written} writes");
     assert!(0 < repeated && repeated <= 4 * (256 << 10), "{repeated}");
     let wire = number(&b, "wire_bytes");
     assert!(wire < SIZE + 5 * MIB, "{wire} bytes crossed the link");
