@@ -7,6 +7,7 @@
 //! `docs/design/007-simulator.md` says what that can show and what not.
 
 pub mod client;
+pub mod crash;
 pub mod disk;
 mod events;
 pub mod fiber;

@@ -10,7 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use crate::client::Ask;
-use crate::disk::{Disk, choose};
+use crate::crash;
+use crate::disk::Disk;
 use crate::fiber::{self, Fiber, Wait};
 use crate::oracle::{NEVER, Oracle, Time};
 use crate::pair;
@@ -364,22 +365,10 @@ impl World {
         if power {
             self.tally.power_cuts += 1;
             self.unsettled = true;
-            // All lost, all kept, or write by write.
-            let mode = sim.below(5);
-            let mut fate = |n: u32| match mode {
-                0 => 0,
-                1 => 1,
-                _ => choose(&sim, n),
-            };
-            self.disk = self.disk.power_cut(&mut fate);
-            self.dir = self.dir.power_cut(&mut fate);
-            self.memory = SimMemory::new(&sim);
         } else {
             self.tally.kills += 1;
-            self.disk = self.disk.kill();
-            self.dir = self.dir.kill();
-            self.memory = self.memory.kill();
         }
+        crash::strike(&sim, power, &mut self.disk, &mut self.dir, &mut self.memory);
         self.fibers.clear();
         self.process = None;
         sim.forget();

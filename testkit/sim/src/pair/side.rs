@@ -16,7 +16,8 @@ use hikkoshi_store::state::{Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_wan::transport::session::{Stance, Tell};
 use hikkoshi_wan::{MoveLink, SourceErrorKind, Ticket};
 
-use crate::disk::{Disk, choose};
+use crate::crash;
+use crate::disk::Disk;
 use crate::fiber::{self, Fiber, Wait};
 use crate::sim::Sim;
 use crate::statedir::{SimDirectory, SimMemory};
@@ -105,22 +106,13 @@ impl Side {
 
     /// The process ends, or with `power` the machine.
     pub fn crash(&mut self, power: bool) {
-        let sim = Arc::clone(&self.sim);
-        if power {
-            let mode = sim.below(5);
-            let mut fate = |n: u32| match mode {
-                0 => 0,
-                1 => 1,
-                _ => choose(&sim, n),
-            };
-            self.disk = self.disk.power_cut(&mut fate);
-            self.dir = self.dir.power_cut(&mut fate);
-            self.memory = SimMemory::new(&sim);
-        } else {
-            self.disk = self.disk.kill();
-            self.dir = self.dir.kill();
-            self.memory = self.memory.kill();
-        }
+        crash::strike(
+            &self.sim,
+            power,
+            &mut self.disk,
+            &mut self.dir,
+            &mut self.memory,
+        );
         self.end();
     }
 
