@@ -262,6 +262,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     limit_bytes_per_s: None,
     common_limit_bytes_per_s: None,
     image: "/srv/disk.img".into(),
+    old_copy_needed: false,
     storage_move: None,
     source: Some("nbd://old-site.example/".into()),
     notes: vec!["waiting for \"something\"\n".into()],

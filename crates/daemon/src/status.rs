@@ -126,6 +126,10 @@ pub struct ExportStatus {
     /// While the disk stands by: bytes that were copied again because the VM had changed them.
     #[serde(default)]
     pub repeated_bytes: u64,
+    /// While the disk stands by to come back: not all of it is at the source, and the rest is only
+    /// in the old copy that is here, which is served to the source.
+    #[serde(default)]
+    pub old_copy_needed: bool,
     /// What is recorded for a way back.
     #[serde(default)]
     pub way_back: WayBackStatus,

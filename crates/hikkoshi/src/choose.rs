@@ -175,6 +175,7 @@ pub(crate) mod tests {
             limit_bytes_per_s: None,
             common_limit_bytes_per_s: None,
             image: "disk.img".into(),
+            old_copy_needed: false,
             storage_move: None,
             source: Some("nbd://old/".into()),
             notes: vec![],

@@ -53,6 +53,7 @@ impl Pretend {
                 limit_bytes_per_s: None,
                 common_limit_bytes_per_s: None,
                 image: "disk.img".into(),
+                old_copy_needed: false,
                 storage_move: None,
                 source: source.then(|| "nbd://old/".into()),
                 notes: vec![],

@@ -229,6 +229,7 @@ impl Controlled for Volume {
             limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.limit())),
             common_limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.common_limit())),
             image: self.image.display().to_string(),
+            old_copy_needed: self.old_copy_of().is_some(),
             storage_move: None,
             source: r.map(|r| r.source.info().uri),
             notes: self.notes(r),

@@ -52,6 +52,7 @@ impl Course<'_> {
                 reason: Some(reason),
                 vm,
                 disks: self.disks_now(),
+                each: vec![],
                 advice,
             };
         }
@@ -75,6 +76,7 @@ impl Course<'_> {
             reason: Some(reason),
             vm,
             disks,
+            each: vec![],
             advice,
         }
     }

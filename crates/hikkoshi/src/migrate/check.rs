@@ -95,8 +95,13 @@ fn check_disk(
     let name = &new.export;
     let mut say = |what: String| wrong.push(format!("new site: disk {name:?} {what}"));
     if new.state != "standby" {
+        // What is there is an old copy of this disk, which it can come back into.
+        let back = match new.state == "departed" || new.old_copy_needed {
+            true => " --return",
+            false => "",
+        };
         say(format!(
-            "is {}, and must be standby: `hikkoshi serve IMAGE --from URI-OF-THE-OLD-SITE`",
+            "is {}, and must be standby: `hikkoshi serve IMAGE --from URI-OF-THE-OLD-SITE{back}`",
             new.state
         ));
     }
@@ -133,9 +138,19 @@ fn check_disk(
     let mut say = |what: String| wrong.push(format!("old site: disk {:?} {what}", old.export));
     if old.state == "departed" {
         say("has moved on from there already, and takes no writes".into());
+    } else if old.state == "arriving" && new.old_copy_needed {
+        // Blocks that were written in part need their rest from there before the disk can go back.
+        if old.source_connected != Some(true) {
+            say(
+                "does not reach its old copy at the new site, and cannot go back before it does; it \
+                 tries again by itself: see `hikkoshi status` there"
+                    .into(),
+            );
+        }
     } else if !matches!(old.state.as_str(), "local" | "departing") {
         say(format!(
-            "is {}: only a disk that is there whole can move on (`hikkoshi wait`)",
+            "is {}: only a disk that is there whole can move on (`hikkoshi wait`); to where it comes \
+             from it can go back at once, if the old copy there was started with --return",
             old.state
         ));
     }

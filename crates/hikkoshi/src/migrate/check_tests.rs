@@ -171,6 +171,37 @@ fn each_thing_that_is_wrong_is_told() {
     }
 }
 
+/// A disk that comes back before all of it was at the old site is not there whole, and may go.
+#[test]
+fn a_disk_may_come_back_before_all_of_it_was_there() {
+    let coming_back = || {
+        let mut survey = well();
+        let mut old = disk("arriving", Some("nbd://new:10809/web"));
+        old.absent_bytes = SIZE / 2;
+        survey.old_disks = vec![Some(Ok(old))];
+        survey.new_disks[0].as_mut().unwrap().old_copy_needed = true;
+        survey
+    };
+    let mut survey = coming_back();
+    assert_eq!(problems(&survey, &Trust::default()), Vec::<String>::new());
+    let Some(Ok(old)) = &mut survey.old_disks[0] else {
+        panic!("it is there")
+    };
+    old.source_connected = Some(false);
+    assert!(only_problem(&survey).contains("does not reach its old copy"));
+    // Somebody else's copy does not make it whole.
+    let mut survey = coming_back();
+    survey.new_disks[0].as_mut().unwrap().old_copy_needed = false;
+    assert!(only_problem(&survey).contains("was started with --return"));
+    // An old copy that was started without, or that gave an attempt up.
+    let mut survey = well();
+    survey.new_disks[0].as_mut().unwrap().state = "departed".into();
+    assert!(only_problem(&survey).contains("URI-OF-THE-OLD-SITE --return`"));
+    let mut survey = coming_back();
+    survey.new_disks[0].as_mut().unwrap().state = "given-up".into();
+    assert!(only_problem(&survey).contains("URI-OF-THE-OLD-SITE --return`"));
+}
+
 #[test]
 fn another_disk_in_the_place_of_the_right_one_is_noticed() {
     // Of another size at the new site: by the daemons' word, and by QEMU's.

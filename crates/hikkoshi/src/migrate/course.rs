@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use super::outcome::{DisksPlace, Outcome, VmPlace};
 use super::sites::{DiskState, Migration, News, Phase, Site, Sites, Step, Trouble};
+use super::whereabouts::{KEEP_OLD_COPY, Whereabouts, return_note};
 
 /// How often states are asked for. An event of QEMU's cuts the pause short.
 pub(super) const POLL: Duration = Duration::from_millis(200);
@@ -27,6 +28,10 @@ pub(super) const STILL_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long QEMU may take to cancel, to go on, or to load what it has received.
 pub(super) const SETTLE: Duration = Duration::from_secs(60);
+
+/// For whoever regrets a move.
+const BACK: &str = "To take the VM back now, before all of it is here: docs/recipes.md, \"The way \
+                    back\".";
 
 /// What the one who drives the move may choose.
 #[derive(Clone, Debug, Default)]
@@ -66,6 +71,12 @@ impl<'a> Course<'a> {
 
     /// Everything from the beginning. The check must have found nothing wrong.
     pub fn run(&mut self) -> Outcome {
+        let outcome = self.go();
+        self.with_each_disk(outcome)
+    }
+
+    fn go(&mut self) -> Outcome {
+        self.tell_of_returns();
         if let Some(prepare) = self.options.prepare
             && let Err(reason) = self.prepare(prepare)
         {
@@ -98,6 +109,11 @@ impl<'a> Course<'a> {
 
     /// Goes on with a move of which the VM has arrived at the new site.
     pub fn resume(&mut self) -> Outcome {
+        let outcome = self.go_on_with();
+        self.with_each_disk(outcome)
+    }
+
+    fn go_on_with(&mut self) -> Outcome {
         let (old, new) = (self.sites.vm(Site::Old), self.sites.vm(Site::New));
         let old_runs = old.as_ref().ok().map(|state| state.running);
         let new = match new {
@@ -120,6 +136,7 @@ impl<'a> Course<'a> {
                 reason: Some("the VM runs at BOTH sites, by the word of both QEMUs".into()),
                 vm: VmPlace::Unknown("it runs twice".into()),
                 disks: self.disks_now(),
+                each: vec![],
                 advice: vec!["End one of them now, with `quit` in its monitor.".into()],
             },
             (Some(true), false) => self.unchanged(
@@ -168,14 +185,20 @@ impl<'a> Course<'a> {
                     ));
                 }
                 if states.iter().all(|state| state.prepared.is_none()) {
-                    let note = "nothing is copied before the handoff; all of it comes after";
+                    let note = match states.iter().all(|state| state.old_copy_needed) {
+                        true => {
+                            "nothing is copied before the handoff; what was written there comes after"
+                        }
+                        false => "nothing is copied before the handoff; all of it comes after",
+                    };
                     self.sites.tell(News::Note(note.into()));
                     return Ok(());
                 }
+                let ahead = || states.iter().filter(|state| state.prepared.is_some());
                 self.sites.tell(News::Progress {
                     step: Step::Prepare,
-                    done_bytes: states.iter().map(|state| state.ahead_bytes).sum(),
-                    of_bytes: states.iter().map(|state| state.size_bytes).sum(),
+                    done_bytes: ahead().map(|state| state.ahead_bytes).sum(),
+                    of_bytes: ahead().map(|state| state.size_bytes).sum(),
                 });
                 if states.iter().all(|state| state.prepared != Some(false)) {
                     return Ok(());
@@ -212,6 +235,7 @@ impl<'a> Course<'a> {
             reason: Some(reason),
             vm,
             disks: self.disks_now(),
+            each: vec![],
             advice: vec![],
         }
     }
@@ -338,8 +362,45 @@ impl<'a> Course<'a> {
             reason: Some(reason),
             vm: VmPlace::Unknown(why),
             disks: self.disks_now(),
+            each: vec![],
             advice: vec![],
         }
+    }
+
+    /// Says of which disks the old site does not have all, and what of them will have to come.
+    fn tell_of_returns(&mut self) {
+        let new = self.sites.disk_states();
+        if !new.iter().flatten().any(|state| state.old_copy_needed) {
+            return;
+        }
+        let old = self.sites.old_states();
+        for (old, new) in old.iter().zip(new.iter()) {
+            let old = old.as_ref().and_then(|old| old.as_ref().ok());
+            let note = new.as_ref().ok().and_then(|new| return_note(old, new));
+            if let Some(note) = note {
+                self.sites.tell(News::Note(note));
+            }
+        }
+    }
+
+    /// Where each disk is, and what is to be kept, where not all went well.
+    fn with_each_disk(&mut self, mut outcome: Outcome) -> Outcome {
+        if outcome.done {
+            return outcome;
+        }
+        let (old, new) = (self.sites.old_states(), self.sites.disk_states());
+        for (disk, (old, new)) in old.iter().zip(&new).enumerate() {
+            let name = self.sites.disk_name(disk);
+            outcome.each.push(Whereabouts::of(&name, old.as_ref(), new));
+        }
+        if new.iter().flatten().any(|state| state.old_copy_needed) {
+            outcome.advice.push(KEEP_OLD_COPY.into());
+        }
+        let fenced = |old: &Option<_>| matches!(old, Some(Ok(DiskState { state, .. })) if state == "departed");
+        if matches!(outcome.disks, DisksPlace::Arriving(_)) && old.iter().all(fenced) {
+            outcome.advice.push(BACK.into());
+        }
+        outcome
     }
 
     /// Where the disks are by their own word.

@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use super::course::{Course, Options, Prepare};
+use super::course::{Course, Options, Prepare, is_handed};
 use super::fake::{FAULTS, Fake, Fault};
 use super::outcome::{DisksPlace, Outcome, VmPlace};
-use super::sites::{Phase, Site, Trouble};
+use super::sites::{DiskState, Phase, Site, Trouble};
 
 fn options() -> Options {
     Options {
@@ -59,6 +59,11 @@ fn is_true(fake: &Fake, outcome: &Outcome, story: &str) {
                 "{story}: {text}"
             );
         }
+        DisksPlace::MovedOn(names) => {
+            let gone = |d: &&DiskState| d.state == "departed";
+            let gone: Vec<_> = fake.disks.iter().filter(gone).collect();
+            assert!(gone.iter().all(|d| names.contains(&d.export)), "{text}");
+        }
         DisksPlace::Split { handed, others } => {
             let told = handed.len() + others.len();
             assert_eq!(told, fake.disks.len(), "{story}: {text}");
@@ -71,13 +76,54 @@ fn is_true(fake: &Fake, outcome: &Outcome, story: &str) {
         }
     }
     assert_eq!(outcome.done, outcome.reason.is_none(), "{story}");
+    each_is_true(fake, outcome, &format!("{story}: {text}"));
 }
 
-fn calls_without_fault() -> Vec<&'static str> {
-    let mut fake = Fake::new();
+/// So must what is said of each disk.
+fn each_is_true(fake: &Fake, outcome: &Outcome, story: &str) {
+    let text = outcome.text();
+    let told = if outcome.done { 0 } else { fake.disks.len() };
+    assert_eq!(outcome.each.len(), told, "{story}");
+    for ((said, disk), fenced) in outcome.each.iter().zip(&fake.disks).zip(&fake.fenced) {
+        let handed = is_handed(disk);
+        assert!(
+            said.new.as_ref().is_none_or(|s| *s == disk.state),
+            "{story}"
+        );
+        let old = said.old.as_ref().map(|old| old == "departed");
+        assert!(old.is_none_or(|old| old == *fenced), "{story}");
+        if said.text.contains("is at the old site") {
+            assert!(!handed, "{story}");
+        } else if said.text.contains("is at the new site") {
+            assert!(handed, "{story}");
+        } else if disk.state != "departed" {
+            assert_eq!(said.new, None, "{story}");
+        }
+        if disk.old_copy_needed && said.new.is_some() {
+            assert!(said.text.contains("only in the old copy"), "{story}");
+            assert!(text.contains("Keep that image"), "{story}");
+        }
+    }
+    if fake.lacks > 0 {
+        assert!(!text.contains("release --force"), "{story}");
+    }
+}
+
+/// What the tests with faults are made with: a disk that moves, and one that comes back before all of
+/// it had moved.
+fn worlds(faults: &[(usize, Fault, bool)]) -> [Fake; 2] {
+    let fake = Fake::with_faults(faults);
+    [fake.clone(), fake.coming_back()]
+}
+
+fn calls_of(mut fake: Fake) -> Vec<&'static str> {
     let outcome = fake.drive(&options());
     assert!(outcome.done, "{outcome:?}");
     fake.log
+}
+
+fn calls_without_fault() -> Vec<&'static str> {
+    calls_of(Fake::new())
 }
 
 #[test]
@@ -92,6 +138,7 @@ fn a_move_without_trouble() {
     assert_eq!(
         fake.log,
         [
+            "disks",
             "disks",
             "hold",
             "tune",
@@ -114,11 +161,13 @@ fn a_move_without_trouble() {
 
 #[test]
 fn every_call_fails_once_in_every_way() {
-    let calls = calls_without_fault();
+    let calls = calls_of(Fake::new().coming_back());
     for (at, name) in calls.iter().enumerate() {
-        for fault in FAULTS {
-            let story = format!("{fault:?} at call {at} ({name})");
-            let mut fake = Fake::with_faults(&[(at, fault, false)]);
+        for (fault, mut fake) in FAULTS.into_iter().flat_map(|fault| {
+            let worlds = worlds(&[(at, fault, false)]);
+            worlds.map(|fake| (fault, fake))
+        }) {
+            let story = format!("{fault:?} at call {at} ({name}), {} lack", fake.lacks);
             let outcome = fake.drive(&options());
             is_true(&fake, &outcome, &story);
             // What passes by leaves the VM running somewhere, and said to.
@@ -141,11 +190,14 @@ fn every_call_fails_once_in_every_way() {
 
 #[test]
 fn everything_fails_from_some_call_on() {
-    let calls = calls_without_fault();
+    let calls = calls_of(Fake::new().coming_back());
+    let faults = [Fault::Refused, Fault::LostBefore, Fault::LostAfter];
     for (at, name) in calls.iter().enumerate() {
-        for fault in [Fault::Refused, Fault::LostBefore, Fault::LostAfter] {
-            let story = format!("{fault:?} from call {at} ({name}) on");
-            let mut fake = Fake::with_faults(&[(at, fault, true)]);
+        for (fault, mut fake) in faults.into_iter().flat_map(|fault| {
+            let worlds = worlds(&[(at, fault, true)]);
+            worlds.map(|fake| (fault, fake))
+        }) {
+            let story = format!("{fault:?} from call {at} ({name}) on, {} lack", fake.lacks);
             let outcome = fake.drive(&options());
             is_true(&fake, &outcome, &story);
             // When all is well again, the move can be gone on with, or nothing was begun.
@@ -161,23 +213,27 @@ fn everything_fails_from_some_call_on() {
 
 #[test]
 fn two_failures_one_after_the_other() {
-    let calls = calls_without_fault().len();
+    let calls = calls_of(Fake::new().coming_back()).len();
     let mut ends = [0; 3];
     for at in 0..calls {
         for after in 1..12 {
             for first in FAULTS {
                 for second in FAULTS {
-                    let story = format!("{first:?} at {at}, {second:?} {after} calls later");
                     let faults = [(at, first, false), (at + after, second, false)];
-                    let mut fake = Fake::with_faults(&faults);
-                    let outcome = fake.drive(&options());
-                    is_true(&fake, &outcome, &story);
-                    let end = match outcome.vm {
-                        VmPlace::Old => 0,
-                        VmPlace::New => 1,
-                        _ => 2,
-                    };
-                    ends[end] += 1;
+                    for mut fake in worlds(&faults) {
+                        let lacks = fake.lacks;
+                        let story = format!(
+                            "{first:?} at {at}, {second:?} {after} calls later, {lacks} lack"
+                        );
+                        let outcome = fake.drive(&options());
+                        is_true(&fake, &outcome, &story);
+                        let end = match outcome.vm {
+                            VmPlace::Old => 0,
+                            VmPlace::New => 1,
+                            _ => 2,
+                        };
+                        ends[end] += 1;
+                    }
                 }
             }
         }
@@ -198,7 +254,8 @@ fn a_failure_before_the_handoff_takes_everything_back() {
         outcome.text(),
         "web could not be handed off: the source is fenced.\n\
          The VM runs at the old site, as before; its disks are at the old site, and the new site \
-         has given them up."
+         has given them up.\n\
+         \x20 disk web is at the old site, and the new site has given it up"
     );
     assert!(fake.old.running && !fake.new.alive);
 }
@@ -210,7 +267,12 @@ fn each_failure_has_its_statement() {
         let mut places = calls.iter().enumerate().filter(|(_, name)| **name == call);
         let (at, _) = places.nth(nth).unwrap();
         let mut fake = Fake::with_faults(&[(at, fault, false)]);
-        fake.drive(&options()).text()
+        let outcome = fake.drive(&options());
+        is_true(&fake, &outcome, call);
+        let each: Vec<_> = outcome.each.iter().map(|disk| disk.text.as_str()).collect();
+        let text = outcome.text();
+        let rest = format!("\n  {}", each.join("\n  "));
+        text.strip_suffix(&rest).unwrap_or(&text).to_owned()
     };
     let untouched = "The VM runs at the old site, as before; its disks are at the old site, and \
                      the new site stands by for them.";
@@ -220,6 +282,13 @@ fn each_failure_has_its_statement() {
         (
             "disks",
             0,
+            Fault::Interrupt,
+            "interrupted while the disks were prepared",
+            untouched,
+        ),
+        (
+            "disks",
+            1,
             Fault::Interrupt,
             "interrupted while the VM was migrated",
             taken_back,
@@ -287,6 +356,8 @@ fn a_group_that_is_handed_off_in_part_stays_stopped_and_can_be_gone_on_with() {
         "data could not be handed off: the link is down.\n\
          The VM is at the new site with all its memory, stopped; of its disks these are handed off \
          to the new site: web; these are not, or it is not known: data.\n\
+         \x20 disk web is at the new site, whole\n\
+         \x20 disk data is at the old site, and the new site stands by for it\n\
          Do not start the VM at the old site. Mend what is wrong, then the same command with \
          --resume goes on."
     );
@@ -427,4 +498,74 @@ fn a_stray_write_at_the_new_site_keeps_the_vm_from_going_on_at_the_old_one() {
     let outcome = Course::new(&mut fake, &skip).run();
     assert!(!fake.log.contains(&"go on"), "{:?}", fake.log);
     assert!(!outcome.done, "{outcome:?}");
+}
+
+#[test]
+fn a_return_before_completion_is_told_of_and_taken_back_with_what_must_be_kept() {
+    let mut fake = Fake::new().coming_back();
+    let outcome = fake.drive(&options());
+    is_true(&fake, &outcome, "no fault");
+    assert!(outcome.done, "{outcome:?}");
+    assert!(fake.notes[0].contains("\"web\" comes back before all of it was at the old site"));
+    assert!(fake.notes[0].contains("256.0 MiB never left, 768.0 MiB have to come so far"));
+    assert!(
+        fake.notes[2].contains("what was written there comes after"),
+        "{:?}",
+        fake.notes
+    );
+    // Taken back, it is no spare image that may be removed.
+    let mut fake = Fake::new().coming_back();
+    fake.handoff_fails = Some(Trouble::Refused("blocks wait for their rest".into()));
+    fake.disks.truncate(1);
+    let outcome = fake.drive(&options());
+    is_true(&fake, &outcome, "refused");
+    assert_eq!(outcome.vm, VmPlace::Old, "{outcome:?}");
+    let text = outcome.text();
+    assert!(
+        text.contains(
+            "disk web is at the old site, and the new site has given it up; 256.0 MiB of it is only in \
+             the old copy at the new site"
+        ),
+        "{text}"
+    );
+}
+
+/// A group of which one disk was handed off and another one given up: the old site's copies, newest as
+/// they are, lack what is only at the new site. The advice to release them would have lost that.
+#[test]
+fn a_torn_return_goes_forward() {
+    let torn = |mut fake: Fake| {
+        fake.old.running = false;
+        (fake.fenced[0], fake.disks[0].old_copy_needed) = (true, false);
+        fake.disks[0].state = "arriving".into();
+        fake.disks[1].state = "given-up".into();
+        let options = options();
+        let mut course = Course::new(&mut fake, &options);
+        course.split_now("data could not be given up".into()).text()
+    };
+    assert!(torn(Fake::new()).contains("release --force"));
+    let text = torn(Fake::new().coming_back());
+    assert!(
+        !text.contains("release --force") && text.contains("release none"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_disk_that_another_move_takes_away_is_not_waited_for() {
+    let mut fake = Fake::new();
+    fake.arrives = false;
+    fake.taken_away = true;
+    let outcome = fake.drive(&options());
+    is_true(&fake, &outcome, "taken away");
+    assert!(
+        !outcome.done && matches!(outcome.disks, DisksPlace::MovedOn(_)),
+        "{outcome:?}"
+    );
+    assert!(
+        outcome
+            .text()
+            .contains("another move has taken web, data away"),
+        "{outcome:?}"
+    );
 }

@@ -63,10 +63,14 @@ pub(super) struct Fake {
     pub(super) broken: Vec<&'static str>,
     /// Old copies that take no writes.
     pub(super) fenced: Vec<bool>,
+    /// What the old site does not have of each disk: it comes back into the old copy that has it.
+    pub(super) lacks: u64,
     /// The old site hears nothing from the new one's daemons.
     pub(super) cut: bool,
     /// A handoff makes everything come at once.
     pub(super) arrives: bool,
+    /// When the disks are handed off, another move takes them away.
+    pub(super) taken_away: bool,
     pub(super) handoff_fails: Option<Trouble>,
     pub(super) notes: Vec<String>,
 }
@@ -102,6 +106,7 @@ impl Fake {
             looks_left: 2,
             disks: vec![disk("web"), disk("data")],
             fenced: vec![false; 2],
+            lacks: 0,
             cut: false,
             now: Duration::ZERO,
             calls: 0,
@@ -111,9 +116,19 @@ impl Fake {
             interrupted: false,
             broken: Vec::new(),
             arrives: true,
+            taken_away: false,
             handoff_fails: None,
             notes: Vec::new(),
         }
+    }
+
+    /// The same with disks that come back before all of them was at the old site.
+    pub(super) fn coming_back(mut self) -> Self {
+        self.lacks = 1 << 28;
+        for disk in &mut self.disks {
+            (disk.old_copy_needed, disk.prepared) = (true, None);
+        }
+        self
     }
 
     pub(super) fn with_faults(faults: &[(usize, Fault, bool)]) -> Self {
@@ -175,7 +190,7 @@ impl Fake {
             self.broken
                 .push("it runs at the old site, without its disks");
         }
-        if self.new.running && self.handed() < self.disks.len() {
+        if self.new.running && self.handed() < self.disks.len() && !self.taken_away {
             self.broken
                 .push("it runs at the new site before its disks are handed off");
         }
@@ -321,10 +336,47 @@ impl Sites for Fake {
         })
     }
     fn disk_states(&mut self) -> Vec<Result<DiskState, Trouble>> {
-        let states = self.call("disks", None, |fake| Ok(fake.disks.clone()));
+        let states = self.call("disks", None, |fake| {
+            if fake.taken_away && fake.handed() == fake.disks.len() {
+                fake.disks
+                    .iter_mut()
+                    .for_each(|d| d.state = "departed".into());
+            }
+            Ok(fake.disks.clone())
+        });
         match states {
             Ok(states) => states.into_iter().map(Ok).collect(),
             Err(trouble) => self.disks.iter().map(|_| Err(trouble.clone())).collect(),
+        }
+    }
+    fn old_states(&mut self) -> Vec<Option<Result<DiskState, Trouble>>> {
+        let states = self.call("old disks", None, |fake| {
+            let old = |(disk, fenced): (&DiskState, &bool)| DiskState {
+                export: disk.export.clone(),
+                size_bytes: disk.size_bytes,
+                state: match (fenced, fake.lacks) {
+                    (true, _) => "departed".into(),
+                    (false, 0) => "local".into(),
+                    (false, _) => "arriving".into(),
+                },
+                resident_bytes: disk.size_bytes - fake.lacks,
+                absent_bytes: fake.lacks,
+                ..DiskState::default()
+            };
+            Ok(fake
+                .disks
+                .iter()
+                .zip(&fake.fenced)
+                .map(old)
+                .collect::<Vec<_>>())
+        });
+        match states {
+            Ok(states) => states.into_iter().map(|state| Some(Ok(state))).collect(),
+            Err(trouble) => self
+                .disks
+                .iter()
+                .map(|_| Some(Err(trouble.clone())))
+                .collect(),
         }
     }
     fn fenced(&mut self, disk: usize) -> Result<bool, Trouble> {
@@ -350,6 +402,7 @@ impl Sites for Fake {
                 }
                 fake.fenced[disk] = true;
                 let disk = &mut fake.disks[disk];
+                disk.old_copy_needed = false;
                 (disk.state, disk.absent_bytes) = (state.into(), left);
                 Ok(())
             })

@@ -26,6 +26,13 @@ const TORN: &str = "The VM has not run since it was stopped at the old site, so 
                     the disks there, `hikkoshi release --force` those that are departed at the old \
                     site, and `cont` in the monitor of the QEMU there.";
 
+/// The same where the old site has only a part of the disks, or does not say: the rest is at the new one.
+const TORN_RETURN: &str = "The VM has not run since it was stopped at the old site, but the disks \
+                           there are not known to be whole: release none of them. Start the \
+                           daemons of those that were given up anew at the new site (with --return \
+                           where they come back into an old copy); then the same command as this \
+                           with --resume goes on.";
+
 /// How to follow the rest.
 const WATCH: &str = "`hikkoshi wait` at the new site tells when the old site is needed no more; \
                      `hikkoshi status` tells how far it is.";
@@ -59,6 +66,7 @@ impl Course<'_> {
                     handed: self.names(&all),
                     others: vec![],
                 },
+                each: vec![],
                 advice: vec![GO_ON.into()],
             };
         }
@@ -141,6 +149,7 @@ impl Course<'_> {
             reason: Some(reason),
             vm,
             disks: self.disks_now(),
+            each: vec![],
             advice: vec![STILL_FENCED.into()],
         }
     }
@@ -157,12 +166,13 @@ impl Course<'_> {
                 handed: self.names(&handed),
                 others: self.names(open),
             },
+            each: vec![],
             advice: vec![GO_ON.into()],
         }
     }
 
     /// As [`Self::split`], with what the disks themselves say.
-    fn split_now(&mut self, reason: String) -> Outcome {
+    pub(super) fn split_now(&mut self, reason: String) -> Outcome {
         let states = self.sites.disk_states();
         let handed = |disk: &usize| matches!(&states[*disk], Ok(state) if is_handed(state));
         let handed: Vec<usize> = (0..states.len()).filter(handed).collect();
@@ -172,7 +182,18 @@ impl Course<'_> {
             .any(|state| state.state == "given-up");
         let mut outcome = self.split(reason, &handed);
         if given_up {
-            outcome.advice = vec![TORN.into()];
+            let old = self.sites.old_states();
+            // One that does not say may lack something.
+            let whole = |old: &Option<Result<DiskState, Trouble>>| match old {
+                Some(Ok(old)) => old.absent_bytes == 0,
+                Some(Err(_)) => false,
+                None => true,
+            };
+            let advice = match old.iter().all(whole) {
+                true => TORN,
+                false => TORN_RETURN,
+            };
+            outcome.advice = vec![advice.into()];
         }
         outcome
     }
@@ -204,6 +225,7 @@ impl Course<'_> {
                 handed: self.names(handed),
                 others: self.names(&others),
             },
+            each: vec![],
             advice: vec![GO_ON.into()],
         }
     }
@@ -236,6 +258,18 @@ impl Course<'_> {
                 });
                 if states.iter().all(|s| s.state != "arriving" && is_handed(s)) {
                     return self.arrived(None, DisksPlace::New, advice);
+                }
+                // Whoever takes them away goes on to wait for the rest.
+                let gone: Vec<usize> = (0..states.len())
+                    .filter(|disk| states[*disk].state == "departed")
+                    .collect();
+                if !gone.is_empty() {
+                    let names = self.names(&gone);
+                    let reason = format!(
+                        "before all of it was there, another move has taken {} away from the new site",
+                        names.join(", ")
+                    );
+                    return self.arrived(Some(reason), DisksPlace::MovedOn(names), advice);
                 }
                 for note in states.iter().flat_map(|state| &state.notes) {
                     if !std::mem::replace(&mut told, true) {
@@ -289,6 +323,7 @@ impl Course<'_> {
             reason,
             vm,
             disks,
+            each: vec![],
             advice,
         }
     }

@@ -14,6 +14,7 @@ mod outcome;
 mod qmp;
 mod report;
 mod sites;
+mod whereabouts;
 mod world;
 
 #[cfg(test)]
@@ -110,6 +111,14 @@ fn plan(args: &Migrate, survey: &Survey, options: &Options) -> String {
             disk.export,
             show_size(disk.size_bytes)
         ));
+    }
+    for (old, new) in survey.old_disks.iter().zip(&survey.new_disks) {
+        let old = old.as_ref().and_then(|old| old.as_ref().ok());
+        let coming_back = new
+            .as_ref()
+            .ok()
+            .and_then(|new| whereabouts::return_note(old, new));
+        lines.extend(coming_back.map(|note| format!("         {note}")));
     }
     let can_prepare = survey
         .new_disks

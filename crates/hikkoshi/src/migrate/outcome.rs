@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use super::whereabouts::Whereabouts;
+
 use crate::quantity::show_size;
 
 /// Where the VM is.
@@ -34,6 +36,8 @@ pub enum DisksPlace {
     Arriving(u64),
     /// At the new site, whole.
     New,
+    /// Another move has taken these away from the new site meanwhile.
+    MovedOn(Vec<String>),
     /// These were handed off to the new site; the others were not, or it is not known.
     Split {
         /// Handed off.
@@ -54,6 +58,8 @@ pub struct Outcome {
     pub vm: VmPlace,
     /// Where its disks are.
     pub disks: DisksPlace,
+    /// Where each of them is, if not all that was asked for is done.
+    pub each: Vec<Whereabouts>,
     /// What else there is to know or to do.
     pub advice: Vec<String>,
 }
@@ -67,6 +73,10 @@ impl Outcome {
             text.push_str(".\n");
         }
         text.push_str(&self.place());
+        for disk in &self.each {
+            text.push_str("\n  ");
+            text.push_str(&disk.text);
+        }
         for line in &self.advice {
             text.push('\n');
             text.push_str(line);
@@ -105,6 +115,10 @@ impl Outcome {
             DisksPlace::New => {
                 "its disks are there whole: they need the old site no more".to_owned()
             }
+            DisksPlace::MovedOn(names) => format!(
+                "of its disks these have moved on from there by another move: {}",
+                names.join(", ")
+            ),
             DisksPlace::Split { handed, others } if others.is_empty() => {
                 format!(
                     "its disks are handed off to the new site: {}",

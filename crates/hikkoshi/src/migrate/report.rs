@@ -90,6 +90,7 @@ fn outcome_json(outcome: &Outcome) -> Value {
         "done": outcome.done,
         "vm": outcome.vm,
         "disks": outcome.disks,
+        "each": outcome.each,
         "reason": outcome.reason,
         "text": outcome.place(),
         "advice": outcome.advice,

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use hikkoshi_daemon::status::WayBackStatus;
 use serde::{Deserialize, Serialize};
 
 use super::blocks::Node;
@@ -95,6 +96,12 @@ pub struct DiskState {
     /// What is here ahead of the handoff.
     #[serde(default)]
     pub ahead_bytes: u64,
+    /// While it stands by to come back: the rest of it is only in the old copy that is here.
+    #[serde(default)]
+    pub old_copy_needed: bool,
+    /// What is recorded for a way back.
+    #[serde(default)]
+    pub way_back: WayBackStatus,
     /// The source's address.
     pub source: Option<String>,
     /// Whether that can be reached.
@@ -197,6 +204,8 @@ pub trait Sites {
 
     /// How the disks stand at the new site.
     fn disk_states(&mut self) -> Vec<Result<DiskState, Trouble>>;
+    /// How they stand at the old site; `None` where no daemon of ours has them.
+    fn old_states(&mut self) -> Vec<Option<Result<DiskState, Trouble>>>;
     /// Whether the old site's copy of a disk takes no writes any more.
     fn fenced(&mut self, disk: usize) -> Result<bool, Trouble>;
     /// Hands off those of `which`, all at the same time. Lost: the daemon may be at it still.

@@ -96,11 +96,7 @@ impl World {
             vm: both.map(|site| self.vm(site)),
             migration: both.map(|site| self.migration(site)),
             nodes: both.map(|site| nodes(self.at(site))),
-            old_disks: self
-                .disks
-                .iter()
-                .map(|pair| pair.old.as_ref().map(disk_state))
-                .collect(),
+            old_disks: self.old_states(),
             new_disks: self.disk_states(),
         }
     }
@@ -266,6 +262,11 @@ impl Sites for World {
             .iter()
             .map(|pair| disk_state(&pair.new))
             .collect()
+    }
+
+    fn old_states(&mut self) -> Vec<Option<Result<DiskState, Trouble>>> {
+        let old = |pair: &Pair| pair.old.as_ref().map(disk_state);
+        self.disks.iter().map(old).collect()
     }
 
     fn fenced(&mut self, disk: usize) -> Result<bool, Trouble> {
