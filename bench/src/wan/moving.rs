@@ -36,6 +36,9 @@ impl SourceCopy {
     /// Copies `disk` to `path`.
     pub fn make(disk: &Disk, path: PathBuf) -> Result<Self> {
         hikkoshi_testkit::cache::copy_image(&disk.path, &path)?;
+        // The disk is not to be busy with it while others are measured.
+        let copied = fs::File::open(&path).context("open the copy")?;
+        copied.sync_all().context("sync the copy")?;
         Ok(Self(path))
     }
 

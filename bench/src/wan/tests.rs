@@ -87,6 +87,10 @@ fn every_way_of_moving_is_measured() {
             assert!(measured.unwrap() > 0.0, "{section}, {column}");
         }
     }
+    for column in ["plain volume", "plain volume, beside the same load"] {
+        let measured = value(&found["writes"], "every 50 ms", column);
+        assert!(measured.unwrap() > 0.0, "{column}");
+    }
     let link = &found["link"];
     assert!(value(link, "idle, median", "link").unwrap() >= 4.0);
     let share = value(link, "iperf3", "link").unwrap();

@@ -1,9 +1,14 @@
-//! A guest's writes during the move, beside those to a plain local volume.
+//! A guest's writes during the move, beside those to a plain local volume: one that has the machine to
+//! itself, and one beside which the same disk moves for somebody else. The latter says how much of the
+//! difference is the load, which shares processors and disk here with both sites and the link.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hikkoshi_testkit::cache::copy_image;
+use hikkoshi_testkit::process::Process;
+use tempfile::TempDir;
 
 use super::{Findings, Section, columns, each, movers, rows};
 use crate::client::{Endpoint, Random};
@@ -15,24 +20,50 @@ use crate::wan::guest::{Guest, percentile};
 use crate::wan::mover::{How, Mover};
 use crate::wan::site::{Sites, start_server};
 
-/// Bytes of a write, and whether each is followed by a flush.
-const KINDS: [(usize, bool); 4] = [(512, false), (4096, false), (512, true), (4096, true)];
+/// As a guest would, it leaves the processor to others between its writes.
+const BREATH: Duration = Duration::from_micros(200);
+/// Between the flushes of a guest that has other things to do: a journal, a database that is hardly used.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Bytes of a write, whether each is followed by a flush, and what passes until the next.
+const KINDS: [(usize, bool, Duration); 5] = [
+    (512, false, BREATH),
+    (4096, false, BREATH),
+    (512, true, BREATH),
+    (4096, true, BREATH),
+    (4096, true, PAUSE),
+];
+
+/// The column of a plain volume that has the machine to itself.
+const PLAIN: &str = "plain volume";
+/// The column of one beside which another disk moves.
+const BESIDE: &str = "plain volume, beside the same load";
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let disk = bench.files()?;
     let dir = bench.disk_dir();
     let movers = movers(bench, vec![Mover::ours()], &[How::Stream, How::Scan]);
     let plain = movers.len();
+    let beside = plain + 1;
+    // Who makes the load takes its turn like all others.
+    let mut turns = movers.clone();
+    turns.push(Mover {
+        name: BESIDE.into(),
+        how: Mover::ours().how,
+    });
     let figures = [
         ("512 B, p99, ms", Better::Less),
         ("4 KiB, p99, ms", Better::Less),
         ("512 B and flush, p99, ms", Better::Less),
         ("4 KiB and flush, p99, ms", Better::Less),
+        ("4 KiB and flush every 50 ms, longest, ms", Better::Less),
+        ("512 B, 4 KiB, longest, ms", Better::Less),
     ];
-    let mut table = rows(figures, movers.len() + 1);
+    let mut table = rows(figures, beside + 1);
     for _ in 0..bench.rounds() {
         bench.progress(&format!("{}, writes: a plain volume", sites.case.name()));
-        let tails = plain_volume(bench, &disk)?;
+        let volume = PlainVolume::start(bench, &disk)?;
+        let tails = measure(bench, &volume.endpoint, &disk)?;
         for (row, tail) in table.iter_mut().zip(tails) {
             row.cells[plain].values.push(tail);
         }
@@ -41,19 +72,27 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         bench,
         sites,
         Section::Writes,
-        &movers,
+        &turns,
         &disk,
         dir,
         true,
-        |index, attempt| {
+        |turn, attempt| {
+            // Before there is a move: the copy takes a while.
+            let volume = (turn == movers.len())
+                .then(|| PlainVolume::start(bench, &disk))
+                .transpose()?;
             let moving = attempt.start()?;
-            let endpoint = moving.endpoint.as_ref().context("it serves nobody")?;
+            let column = if volume.is_some() { beside } else { turn };
+            let endpoint = match &volume {
+                Some(volume) => &volume.endpoint,
+                None => moving.endpoint.as_ref().context("it serves nobody")?,
+            };
             let tails = measure(bench, endpoint, &disk)?;
             if arrived_fully(&moving.arrived_in(), &disk) {
                 eprintln!("  the move was over before the writes were");
             }
             for (row, tail) in table.iter_mut().zip(tails) {
-                row.cells[index].values.push(tail);
+                row.cells[column].values.push(tail);
             }
             Ok(())
         },
@@ -65,14 +104,14 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         });
     }
     let mut columns = columns(&movers);
-    columns.push(("plain volume".into(), Role::Other));
+    columns.extend([PLAIN, BESIDE].map(|name| (name.to_owned(), Role::Other)));
     let grid = Grid {
         section: "writes",
         title: format!("Writes during the move: {}", sites.case.name()),
         note: format!(
             "One guest writes where the disk has data, one write after the other, {:.1} s of each \
-             kind; images in {}. The plain volume is hikkoshi's, of the same content, with nothing else going \
-             on. nbdkit's cow filter ignores flushes.",
+             kind (twice that with pauses); images in {}. A plain volume is hikkoshi's, of the same content: with nothing else going on, \
+             and while the same disk moves to another image in the same place. nbdkit's cow filter ignores flushes.",
             bench.write_time().as_secs_f64(),
             if bench.options.disk.is_some() {
                 "--disk"
@@ -89,44 +128,70 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     })
 }
 
-fn plain_volume(bench: &Bench<'_>, disk: &Disk) -> Result<Vec<f64>> {
-    let dir = bench.scratch(bench.disk_dir())?;
-    let image = dir.path().join("image");
-    copy_image(&disk.path, &image)?;
-    let endpoint = Endpoint::Unix(dir.path().join("sock"));
-    let arguments = [
-        "serve".to_owned(),
-        image.display().to_string(),
-        "--listen".to_owned(),
-        endpoint.listen(),
-        "--control".to_owned(),
-        format!("unix:{}", dir.path().join("control").display()),
-    ];
-    let program = bench.hikkoshi.display().to_string();
-    let log = dir.path().join("log");
-    let _server = start_server(None, &program, &arguments, &endpoint, &log)?;
-    measure(bench, &endpoint, disk)
+/// A volume that never moved, of the disk's content.
+struct PlainVolume {
+    endpoint: Endpoint,
+    /// Before its files go.
+    _server: Process,
+    _dir: TempDir,
 }
 
-/// The 99th percentile of each kind, in milliseconds.
+impl PlainVolume {
+    fn start(bench: &Bench<'_>, disk: &Disk) -> Result<Self> {
+        let dir = bench.scratch(bench.disk_dir())?;
+        let image = dir.path().join("image");
+        copy_image(&disk.path, &image)?;
+        // A flush is to find what the guest wrote, and not the copy.
+        let copied = File::open(&image).context("open the copy")?;
+        copied.sync_all().context("sync the copy")?;
+        let endpoint = Endpoint::Unix(dir.path().join("sock"));
+        let arguments = [
+            "serve".to_owned(),
+            image.display().to_string(),
+            "--listen".to_owned(),
+            endpoint.listen(),
+            "--control".to_owned(),
+            format!("unix:{}", dir.path().join("control").display()),
+        ];
+        let program = bench.hikkoshi.display().to_string();
+        let log = dir.path().join("log");
+        let server = start_server(None, &program, &arguments, &endpoint, &log)?;
+        Ok(Self {
+            endpoint,
+            _server: server,
+            _dir: dir,
+        })
+    }
+}
+
+/// In milliseconds: the 99th percentile of each kind, of the last the longest, and the longest of those
+/// without a flush.
 fn measure(bench: &Bench<'_>, endpoint: &Endpoint, disk: &Disk) -> Result<Vec<f64>> {
     let mut guest = Guest::open(endpoint)?;
     let mut random = Random::new(0x7772_6974);
     let data: Vec<u8> = (0..512).flat_map(|_| random.next().to_le_bytes()).collect();
     let mut tails = Vec::new();
-    for (length, flush) in KINDS {
+    let mut longest = 0.0_f64;
+    for (length, flush, pause) in KINDS {
+        // Few come of those that pause: twice the time, and the longest of them.
+        let rare = pause >= PAUSE;
+        let limit = bench.write_time() * if rare { 2 } else { 1 };
         let start = Instant::now();
         let mut times = Vec::new();
-        while start.elapsed() < bench.write_time() {
+        while start.elapsed() < limit {
             let inside = random.next() % 8 * 512;
             let within = if length < 4096 { inside } else { 0 };
             let offset = disk.random_block(&mut random) + within;
             times.push(guest.write(offset, &data[..length], flush)?);
-            // As a guest would, it leaves the processor to others now and then.
-            std::thread::sleep(Duration::from_micros(200));
+            std::thread::sleep(pause);
         }
-        tails.push(percentile(times, 0.99).context("no write was answered")?);
+        if !flush {
+            longest = times.iter().copied().fold(longest, f64::max);
+        }
+        let part = if rare { 1.0 } else { 0.99 };
+        tails.push(percentile(times, part).context("no write was answered")?);
     }
     guest.close()?;
+    tails.push(longest);
     Ok(tails)
 }
