@@ -95,7 +95,10 @@ fn with_the_previous_copy_little_crosses_the_wire() {
     // The index of other offsets is built meanwhile: what it says may come before.
     let events = seeding_events(&new);
     let mut said = events.iter();
-    assert!(said.any(|text| text.starts_with("looking in ")), "{events:?}");
+    assert!(
+        said.any(|text| text.starts_with("looking in ")),
+        "{events:?}"
+    );
     new.daemon.shutdown().unwrap();
     old.daemon.shutdown().unwrap();
 }

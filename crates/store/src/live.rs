@@ -267,6 +267,29 @@ pub fn open_map_in<P: LivePlace>(
     })
 }
 
+/// For an image whose syncs have failed: what a killed process had marked as copied, and has not
+/// recorded, is absent again and is copied once more. It may be nowhere: the kernel takes a page that it
+/// could not write for clean, and lets go of it when it likes. Before [`open_map`], and before anybody forgets
+/// that the syncs failed. Tells how many blocks that are.
+///
+/// # Errors
+/// The state is missing or damaged, or the memory cannot be had.
+pub fn forget_unrecorded(
+    state: &StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+) -> Result<u64, StateError> {
+    let Some((_, memory)) = find(live_dir, state_dir, state.identity())? else {
+        return Ok(0);
+    };
+    let geometry = state.identity().geometry;
+    let words = (0..Residency::required_words(geometry)).map(|_| AtomicU64::new(0));
+    let recorded = Residency::new(geometry, Box::new(words.collect::<Vec<_>>()));
+    state.load(&recorded)?;
+    let marked = Residency::recover(geometry, Box::new(memory));
+    Ok(marked.forget_copies_but(&recorded))
+}
+
 /// The state of a volume that is complete: settles what a crash right after the completion left.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hikkoshi_nbd::wire::command;
-use hikkoshi_wan::{Fetched, Lane, NbdSource, Source, SourceError, SourceErrorKind};
+use hikkoshi_wan::{Fetched, Lane, NbdSource, Source, SourceError, SourceErrorKind, SourceWatcher};
 use support::fake::{Fake, Haste, Peer, Request, config, slice};
 use support::{HANG, Recorder, outcome, pattern, submit_extents, submit_read, wait_until};
 
@@ -453,6 +453,57 @@ fn a_source_that_is_away_is_found_when_it_comes() {
     });
     assert_eq!(told.recv_timeout(HANG).unwrap(), None);
     assert!(outcome(&submit_read(&*source, Lane::Demand, 0, 512)).is_ok());
+}
+
+/// Holds whoever tells it that the source went until it may go on.
+struct Slow(Mutex<std::sync::mpsc::Receiver<()>>);
+
+impl SourceWatcher for Slow {
+    fn source_up(&self) {}
+    fn source_down(&self, _: &SourceError) {
+        let _ = self.0.lock().unwrap().recv();
+    }
+}
+
+/// The connection was lost and another one stood, to another disk, before the volume had heard of the
+/// loss: it went on fetching, and what came was of a disk that had proved nothing.
+#[test]
+fn nothing_is_read_from_what_came_back_before_it_was_told_that_the_source_went() {
+    let dials = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&dials);
+    let fake = Fake::start(move |number, mut peer| {
+        let disk = disk();
+        let other = vec![0xee; disk.len()];
+        let _ = peer.greet(SIZE, false).and_then(|()| {
+            count.fetch_add(1, Ordering::SeqCst);
+            if number == 0 {
+                let read = peer.request()?;
+                return peer.simple(read.cookie, 0, slice(&disk, &read));
+            }
+            peer.serve(&other)
+        });
+    });
+    let source = NbdSource::connect(fake.config()).unwrap();
+    let (go_on, held) = channel();
+    source.watch(Arc::new(Slow(Mutex::new(held))));
+    assert!(outcome(&submit_read(&*source, Lane::Demand, 0, 512)).is_ok());
+    wait_until("another one stands", || dials.load(Ordering::SeqCst) == 2);
+    let reads: Vec<_> = (0..100)
+        .map(|_| {
+            std::thread::sleep(Duration::from_millis(2));
+            assert!(!source.is_connected());
+            submit_read(&*source, Lane::Demand, 0, 512)
+        })
+        .collect();
+    go_on.send(()).unwrap();
+    for read in &reads {
+        let kind = outcome(read).map(|_| ()).unwrap_err().kind;
+        assert_eq!(kind, SourceErrorKind::Disconnected);
+    }
+    // Whoever is told that one stands may ask it.
+    wait_until("it is told", || source.is_connected());
+    let read = outcome(&submit_read(&*source, Lane::Demand, 0, 512)).unwrap();
+    assert!(read.data.iter().all(|byte| *byte == 0xee));
 }
 
 /// The volume submits from completions and may let go of the source in one.

@@ -166,7 +166,8 @@ impl Departures {
         let mut sessions = self.write_sessions();
         sessions.retain(|s| s.id != session.id);
         if sessions.len() >= MAX_SESSIONS {
-            let heard = |s: &Arc<Session>| s.heard.load(Ordering::Relaxed);
+            // A return asks nothing before its handoff, and would not notice.
+            let heard = |s: &Arc<Session>| (s.needed, s.heard.load(Ordering::Relaxed));
             if let Some(oldest) = (0..sessions.len()).min_by_key(|at| heard(&sessions[*at])) {
                 sessions.remove(oldest);
             }
@@ -228,7 +229,9 @@ impl Session {
 
     /// All that it may not know. Nothing changes any more.
     fn last_changes(&self) -> Vec<ByteRange> {
-        for run in &lock(&self.told).1 {
+        // Held throughout: a question that comes late must not take away in between what it is told.
+        let told = lock(&self.told);
+        for run in &told.1 {
             self.map.mark(*run);
         }
         let runs = self.map.take();
@@ -251,6 +254,11 @@ impl Volume {
             // EPERM, as for an export that is read-only.
             io::Error::from_raw_os_error(1)
         })
+    }
+
+    /// Whether guests' changes may begin now.
+    pub(super) fn lets_in(&self) -> bool {
+        self.departures.gate.is_open()
     }
 
     /// A guest's change has been made, whatever came of it, and is not answered yet.
@@ -624,7 +632,7 @@ impl Volume {
             },
             boots: self.boots(),
         };
-        let given_up = lock(&self.departures.given_up).contains(&id);
+        let given_up = self.is_off(id);
         // A volume that stands by itself does not see what changes.
         if stance == Stance::Standby && self.life() != LifeState::Standby && !given_up {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
@@ -822,7 +830,7 @@ impl Volume {
             return Ok(self.fenced(id, epoch));
         }
         let departed = self.departures.departed().map(|d| d.to);
-        let given_up = lock(&self.departures.given_up).contains(&id);
+        let given_up = self.is_off(id);
         match handover::handoff(departed, id, given_up).map_err(|e| e.to_string())? {
             Handoff::Repeat => {}
             // Every connection that asks for it has attached; anything else is no move.
@@ -919,6 +927,11 @@ impl Volume {
             self.departures.ends_before.store(next, Ordering::Release);
         }
         self.departures.version.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether a move was given up, or released by hand: that one however many were given up since.
+    fn is_off(&self, id: MoveId) -> bool {
+        lock(&self.departures.given_up).contains(&id) || self.released() == Some(id)
     }
 
     /// A destination has given up, durably, before it took a write: all is as before.
@@ -1058,16 +1071,55 @@ mod tests {
         assert_eq!(told, [geometry.bytes(BlockRange::one(BlockIndex(2)))]);
     }
 
-    /// A new site attached while a change of storage began, and was the first to have the disk. The export
-    /// served the new image from then on, and the new site found what it still needed no more.
+    /// A question that came late took the changes away between the two steps of the answer to the handoff,
+    /// and nobody was told of them.
     #[test]
-    fn a_disk_that_another_site_has_taken_is_not_switched() {
-        let dir = tempfile::tempdir().unwrap();
+    fn a_question_that_comes_during_the_handoff_takes_no_changes_away() {
+        // So many that the two are at it at the same time.
+        let geometry = Geometry::new(1 << 28, 4096).unwrap();
+        let changed = (0..geometry.blocks()).step_by(2);
+        let changed: Vec<_> = changed.map(|b| BlockRange::one(BlockIndex(b))).collect();
+        for _ in 0..100 {
+            let session = Session::new([1; 16], geometry).unwrap();
+            changed.iter().for_each(|run| session.map.mark(*run));
+            let together = std::sync::Barrier::new(2);
+            let told = std::thread::scope(|scope| {
+                let last = scope.spawn(|| {
+                    together.wait();
+                    session.last_changes()
+                });
+                together.wait();
+                session.changes(1);
+                last.join().unwrap()
+            });
+            assert!(told == session.bytes_of(&changed), "{} runs", told.len());
+        }
+    }
+
+    /// The session of a return, which says nothing between its start and its handoff, was the first to go
+    /// when others came, and its handoff was refused.
+    #[test]
+    fn others_that_come_do_not_push_a_return_out() {
+        let geometry = Geometry::new(1 << 20, 4096).unwrap();
+        let departures = Departures::default();
+        let session = |id: u8, needed| Session {
+            needed,
+            ..Session::new([id; 16], geometry).unwrap()
+        };
+        departures.open(session(1, true));
+        for id in 2..20 {
+            departures.open(session(id, false));
+        }
+        assert!(departures.find([1; 16]).is_some());
+        assert_eq!(departures.sessions().len(), MAX_SESSIONS);
+    }
+
+    fn plain(dir: &tempfile::TempDir) -> Arc<Export> {
         let image = dir.path().join("old");
         std::fs::write(&image, [7; 1 << 20]).unwrap();
-        let export = Export::open(&ExportConfig {
+        Export::open(&ExportConfig {
             name: String::new(),
-            image: image.clone(),
+            image,
             state_dir: None,
             block_bytes: 4096,
             read_only: false,
@@ -1076,7 +1128,62 @@ mod tests {
             compress: Packing::Auto,
             source: None,
         })
-        .unwrap();
+        .unwrap()
+    }
+
+    /// So many moves were given up after one was released by hand that this one was forgotten: its first
+    /// write, which still waited, fenced the VM that had gone on here.
+    #[test]
+    fn a_move_that_was_released_stays_refused_however_many_are_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let export = plain(&dir);
+        let (volume, id) = (export.volume(), [6; 16]);
+        let mut bound = Bound::default();
+        let stance = Stance::Standby;
+        let attach = Tell::Attach {
+            id,
+            stance,
+            epoch: 0,
+            base: None,
+        };
+        volume.answer(attach, &mut bound);
+        let handoff = Tell::Handoff { id, epoch: 0 };
+        let told = volume.answer(handoff, &mut bound);
+        assert!(matches!(told, Told::Fenced { .. }), "{told:?}");
+        export.release(true).unwrap();
+        for other in 0..=u8::try_from(MAX_GIVEN_UP).unwrap() {
+            let id = [100 + other; 16];
+            volume.answer(Tell::Abort { id }, &mut bound);
+        }
+        volume.answer(attach, &mut bound);
+        let told = volume.answer(handoff, &mut bound);
+        assert!(matches!(told, Told::Refused(_)), "{told:?}");
+        export.close().unwrap();
+    }
+
+    /// After a change of storage that had come to nothing, writes that met the gate of another site's handoff
+    /// were made again and again until that was recorded, as fast as each client's processor could.
+    #[test]
+    fn a_write_that_another_site_keeps_out_is_refused_and_not_made_again_and_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let export = plain(&dir);
+        let volume = export.volume();
+        volume.begin_switch();
+        volume.end_switch(None);
+        // One that was kept out by that switch is made again here.
+        assert!(volume.awaits_switch());
+        volume.departures.gate.close();
+        assert!(!volume.awaits_switch());
+        volume.departures.gate.open();
+        export.close().unwrap();
+    }
+
+    /// A new site attached while a change of storage began, and was the first to have the disk. The export
+    /// served the new image from then on, and the new site found what it still needed no more.
+    #[test]
+    fn a_disk_that_another_site_has_taken_is_not_switched() {
+        let dir = tempfile::tempdir().unwrap();
+        let export = plain(&dir);
         let slowly = StorageOrder {
             image: dir.path().join("new"),
             state_dir: None,

@@ -42,6 +42,11 @@ impl Gate {
         }
     }
 
+    /// Whether whoever comes is let in.
+    pub fn is_open(&self) -> bool {
+        self.state.load(Ordering::Acquire) & CLOSED == 0
+    }
+
     /// Lets everybody in again.
     pub fn open(&self) {
         self.state.fetch_and(!CLOSED, Ordering::AcqRel);

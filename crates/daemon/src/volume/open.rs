@@ -19,7 +19,7 @@ use hikkoshi_nbd::uri::NbdUri;
 use hikkoshi_nbd::wire;
 use hikkoshi_store::live::{self, LiveFile, OpenedMap};
 use hikkoshi_store::state::{Found, Identity, Life, StateDir, StateError, Ties};
-use hikkoshi_store::suspect::{self, RewriteError};
+use hikkoshi_store::suspect::{self, Mark as _, RewriteError};
 use hikkoshi_store::{EngineChoice, FileStore, OpenOptions, Store, StoreError};
 use hikkoshi_wan::nbd_source::{NbdSource, NbdSourceConfig};
 use hikkoshi_wan::transport::session::{Stance, Tell};
@@ -484,6 +484,7 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     };
     // Before anything is changed: if they are damaged, all is left as it is.
     let witnesses = state.witnesses(seed()?)?;
+    forget_what_a_failed_sync_lost(config, &store, &state, state_path)?;
     let rewritten = settle_image(config, &store)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
@@ -791,6 +792,33 @@ pub(super) fn settle_image(
         }
     };
     suspect::settle(store, store.mark(), &mut progress)
+}
+
+/// Where a sync has failed before this start: what was copied since the last one that did not, and may
+/// be nowhere, is copied once more. What guests wrote cannot be had again, and is kept as it is read.
+fn forget_what_a_failed_sync_lost(
+    config: &ExportConfig,
+    store: &FileStore,
+    state: &StateDir,
+    state_path: &Path,
+) -> Result<(), OpenError> {
+    let raised = store.mark().is_raised();
+    if !raised.map_err(|source| OpenError::Image {
+        what: "looking for failed syncs of",
+        source,
+    })? {
+        return Ok(());
+    }
+    let blocks = live::forget_unrecorded(state, state_path, &live::default_dir())?;
+    if blocks > 0 {
+        tracing::warn!(
+            "a sync of {} failed before this start: {} bytes that had been copied and were not recorded \
+             are copied once more",
+            config.image.display(),
+            blocks.saturating_mul(state.identity().geometry.block_bytes())
+        );
+    }
+    Ok(())
 }
 
 pub(super) fn tell_rewritten(running: &Running, bytes: Option<u64>) {

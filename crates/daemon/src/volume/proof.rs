@@ -83,6 +83,35 @@ impl Relocation {
         self.source.is_connected() && matches!(lock(&self.proof).standing, Standing::Believed)
     }
 
+    /// The source as it is believed now: what is asked of it from here on is [vouched](Self::vouched) for by
+    /// that.
+    pub(super) fn belief(&self) -> Option<u64> {
+        let proof = lock(&self.proof);
+        matches!(proof.standing, Standing::Believed).then_some(proof.rounds)
+    }
+
+    /// The answer to what was asked of the source as it was `believed` then, if it is believed still.
+    /// Whoever asked may have been held up between the decision and the question for so long that
+    /// another disk stood in the source's place.
+    pub(super) fn vouched<T>(
+        &self,
+        believed: Option<u64>,
+        outcome: Result<T, SourceError>,
+    ) -> Result<T, SourceError> {
+        if believed.is_some() && believed == self.belief() {
+            return outcome;
+        }
+        outcome
+            .and_then(|_| {
+                let why = "the source was lost while it was asked";
+                Err(SourceError::new(SourceErrorKind::Disconnected, why))
+            })
+            .map_err(|error| SourceError {
+                come: None,
+                ..error
+            })
+    }
+
     /// Whether another disk answers in the source's place.
     pub fn is_source_refused(&self) -> bool {
         matches!(lock(&self.proof).standing, Standing::Refused { .. })

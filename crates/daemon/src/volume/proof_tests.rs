@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use hikkoshi_engine::geometry::ByteRange;
 use hikkoshi_wan::{Lane, SourceErrorKind};
 
 use super::lock;
+use super::relocation::Reader;
 use super::tests::{DISK, World};
 use crate::config::HandoffPolicy;
 use crate::registry::Controlled;
@@ -102,6 +104,36 @@ fn another_disk_is_not_fetched_from_and_the_right_one_is_found_again() {
     // The right one again, on the same connection: found without any news of it.
     bring_back(&world);
     world.finish();
+}
+
+/// A fetch was decided on while the source was believed, and the thread that was to ask for it lost the
+/// processor: when it had it again, another disk stood in the source's place and answered.
+#[test]
+fn what_was_to_be_asked_of_the_source_is_not_taken_from_another_disk() {
+    let world = half_moved(12);
+    let relocation = world.relocation().expect("a move");
+    let bytes = ByteRange::at(80 * 4096, 4096);
+    let blocks = relocation.geometry.covering(bytes);
+    let reader = Reader {
+        bytes,
+        since: Duration::ZERO,
+        done: Box::new(|_| panic!("nothing can be answered")),
+    };
+    let mut actions = Vec::new();
+    lock(&relocation.mover).read(
+        Duration::ZERO,
+        reader,
+        blocks,
+        &relocation.residency,
+        &mut actions,
+    );
+    world.source.set_connected(false);
+    replace(&world);
+    world.source.set_connected(true);
+    relocation.carry_out(actions);
+    world.source.complete_all();
+    assert_eq!(relocation.residency.next_missing(80, 81), Some(blocks));
+    assert_eq!(relocation.with_mover(|m| m.waiting()), 1);
 }
 
 #[test]

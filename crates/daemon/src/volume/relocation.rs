@@ -246,6 +246,10 @@ impl Relocation {
             done,
         };
         self.drive(|m, now, out| m.read(now, reader, range, &self.residency, out));
+        // Nobody else would end a wait that began after the source was let go of.
+        if self.is_retired() {
+            self.drive(|m, _, out| m.abandon(out));
+        }
     }
 
     /// Tells the log, if it is to have everything, which blocks a guest's read misses here.
@@ -347,8 +351,11 @@ impl Relocation {
         let bytes = self.geometry.bytes(range);
         let lane = source_lane(lane);
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
-        let this = Arc::clone(self);
-        let done = move |outcome| this.fetched(flight, range, keep, outcome);
+        let (this, believed) = (Arc::clone(self), self.belief());
+        let done = move |outcome| {
+            let outcome = this.vouched(believed, outcome);
+            this.fetched(flight, range, keep, outcome);
+        };
         self.source.read(lane, bytes.start, len, Box::new(done));
     }
 
@@ -790,8 +797,10 @@ impl Relocation {
 
     fn query_extents(self: &Arc<Self>, range: BlockRange) {
         let bytes = self.geometry.bytes(range);
-        let this = Arc::clone(self);
-        let done = move |answer: Result<ExtentsAnswer, SourceError>| match answer {
+        let (this, believed) = (Arc::clone(self), self.belief());
+        let done = move |answer: Result<ExtentsAnswer, SourceError>| match this
+            .vouched(believed, answer)
+        {
             Ok(answer) => this.learn_extents(range, &answer),
             Err(error) => {
                 let why = this.note_failure(&error);

@@ -14,8 +14,8 @@
 //! read does ([`SourceLoss`]). No lock is held while the source or a guest is called.
 
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hikkoshi_wan::{SourceError, SourceErrorKind};
@@ -163,7 +163,9 @@ impl Volume {
             let Some(volume) = relocation.volume() else {
                 return;
             };
-            let done = move |outcome| volume.source_flushed(number, outcome);
+            let (asked, believed) = (Arc::clone(&relocation), relocation.belief());
+            let done =
+                move |outcome| volume.source_flushed(number, asked.vouched(believed, outcome));
             relocation.source().flush(Box::new(done));
         }
     }

@@ -583,6 +583,20 @@ fn a_write_before_the_commanded_handoff_is_refused_and_changes_nothing() {
     assert!(world.store.content().iter().all(|b| *b == 0));
 }
 
+/// A read of what had been missing when the source was let go of (the disk has gone back, say) waited for
+/// ever, whatever the policy, and was asked for in vain fifty times a second.
+#[test]
+fn a_read_that_begins_after_the_source_was_let_go_of_fails() {
+    let mut world = World::new(None, HandoffPolicy::Now);
+    world.write(4096 * 3, &[1; 4096]);
+    let relocation = world.relocation().unwrap();
+    relocation.retire();
+    world.read(4096 * 3, 4096);
+    world.read(4096 * 3, 4096 * 2);
+    assert!(world.waiting.is_empty());
+    assert_eq!(relocation.with_mover(|m| m.waiting()), 0);
+}
+
 /// A sub-block write into an absent block is answered while the source is away, and the rest of
 /// the block comes around it later.
 #[test]

@@ -7,10 +7,12 @@
 
 use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange};
+use hikkoshi_store::Store as _;
 use hikkoshi_store::state::Ties;
 
 use super::tests::{DISK, World};
 use crate::config::HandoffPolicy;
+use crate::verification::VerifyState;
 
 /// The id of the world's volume, and so of the move that brought the disk.
 const OWN: [u8; 16] = [1; 16];
@@ -113,6 +115,32 @@ fn life(seed: u64) {
     }
     world.finish();
     check(&world, inherits.then_some(&set));
+}
+
+/// A block that had come wrong, or had been damaged since, was found, and accepted: it was in no difference, and
+/// the guest would have had another one after the way back.
+#[test]
+fn differences_that_were_accepted_end_the_recording() {
+    let mut world = recording();
+    world.source.set_connected(true);
+    world.source.complete_all();
+    world.read(0, 4096);
+    world.source.complete_all();
+    world.check_reads();
+    let wrong = [0x55; 512];
+    world.store.write(512, &wrong).unwrap();
+    world.oracle.write(512, &wrong);
+    world.volume.begin_verify().unwrap();
+    while world.volume.verify_status().state == VerifyState::Running {
+        world.source.complete_all();
+        std::thread::yield_now();
+    }
+    assert_eq!(world.volume.verify_status().state, VerifyState::Differs);
+    assert!(world.volume.since(OWN).is_some());
+    world.volume.accept_differences().unwrap();
+    assert_eq!(world.volume.since(OWN), None);
+    world.finish();
+    assert!(world.volume.is_plain());
 }
 
 #[test]

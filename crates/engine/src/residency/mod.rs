@@ -304,6 +304,22 @@ impl Residency {
         self.resident.fetch_add(added, Ordering::Release);
     }
 
+    /// What was copied and is not known to another residency is absent again. Only before anybody relies
+    /// on this one. Tells how many blocks that are.
+    pub fn forget_copies_but(&self, known: &Self) -> u64 {
+        let mut forgotten = 0;
+        for word in 0..self.geometry.blocks().div_ceil(WORD_BLOCKS) {
+            let (resident, owned) = self.raw_words(word);
+            let lost = resident & !owned & !known.resident_word(word);
+            if lost != 0 {
+                self.resident_at(word).fetch_and(!lost, Ordering::AcqRel);
+                forgotten += u64::from(lost.count_ones());
+            }
+        }
+        self.resident.fetch_sub(forgotten, Ordering::Release);
+        forgotten
+    }
+
     /// Blocks of any state are here and owned now. The caller holds their lock and has written
     /// their data.
     pub fn mark_owned(&self, range: BlockRange) {

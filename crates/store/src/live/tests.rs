@@ -141,3 +141,46 @@ fn a_completion_is_made_durable_again_before_it_is_relied_on() {
     assert_ne!(before.metadata().unwrap().ino(), after.ino());
     assert!(!live_path.exists());
 }
+
+/// What was copied after the last commit that succeeded may have been lost by the sync that failed, and was
+/// believed all the same.
+#[test]
+fn after_a_failed_sync_only_what_is_recorded_counts_as_copied() {
+    let p = place();
+    let mut map = create_map(&p.state, &p.live, identity(1 << 20)).unwrap();
+    map.residency.mark_clean(BlockRange::new(0, 70));
+    let recorded = [Record::Clean(BlockRange::new(0, 70))];
+    map.state.append(&recorded).unwrap();
+    map.residency.mark_clean(BlockRange::new(70, 130));
+    map.residency.mark_owned(BlockRange::new(100, 102));
+    map.residency.mark_partial(BlockIndex(200), 2..4).unwrap();
+    drop(map);
+    let state = StateDir::open(&p.state).unwrap();
+    assert_eq!(forget_unrecorded(&state, &p.state, &p.live).unwrap(), 58);
+    // Once more does nothing.
+    assert_eq!(forget_unrecorded(&state, &p.state, &p.live).unwrap(), 0);
+    drop(state);
+    let map = reopen(&p.state, &p.live);
+    assert_eq!(map.recovered, Recovered::AfterKill);
+    let runs: Vec<_> = map.residency.runs(BlockRange::new(0, 150)).collect();
+    assert_eq!(
+        runs,
+        [
+            (BlockRange::new(0, 70), BlockState::Clean),
+            (BlockRange::new(70, 100), BlockState::Absent),
+            (BlockRange::new(100, 102), BlockState::Owned),
+            (BlockRange::new(102, 150), BlockState::Absent),
+        ]
+    );
+    assert_eq!(map.residency.resident_blocks(), 72);
+    assert!(map.residency.partial_mask(BlockIndex(200)).is_some());
+}
+
+#[test]
+fn without_the_memory_of_a_process_there_is_nothing_to_forget() {
+    let p = place();
+    drop(create_map(&p.state, &p.live, identity(1 << 20)).unwrap());
+    fs::remove_dir_all(&p.live).unwrap();
+    let state = StateDir::open(&p.state).unwrap();
+    assert_eq!(forget_unrecorded(&state, &p.state, &p.live).unwrap(), 0);
+}

@@ -42,6 +42,8 @@ pub fn converse(
     let shared = Shared::new(config, Some(info), Arc::clone(&watcher), herald, id);
     let agreed = matches!(shared.install(0, &line), Installed::Yes);
     assert!(agreed, "the first connection agrees with itself");
+    // Else nothing could be asked before it was told that one stands.
+    drop(news.try_recv());
     let source = NbdSource {
         shared: Arc::clone(&shared),
     };

@@ -4,6 +4,7 @@
 //! one stands again. It must never wait for anything but its queue. Readers, keepers and
 //! submitters hand it news, also under locks, because handing over never waits.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -18,9 +19,27 @@ pub(super) enum News {
     /// Something a caller asked for that needs no server.
     Answer(Box<dyn FnOnce() + Send>),
     /// The first connection stands.
-    Up,
+    Up(Untold),
     /// The last connection is gone, or the wrong disk answered.
-    Down(SourceError),
+    Down(SourceError, Untold),
+}
+
+/// News of connections that the watcher has not heard. Until it has, it takes what stands now for what
+/// stood before, and nothing may be asked of that.
+pub(super) struct Untold(Arc<AtomicUsize>);
+
+impl Untold {
+    /// One more, of so many.
+    pub fn of(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Untold {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Who is told of connections.
@@ -50,15 +69,18 @@ pub(super) fn tell(receiver: &Receiver<News>, watcher: &WatcherSlot) {
         match news {
             News::Failed(jobs, error) => jobs.into_iter().for_each(|job| job.fail(error.clone())),
             News::Answer(answer) => answer(),
-            News::Up => {
+            News::Up(untold) => {
+                // It may ask in the call.
+                drop(untold);
                 if let Some(watcher) = current() {
                     watcher.source_up();
                 }
             }
-            News::Down(error) => {
+            News::Down(error, untold) => {
                 if let Some(watcher) = current() {
                     watcher.source_down(&error);
                 }
+                drop(untold);
             }
         }
     }

@@ -222,7 +222,7 @@ impl NbdSource {
 
     fn submit_flush(&self, done: Completion<()>) {
         // Of one that was not reached yet nothing is known; it cannot be asked now either.
-        if self.shared.standing() > 0 && !self.shared.info().can_flush {
+        if self.shared.serving() > 0 && !self.shared.info().can_flush {
             return self.answer(move || done(Ok(())));
         }
         self.shared.dispatch(Job::flush(done));
@@ -258,7 +258,7 @@ impl Source for NbdSource {
     }
 
     fn connections(&self) -> usize {
-        self.shared.standing()
+        self.shared.serving()
     }
 
     fn read(&self, lane: Lane, offset: u64, len: u32, done: Completion<Fetched>) {

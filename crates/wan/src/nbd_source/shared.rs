@@ -5,7 +5,7 @@
 //! herald's, who is given the news under the lock, so that their order is the order of events.
 
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use super::address::NbdSourceConfig;
 use super::choice::{Busy, Quiet, quickest};
 use super::coding::{Coding, Lately};
 use super::dial::{Dialed, Manners};
-use super::herald::{News, WatcherSlot};
+use super::herald::{News, Untold, WatcherSlot};
 use super::job::Job;
 use super::line::Line;
 use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
@@ -30,6 +30,8 @@ pub(super) struct Shared {
     pub(super) watcher: WatcherSlot,
     pub(super) manners: Manners,
     herald: Sender<News>,
+    /// News of connections that the watcher has not heard.
+    untold: Arc<AtomicUsize>,
     /// Tells sources apart in thread-local marks.
     pub(super) id: u64,
     /// Connections that were given up because bytes were changed on their way.
@@ -149,6 +151,7 @@ impl Shared {
             watcher,
             manners: Manners::default(),
             herald,
+            untold: Arc::default(),
             id,
             checksum_failures: AtomicU64::new(0),
             cancelled_bytes: AtomicU64::new(0),
@@ -187,6 +190,16 @@ impl Shared {
         let _ = self.herald.send(news);
     }
 
+    /// The last connection is gone, or what answers is not to be believed. Under the lock.
+    fn tell_down(&self, error: &SourceError) {
+        self.tell(News::Down(error.clone(), Untold::of(&self.untold)));
+    }
+
+    /// Whether the watcher has heard of what stands now.
+    fn all_is_told(&self) -> bool {
+        self.untold.load(Ordering::SeqCst) == 0
+    }
+
     pub(super) fn info(&self) -> SourceInfo {
         self.state().info.clone()
     }
@@ -206,7 +219,13 @@ impl Shared {
         alive.next().is_some_and(|line| line.speaks_frames())
     }
 
-    /// How many connections take requests.
+    /// How many connections take requests: none that the watcher takes for others.
+    pub(super) fn serving(&self) -> usize {
+        let standing = self.standing();
+        if self.all_is_told() { standing } else { 0 }
+    }
+
+    /// How many connections stand.
     pub(super) fn standing(&self) -> usize {
         let state = self.state();
         if state.closed {
@@ -369,7 +388,8 @@ impl Shared {
     fn pick(&self, job: &Job) -> Option<Arc<Line>> {
         let lane = job.lane;
         let mut state = self.state();
-        if state.closed {
+        // Another disk may answer by now: whether it is the right one is asked by who hears the news.
+        if state.closed || !self.all_is_told() {
             return None;
         }
         let lent = state.quiet.note(lane, Instant::now());
@@ -482,7 +502,7 @@ impl Shared {
             state.epoch += 1;
             state.told_differs = false;
             if state.opening.take().is_none() {
-                self.tell(News::Up);
+                self.tell(News::Up(Untold::of(&self.untold)));
             }
             self.changed.notify_all();
         }
@@ -496,7 +516,7 @@ impl Shared {
         let mut state = self.state();
         if state.standing == 0 && !state.closed && !state.told_differs {
             state.told_differs = true;
-            self.tell(News::Down(error.clone()));
+            self.tell_down(error);
         }
     }
 
@@ -522,7 +542,7 @@ impl Shared {
         let error = SourceError::new(kind, message);
         if !same && state.standing == 0 && !state.told_differs {
             state.told_differs = true;
-            self.tell(News::Down(error.clone()));
+            self.tell_down(&error);
         }
         error
     }
@@ -538,7 +558,7 @@ impl Shared {
             if state.standing == 0 && !state.closed {
                 state.epoch += 1;
                 self.changed.notify_all();
-                self.tell(News::Down(error.clone()));
+                self.tell_down(error);
             }
         }
     }

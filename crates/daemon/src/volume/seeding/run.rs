@@ -321,7 +321,9 @@ impl<'a> Run<'a> {
     fn ask(&mut self, piece: Piece) {
         self.under_way += 1;
         let answer_to = self.answer_to.clone();
+        let (relocation, believed) = (Arc::clone(self.relocation), self.relocation.belief());
         let done = move |outcome| {
+            let outcome = relocation.vouched(believed, outcome);
             // Nobody listens any more when this was stopped.
             let _ = answer_to.send(Answer::Hashes(piece, outcome));
         };
@@ -337,7 +339,7 @@ impl<'a> Run<'a> {
     }
 
     /// Fetches so much plainly, once nothing else is under way.
-    fn measure(&mut self, bytes: u64) {
+    pub(super) fn measure(&mut self, bytes: u64) {
         while self.measuring.is_none() && self.ask_again() {}
         if self.measuring.is_some() || self.under_way > 0 || self.at_end {
             return;
@@ -374,9 +376,17 @@ impl<'a> Run<'a> {
         for piece in pieces {
             self.under_way += 1;
             let (answer_to, clock) = (self.answer_to.clone(), Arc::clone(&self.volume.clock));
-            let range = geometry.covering(piece);
+            let (range, since) = (geometry.covering(piece), clock());
+            let (relocation, believed) = (Arc::clone(self.relocation), self.relocation.belief());
             let done = move |outcome| {
-                let at = clock();
+                let outcome = relocation.vouched(believed, outcome);
+                let (at, len) = (clock(), piece.len());
+                // Here, whether anybody waits for the answer still or not: else its place in the window
+                // would be lost.
+                relocation.with_mover_at(|m, now| match &outcome {
+                    Ok(_) => m.check_landed(now, at.saturating_sub(since), len),
+                    Err(_) => m.check_lost(len),
+                });
                 let _ = answer_to.send(Answer::Plain { range, at, outcome });
             };
             let len = u32::try_from(piece.len()).expect("pieces are half a MiB or a block");
@@ -640,10 +650,6 @@ impl<'a> Run<'a> {
         let took = at.saturating_sub(measuring.since);
         let len = self.volume.geometry.bytes(range).len();
         measuring.left -= 1;
-        self.relocation.with_mover_at(|m, now| match &outcome {
-            Ok(_) => m.check_landed(now, took, len),
-            Err(_) => m.check_lost(len),
-        });
         if let Ok(fetched) = &outcome {
             let holes: u64 = fetched.holes.iter().map(|(_, len)| len).sum();
             measuring.bytes += len.saturating_sub(holes);

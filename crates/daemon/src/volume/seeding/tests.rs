@@ -315,6 +315,25 @@ fn several_seeds_are_looked_in_whatever_their_size() {
     assert_eq!(w.seeded(), in_seeds);
 }
 
+/// What a measurement had fetched when seeding was left for a while kept its place in the window for ever. After
+/// some of them nothing was copied any more, of no disk that came over the same link.
+#[test]
+fn a_measurement_that_nobody_waits_for_any_more_takes_no_place_in_the_window() {
+    let dir = TempDir::new().unwrap();
+    let none = seed(&dir, "none", &[]);
+    let w = world(in_memory(), Path::new(ELSEWHERE), &[none]);
+    // Until it is known what is zero.
+    w.memory.complete_all();
+    for turn in 0..100 {
+        w.relocation.with_mover_at(|m, now| m.seed_again(now));
+        let mut run = Run::new(&w.volume, &w.relocation, &w.stop);
+        run.measure(1 << 20);
+        assert!(w.memory.pending() > 0, "nothing was asked in turn {turn}");
+        drop(run);
+        w.memory.complete_all();
+    }
+}
+
 #[test]
 fn a_wrong_seed_does_no_harm() {
     let dir = TempDir::new().unwrap();

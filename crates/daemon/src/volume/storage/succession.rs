@@ -145,7 +145,8 @@ impl Volume {
         while *stage == Stage::Switching {
             stage = wait(&self.succession.decided, &self.succession.stage, stage);
         }
-        let stays = *stage == Stage::Decided && !self.has_departed();
+        // Another site may be taking the disk over: nobody is let in here then, however often he asks.
+        let stays = *stage == Stage::Decided && self.lets_in();
         self.successor().is_some() || stays
     }
 

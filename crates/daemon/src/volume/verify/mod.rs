@@ -174,7 +174,7 @@ impl Volume {
     /// It has found nothing that could be accepted.
     pub fn accept_differences(&self) -> Result<(), CommandError> {
         {
-            let mut state = lock(&self.verification.state);
+            let state = lock(&self.verification.state);
             if !matches!(
                 state.status.state,
                 VerifyState::Differs | VerifyState::Failed
@@ -184,13 +184,16 @@ impl Volume {
                     self.name
                 )));
             }
-            state.accepted = true;
             tracing::warn!(
                 export = %self.name,
                 "{} bytes that differ from the source were accepted",
                 state.status.differing_bytes
             );
         }
+        // What differs was written by nobody, and so is not recorded.
+        self.end_way_back("the disk differs from its source, or may, and that was accepted")
+            .map_err(|e| CommandError::Failed(format!("nothing is accepted: {e}")))?;
+        lock(&self.verification.state).accepted = true;
         self.ask_for_completion();
         Ok(())
     }
