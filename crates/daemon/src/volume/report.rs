@@ -70,12 +70,13 @@ impl Volume {
             );
         }
         notes.extend(self.departure_note());
+        // Also once all is here: what is lost stays lost.
+        notes.extend(self.source_power_note());
         let Some(relocation) = relocation else {
             return notes;
         };
         notes.extend(self.old_copy_note());
         notes.extend(self.source_flush_note());
-        notes.extend(self.source_power_note());
         if self.has_given_up() && self.rest_is_here() {
             notes.push(if self.abort_was_heard() {
                 "the return was given up; the VM goes on at the source, which still fetches from here"
