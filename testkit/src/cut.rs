@@ -20,7 +20,7 @@ const EXPORT_NAME: u32 = 1;
 const GO: u32 = 7;
 /// NBD_REP_ACK.
 const ACK: u32 = 1;
-const FRAME_MAGIC: &[u8] = b"HKF4";
+const FRAME_MAGIC: &[u8] = b"HKF5";
 const FRAME_HEADER: usize = 40;
 const TELL: u8 = 0x10;
 const TOLD: u8 = 0x90;

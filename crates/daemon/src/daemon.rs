@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hikkoshi_wan::transport::session::BootId;
+
 use crate::config::{DaemonConfig, Listen};
 use crate::control;
 use crate::export::Export;
@@ -79,6 +81,14 @@ impl Daemon {
     /// # Errors
     /// Anything of that fails; nothing is served then.
     pub fn start(config: DaemonConfig) -> Result<Self, DaemonError> {
+        Self::start_under(config, None)
+    }
+
+    /// The same on a machine of which another boot is told, if one is given: a seam for tests.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn start_under(config: DaemonConfig, boot: Option<BootId>) -> Result<Self, DaemonError> {
         check(&config)?;
         let cap = CommonCap::new(config.max_rate_all);
         let (mut exports, mut links) = (Vec::new(), Links::under(cap.clone()));
@@ -87,6 +97,9 @@ impl Daemon {
                 image: export.image.display().to_string(),
                 source: Box::new(e),
             })?;
+            if let Some(boot) = boot {
+                opened.volume().pretend_boot(boot);
+            }
             links.join(&opened.volume());
             opened.cap_by(cap.clone());
             exports.push(opened);

@@ -29,6 +29,9 @@ pub enum EventKind {
     SourceRefused,
     /// The source could not read a range.
     SourceError,
+    /// What was written at the source and flushed by nobody may be lost: its machine was started anew
+    /// before the handoff.
+    SourceRestarted,
     /// Reads failed because the source was away for longer than the policy allows.
     ReadsFailed,
     /// The VM runs here from now on.
@@ -74,6 +77,7 @@ impl EventKind {
             Self::SourceBack => "source-back",
             Self::SourceRefused => "source-refused",
             Self::SourceError => "source-error",
+            Self::SourceRestarted => "source-restarted",
             Self::ReadsFailed => "reads-failed",
             Self::Handoff => "handoff",
             Self::Complete => "complete",
@@ -141,7 +145,10 @@ impl EventLog {
         let name = kind.name();
         match kind {
             // A person must act.
-            EventKind::SourceRefused | EventKind::DiskFull | EventKind::Poisoned => {
+            EventKind::SourceRefused
+            | EventKind::SourceRestarted
+            | EventKind::DiskFull
+            | EventKind::Poisoned => {
                 tracing::error!(export, event = name, "{text}");
             }
             EventKind::SourceLost
@@ -245,6 +252,7 @@ mod tests {
         for kind in [
             EventKind::Opened,
             EventKind::SourceLost,
+            EventKind::SourceRestarted,
             EventKind::StateTrouble,
             EventKind::Departing,
             EventKind::MoveGivenUp,

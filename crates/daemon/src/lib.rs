@@ -1,5 +1,6 @@
 //! Volumes, their NBD front end, and the control interface.
 
+mod boot;
 pub mod config;
 pub mod control;
 pub mod daemon;

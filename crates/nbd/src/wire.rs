@@ -230,7 +230,7 @@ pub const RESIDENCY: &str = "x-hikkoshi:residency";
 /// The name under which the frames of `docs/wire.md` are agreed on. It is chosen like a metadata
 /// context, because whoever does not know a context passes over it, but it is none: it is never
 /// listed, and whoever is granted it speaks no NBD once GO is answered.
-pub const TRANSPORT: &str = "x-hikkoshi:transport-4";
+pub const TRANSPORT: &str = "x-hikkoshi:transport-5";
 
 /// The error codes that may cross the wire (section "Error values").
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -3,7 +3,7 @@
 
 use hikkoshi_wan::transport::message::{self, Extent};
 use hikkoshi_wan::transport::pack::{Packer, Packing};
-use hikkoshi_wan::transport::session::{Attached, MoveId, OldCopy, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, Boots, MoveId, OldCopy, Stance, Tell, Told};
 
 use crate::input::Input;
 use crate::nbd_server::script::range;
@@ -98,7 +98,7 @@ struct Numbers {
 
 impl Numbers {
     fn put(self, payload: &[u8], out: &mut Vec<u8>) {
-        let mut header = b"HKF4".to_vec();
+        let mut header = b"HKF5".to_vec();
         header.extend_from_slice(&[self.kind, self.priority]);
         header.extend_from_slice(&self.flags.to_be_bytes());
         header.extend_from_slice(&self.id.to_be_bytes());
@@ -359,6 +359,10 @@ fn told(program: &mut Input<'_>) -> Vec<u8> {
                 0 => OldCopy::Unknown,
                 0x20 => OldCopy::Needed { block_bytes: 4096 },
                 _ => OldCopy::Known,
+            },
+            boots: match which & 0x10 {
+                0 => Boots::NONE,
+                _ => Boots::of([which; 16], Boots::of([1; 16], Boots::NONE)),
             },
         }),
         1 => Told::Changes { ranges },

@@ -77,6 +77,7 @@ impl Place {
     /// With its client, who is about to ask for something.
     fn new(volume: Arc<Volume>) -> Self {
         let presence = Arc::new(Presence::default());
+        volume.note_losses(&presence);
         presence.begin();
         volume.enter(&presence);
         Self {
@@ -95,6 +96,7 @@ impl Place {
             let next = Arc::clone(next);
             self.volume.tally.clients.fetch_sub(1, Ordering::Relaxed);
             next.tally.clients.fetch_add(1, Ordering::Relaxed);
+            self.volume.hand_losses_on(&next, &self.presence);
             next.enter(&self.presence);
             self.volume.leave(&self.presence);
             self.relocation = next.relocation();
@@ -488,13 +490,19 @@ impl Connection {
             .tally
             .flushes
             .fetch_add(1, Ordering::Relaxed);
+        // What it wrote at the source may be lost: then no flush covers it.
+        let losses = self.place.presence.losses();
+        if let Err(lost) = self.place.volume.check_source_losses(losses) {
+            return self.answer(cookie, Err(lost));
+        }
         if let Some(outcome) = self.place.volume.flush_inline() {
             return self.answer(cookie, outcome);
         }
         let ticket = self.ticket(cookie, 0)?;
         let volume = self.place.volume.deferred();
         self.place.volume.flush(Box::new(move |outcome| {
-            ticket.outcome(outcome);
+            // The source may have been asked again after it was started anew.
+            ticket.outcome(outcome.and_then(|()| volume.check_source_losses(losses)));
             drop(volume);
         }));
         Ok(())

@@ -24,6 +24,7 @@ use super::relocation::{Relocation, Traffic};
 use super::report::RateMeter;
 use super::seeding::Seeding;
 use super::source_flush::SourceFlushes;
+use super::source_power::SourcePower;
 use super::space::DiskTrouble;
 use super::storage::ImageAddress;
 use super::storage::succession::Succession;
@@ -178,6 +179,7 @@ impl Parts<'_> {
             journal: Mutex::new(Journal::new(self.state)),
             committer: Committer::default(),
             source_flushes: SourceFlushes::new(owed),
+            source_power: SourcePower::default(),
             witnesses_kept_at: Mutex::default(),
             clock: self.clock,
             background: source.is_none_or(|s| s.background),

@@ -412,6 +412,8 @@ impl Volume {
     ///
     /// [`Mover::TICK`]: hikkoshi_engine::mover::Mover::TICK
     pub fn keep_time(&self, committed: &mut Duration) -> bool {
+        // Also when there is nothing left to come.
+        self.tell_source_losses();
         let Some(relocation) = self.relocation() else {
             return false;
         };

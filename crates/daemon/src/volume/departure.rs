@@ -104,6 +104,8 @@ pub struct Departures {
 pub struct Bound {
     who: Option<(MoveId, Stance)>,
     version: u64,
+    /// Of the boots that it was told.
+    news_of_boots: u64,
 }
 
 impl Departures {
@@ -551,10 +553,19 @@ impl Volume {
         let Some((id, stance)) = bound.who else {
             return true;
         };
+        if !self.knows_boots(bound) {
+            return false;
+        }
         let version = self.departures.version.load(Ordering::Acquire);
         bound.version == version
             || bound.version >= self.departures.ends_before.load(Ordering::Acquire)
                 && self.may_attach(id, stance).is_ok()
+    }
+
+    /// Whether a client of ours knows of the power that was lost before this site. One that does not
+    /// would take the answer to a flush, or to a handoff, for more than it is.
+    pub fn knows_boots(&self, bound: &Bound) -> bool {
+        bound.who.is_none() || bound.news_of_boots == self.news_of_boots()
     }
 
     fn may_attach(&self, id: MoveId, stance: Stance) -> Result<(), Refusal> {
@@ -601,9 +612,12 @@ impl Volume {
                     .to_owned(),
             );
         }
+        // Before they are looked at: whoever was told older ones must ask again.
+        let news_of_boots = self.news_of_boots();
         *bound = Bound {
             who: Some((id, stance)),
             version,
+            news_of_boots,
         };
         let departed = self.departures.departed().is_some_and(|d| d.to == id);
         let needed = self.needs(base);
@@ -616,6 +630,7 @@ impl Volume {
             } else {
                 OldCopy::Unknown
             },
+            boots: self.boots(),
         };
         let given_up = self.is_off(id);
         // A volume that stands by itself does not see what changes.

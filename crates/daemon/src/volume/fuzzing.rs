@@ -83,6 +83,7 @@ pub fn attend(volume: &Arc<Volume>) {
         relocation.tick();
     }
     volume.attend_source_flushes();
+    volume.tell_source_losses();
     volume.attend_commits();
 }
 

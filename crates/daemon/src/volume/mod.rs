@@ -34,6 +34,7 @@ pub mod seeding;
 mod source_flush;
 #[cfg(test)]
 mod source_flush_tests;
+mod source_power;
 mod space;
 pub mod storage;
 #[cfg(test)]
@@ -64,6 +65,7 @@ use relocation::{Relocation, Traffic};
 use report::RateMeter;
 use seeding::Seeding;
 use source_flush::SourceFlushes;
+use source_power::SourcePower;
 use space::DiskTrouble;
 use storage::succession::Succession;
 use verify::Verification;
@@ -149,6 +151,8 @@ pub struct Volume {
     committer: Committer,
     /// Flushes that wait for the source.
     source_flushes: SourceFlushes,
+    /// Whether those who flush may have lost something at the source.
+    source_power: SourcePower,
     /// When the witnesses of the source's disk were written last.
     witnesses_kept_at: Mutex<Option<Duration>>,
     clock: Clock,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use hikkoshi_wan::transport::session::{Attached, OldCopy, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, Boots, OldCopy, Stance, Tell, Told};
 use hikkoshi_wan::{MoveLink, SourceError, SourceErrorKind, Ticket};
 
 use super::arrival::Arrival;
@@ -62,6 +62,7 @@ fn a_source_that_is_fenced_already_is_not_waited_for() {
         epoch: 0,
         departed: true,
         old_copy: OldCopy::Unknown,
+        boots: Boots::NONE,
     });
     wait(&world, ticket).unwrap();
 }

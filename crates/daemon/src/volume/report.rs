@@ -70,6 +70,8 @@ impl Volume {
             );
         }
         notes.extend(self.departure_note());
+        // Also once all is here: what is lost stays lost.
+        notes.extend(self.source_power_note());
         let Some(relocation) = relocation else {
             return notes;
         };

@@ -47,10 +47,12 @@ impl Guest {
 
     /// Writes durably.
     pub fn write_fua(&mut self, offset: u64, data: &[u8]) {
-        assert!(
-            self.send_data(command_flag::FUA, offset, data),
-            "the write failed"
-        );
+        assert!(self.try_write_fua(offset, data), "the write failed");
+    }
+
+    /// The same; whether it was done.
+    pub fn try_write_fua(&mut self, offset: u64, data: &[u8]) -> bool {
+        self.send_data(command_flag::FUA, offset, data)
     }
 
     fn send_data(&mut self, flags: u16, offset: u64, data: &[u8]) -> bool {

@@ -11,6 +11,7 @@ use hikkoshi_daemon::config::{
 };
 use hikkoshi_daemon::registry::Controlled;
 use hikkoshi_daemon::status::{ExportStatus, LifeState};
+use hikkoshi_wan::transport::session::BootId;
 use hikkoshi_wan::{Address, NbdSourceConfig};
 
 /// How a daemon listens.
@@ -32,6 +33,8 @@ pub struct Wanted {
     pub transport: Transport,
     pub compress: Packing,
     pub source: Option<SourceConfig>,
+    /// Under which boot its machine is said to run; that of the machine when not given.
+    pub boot: Option<BootId>,
 }
 
 impl Wanted {
@@ -41,6 +44,7 @@ impl Wanted {
             transport: Transport::Auto,
             compress: Packing::Auto,
             source: None,
+            boot: None,
         }
     }
 
@@ -92,7 +96,7 @@ impl Site {
             max_clients: DEFAULT_MAX_CLIENTS,
             max_rate_all: None,
         };
-        let daemon = Daemon::start(config).map_err(|error| error.to_string())?;
+        let daemon = Daemon::start_under(config, wanted.boot).map_err(|error| error.to_string())?;
         Ok(Self { daemon, image })
     }
 

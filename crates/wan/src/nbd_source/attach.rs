@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use socket2::Socket;
 use super::address::NbdSourceConfig;
 use super::dial::{Dialed, Manners, dial, receive_exactly, send_all};
 use crate::source::{SourceError, SourceErrorKind};
-use crate::transport::session::{Attached, MoveId, Stance, Tell, Told};
+use crate::transport::session::{Attached, Boots, MoveId, Stance, Tell, Told};
 use crate::transport::{HEADER_BYTES, Header, Kind, Priority, limits};
 
 /// Who reads, and what the source has said to that. Shared by all connections of a move.
@@ -23,6 +24,9 @@ pub struct Ticket {
     id: MoveId,
     base: Option<MoveId>,
     state: Mutex<State>,
+    /// See [`Ticket::losses`] and [`Ticket::boots`].
+    losses: AtomicU64,
+    news_of_boots: AtomicU64,
     /// Dialled together with those that are read over, for what is said of the move.
     spare: Mutex<Option<Dialed>>,
 }
@@ -35,6 +39,8 @@ struct State {
     silent: bool,
     epoch: u64,
     attached: Option<Attached>,
+    /// Known while it stands by; behind the handoff all is durable there.
+    boots: Boots,
 }
 
 impl Ticket {
@@ -50,7 +56,10 @@ impl Ticket {
                 silent: false,
                 epoch: 0,
                 attached: None,
+                boots: Boots::NONE,
             }),
+            losses: AtomicU64::new(0),
+            news_of_boots: AtomicU64::new(0),
             spare: Mutex::default(),
         })
     }
@@ -131,8 +140,38 @@ impl Ticket {
     /// What the source has said to [`Ticket::tell`].
     pub fn was_told(&self, attached: Attached) {
         let mut state = self.state();
+        if state.stance == Stance::Standby {
+            // One that had handed over before had made all durable first.
+            let had_left = state.attached.is_some_and(|before| before.departed);
+            if state.boots.ended_before(&attached.boots) && !had_left {
+                self.losses.fetch_add(1, Ordering::AcqRel);
+            }
+            let boots = state.boots.followed_by(attached.boots);
+            if boots != state.boots {
+                state.boots = boots;
+                self.news_of_boots.fetch_add(1, Ordering::AcqRel);
+            }
+        }
         state.epoch = attached.epoch;
         state.attached = Some(attached);
+    }
+
+    /// How often the source, or one that it fetches from, may have lost what was written there and
+    /// flushed by nobody, as far as it was told while this stood by. It is counted before anything is
+    /// answered over a connection that was made after it.
+    pub fn losses(&self) -> u64 {
+        self.losses.load(Ordering::Acquire)
+    }
+
+    /// The boots of the source and of those that it fetches from, as of the last time that a loss of
+    /// power there would have mattered.
+    pub fn boots(&self) -> Boots {
+        self.state().boots
+    }
+
+    /// Grows whenever [`Ticket::boots`] changes.
+    pub fn news_of_boots(&self) -> u64 {
+        self.news_of_boots.load(Ordering::Acquire)
     }
 }
 

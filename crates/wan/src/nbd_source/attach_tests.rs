@@ -7,7 +7,7 @@ use super::script::{Script, frame, line_to, read};
 use super::{Ticket, frames};
 use crate::source::{Lane, SourceErrorKind};
 use crate::transport::Kind;
-use crate::transport::session::{Attached, Stance, Told};
+use crate::transport::session::{Attached, Boots, Stance, Told};
 
 /// What comes of a read that was sent behind [`Ticket::tell`]: its answer if it has one, and why the
 /// connection ended.
@@ -46,4 +46,33 @@ fn what_was_asked_behind_a_welcome_is_answered() {
     assert_eq!(data.unwrap(), [0x5a; 512]);
     assert_eq!(why, SourceErrorKind::Disconnected);
     assert_eq!(ticket.attached(), Some(attached));
+}
+
+/// A source whose machine was started anew has lost what nobody had flushed there.
+#[test]
+fn a_boot_that_has_ended_is_a_loss_before_the_handoff_alone() {
+    let told = |boot: u8, departed| Attached {
+        departed,
+        boots: Boots::of([boot; 16], Boots::NONE),
+        ..Attached::default()
+    };
+    let ticket = Ticket::new([1; 16], None, Stance::Standby, true);
+    ticket.was_told(told(1, false));
+    ticket.was_told(told(1, false));
+    assert_eq!((ticket.losses(), ticket.news_of_boots()), (0, 1));
+    // Of nobody: it does not know, or nothing can be lost there.
+    ticket.was_told(Attached::default());
+    assert_eq!((ticket.losses(), ticket.news_of_boots()), (0, 1));
+    ticket.was_told(told(2, false));
+    assert_eq!((ticket.losses(), ticket.news_of_boots()), (1, 2));
+    // It may have handed over under this boot, or under one that nobody here has heard of.
+    ticket.was_told(told(3, true));
+    assert_eq!(ticket.losses(), 2);
+    // Here it had, before it ended.
+    ticket.was_told(told(4, true));
+    assert_eq!(ticket.losses(), 2);
+    ticket.arrived();
+    ticket.was_told(told(5, true));
+    assert_eq!((ticket.losses(), ticket.news_of_boots()), (2, 4));
+    assert_eq!(ticket.boots().known(), [[4; 16]]);
 }

@@ -10,8 +10,8 @@ use super::pack::{self, Codec, Packing};
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 40;
 
-/// `HKF4`: the last byte is the version.
-pub const MAGIC: u32 = 0x484b_4634;
+/// `HKF5`: the last byte is the version.
+pub const MAGIC: u32 = 0x484b_4635;
 
 /// In the last frame of a reply.
 pub const FLAG_LAST: u16 = 1 << 0;

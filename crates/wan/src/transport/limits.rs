@@ -54,6 +54,9 @@ pub const TOLD_RANGES: usize = 64 << 10;
 /// Older copies that an answer speaks of.
 pub const TOLD_BASES: usize = 8;
 
+/// Machines whose boots an answer tells of: the source, and those that it fetches from in turn.
+pub const TOLD_BOOTS: usize = 4;
+
 /// The longest payload of a request for something of the disk; only HASH has one.
 pub const REQUEST_PAYLOAD_BYTES: u32 = 4;
 

@@ -13,6 +13,64 @@ use super::limits;
 /// A move, by the volume that the disk moves to.
 pub type MoveId = VolumeId;
 
+/// One run of a machine, from its start to its end: what was written there and not made durable does
+/// not outlive it.
+pub type BootId = [u8; 16];
+
+/// Under which boots those machines run that hold what was written to a disk: the source's first, then
+/// that of its own source, and so on. What is not known is left out at the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Boots {
+    ids: [BootId; limits::TOLD_BOOTS],
+    count: usize,
+}
+
+impl Boots {
+    /// Nothing is known, or nothing can be lost.
+    pub const NONE: Self = Self {
+        ids: [[0; 16]; limits::TOLD_BOOTS],
+        count: 0,
+    };
+
+    /// A machine, and those that it fetches from in turn. The last one of too many is left out.
+    #[must_use]
+    pub fn of(own: BootId, before: Self) -> Self {
+        let mut boots = Self::NONE;
+        for boot in std::iter::once(&own).chain(before.known()) {
+            boots.push(*boot);
+        }
+        boots
+    }
+
+    /// Those that are known.
+    pub fn known(&self) -> &[BootId] {
+        &self.ids[..self.count]
+    }
+
+    /// Whether one of the machines was started anew between these boots and `later`.
+    pub fn ended_before(&self, later: &Self) -> bool {
+        let both = self.known().iter().zip(later.known());
+        both.into_iter().any(|(was, is)| was != is)
+    }
+
+    /// What is known with `later`, which is newer, but may know less.
+    #[must_use]
+    pub fn followed_by(&self, later: Self) -> Self {
+        let mut boots = later;
+        for boot in self.known().iter().skip(later.count) {
+            boots.push(*boot);
+        }
+        boots
+    }
+
+    fn push(&mut self, boot: BootId) {
+        if let Some(free) = self.ids.get_mut(self.count) {
+            *free = boot;
+            self.count += 1;
+        }
+    }
+}
+
 /// Where the destination stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stance {
@@ -137,6 +195,8 @@ pub struct Attached {
     pub departed: bool,
     /// What the old copy that was named is to it.
     pub old_copy: OldCopy,
+    /// The machines that lose what was not flushed when they lose their power.
+    pub boots: Boots,
 }
 
 /// What an old copy is to a source.
@@ -282,6 +342,7 @@ impl Told {
                         out.extend_from_slice(&block_bytes.to_be_bytes());
                     }
                 }
+                out.extend_from_slice(attached.boots.known().as_flattened());
                 out
             }
             Self::Changes { ranges } => {
@@ -333,6 +394,7 @@ impl Told {
                     },
                     _ => return None,
                 },
+                boots: input.boots()?,
             }),
             CHANGES => Self::Changes {
                 ranges: input.ranges(u64::MAX, size_bytes)?,
@@ -425,6 +487,18 @@ impl Input<'_> {
         self.take()
     }
 
+    /// All that is left, as boots.
+    fn boots(&mut self) -> Option<Boots> {
+        let mut boots = Boots::NONE;
+        while !self.is_empty() {
+            if boots.count == limits::TOLD_BOOTS {
+                return None;
+            }
+            boots.push(self.take()?);
+        }
+        Some(boots)
+    }
+
     /// At most `most` ranges, as many as there are if that is [`u64::MAX`].
     fn ranges(&mut self, most: u64, size_bytes: u64) -> Option<Vec<ByteRange>> {
         let here = self.0.len() / RANGE_BYTES;
@@ -500,10 +574,17 @@ mod tests {
         })
     }
 
+    fn some_boots() -> impl Strategy<Value = Boots> {
+        prop::collection::vec(any::<BootId>(), 0..=limits::TOLD_BOOTS).prop_map(|ids| {
+            let before = |boots, id: &BootId| Boots::of(*id, boots);
+            ids.iter().fold(Boots::NONE, before)
+        })
+    }
+
     fn a_told() -> impl Strategy<Value = Told> {
         prop_oneof![
-            any::<(u64, u64, bool, u8, u32)>().prop_map(
-                |(generation, epoch, departed, old_copy, block_bytes)| {
+            (any::<(u64, u64, bool, u8, u32)>(), some_boots()).prop_map(
+                |((generation, epoch, departed, old_copy, block_bytes), boots)| {
                     Told::Attached(Attached {
                         generation,
                         epoch,
@@ -513,6 +594,7 @@ mod tests {
                             1 => OldCopy::Known,
                             _ => OldCopy::Needed { block_bytes },
                         },
+                        boots,
                     })
                 }
             ),
@@ -550,6 +632,37 @@ mod tests {
                 prop_assert!(ranges.iter().all(|range| range.end <= DISK && !range.is_empty()));
             }
         }
+    }
+
+    #[test]
+    fn more_boots_than_are_told_are_no_answer() {
+        let boots = |n: u8| (0..n).fold(Boots::NONE, |boots, id| Boots::of([id; 16], boots));
+        let most = boots(4);
+        // Whose word counts least is left out.
+        assert_eq!(boots(9).known(), [[8; 16], [7; 16], [6; 16], [5; 16]]);
+        let attached = Told::Attached(Attached {
+            boots: most,
+            ..Attached::default()
+        });
+        let mut payload = attached.encode();
+        assert_eq!(Told::decode(&payload, DISK), Some(attached));
+        payload.extend_from_slice(&[9; 16]);
+        assert_eq!(Told::decode(&payload, DISK), None);
+        payload.truncate(payload.len() - 24);
+        assert_eq!(Told::decode(&payload, DISK), None);
+    }
+
+    #[test]
+    fn a_boot_that_is_not_told_has_not_ended() {
+        let [one, two] = [[1; 16], [2; 16]].map(|id| Boots::of(id, Boots::NONE));
+        let [far_one, far_two] = [one, two].map(|far| Boots::of([7; 16], far));
+        let near = Boots::of([7; 16], Boots::NONE);
+        assert!(one.ended_before(&two) && far_one.ended_before(&far_two));
+        assert!(!far_one.ended_before(&near) && !near.ended_before(&far_two));
+        assert!(!Boots::NONE.ended_before(&two) && !two.ended_before(&Boots::NONE));
+        // What is not told for a while is not forgotten.
+        assert!(far_one.followed_by(near).ended_before(&far_two));
+        assert_eq!(far_one.followed_by(far_two), far_two);
     }
 
     #[test]

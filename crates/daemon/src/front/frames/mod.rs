@@ -290,6 +290,9 @@ impl FrameSession {
         let tell = Tell::decode(&frame.payload)
             .ok_or_else(|| io::Error::other("a message about the move that makes no sense"))?;
         let told = self.volume.answer(tell, &mut self.bound);
+        if !self.volume.knows_boots(&self.bound) {
+            return Err(io::Error::other("it must say again for which move it is"));
+        }
         // What was sent behind it counted on another answer.
         self.dismissed = matches!((tell, &told), (Tell::Attach { .. }, Told::Refused(_)));
         let told = told.encode();

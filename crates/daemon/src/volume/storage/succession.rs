@@ -33,6 +33,9 @@ pub struct Succession {
 #[derive(Debug, Default)]
 pub struct Presence {
     busy: AtomicBool,
+    /// Of what was written at the source, and may be lost there, it has seen so many losses: those
+    /// that there were when it connected ([`Volume::source_losses`]).
+    pub(in crate::volume) losses: AtomicU64,
 }
 
 impl Presence {
@@ -87,6 +90,13 @@ impl Volume {
         let mut present = lock(&self.succession.present);
         present.retain(|one| one.strong_count() > 0);
         present.push(Arc::downgrade(presence));
+    }
+
+    /// Of those who use it now, how many are so.
+    pub(in crate::volume) fn count_clients(&self, is_so: impl Fn(&Presence) -> bool) -> usize {
+        let present = lock(&self.succession.present);
+        let present = present.iter().filter_map(Weak::upgrade);
+        present.filter(|one| is_so(one)).count()
     }
 
     /// It has gone over to another.

@@ -374,7 +374,7 @@ fn frames_are_for_those_who_name_them_and_never_listed() {
     }
     let wanted = queries("disk", &[BASE_ALLOCATION, wire::TRANSPORT]);
     let replies = talk.ask(opt::SET_META_CONTEXT, &wanted);
-    assert_eq!(replies[1].payload, b"\0\0\0\x03x-hikkoshi:transport-4");
+    assert_eq!(replies[1].payload, b"\0\0\0\x03x-hikkoshi:transport-5");
     assert!(talk.go("disk", &[]).0.speaks_frames());
 
     for wanted in [

@@ -206,7 +206,7 @@ fn a_header_is_these_bytes() {
     }
     .with_payload(b"abcd");
     let expected = [
-        0x48, 0x4b, 0x46, 0x34, 0x81, 4, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,
+        0x48, 0x4b, 0x46, 0x35, 0x81, 4, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,
         0, 0, 0, 4, 0, 0, 0, 4, 0x92, 0xc8, 0x0a, 0x31,
     ];
     let bytes = header.encode();
