@@ -103,6 +103,8 @@ pub fn hold_until(
             wait(&ours, sent < client.len(), idle);
         }
     }
+    // A daemon that has refused a client waits for it to hang up.
+    drop(ours);
     // Only then is nobody using the volume any more.
     daemon.ended.recv().unwrap();
     received
