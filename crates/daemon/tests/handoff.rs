@@ -1,16 +1,26 @@
 //! A handoff between two daemons, on a link of which one direction can be held.
 #![allow(clippy::unwrap_used)]
 
+#[path = "site/guest.rs"]
+mod guest;
+#[path = "site/late.rs"]
+mod late;
 mod site;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest::Guest;
+use hikkoshi_daemon::config::{Prepare, SourceConfig};
 use hikkoshi_daemon::status::LifeState;
+use hikkoshi_store::state::StateDir;
+use hikkoshi_wan::transport::session::Told;
+use late::handoff_to;
 use site::{On, Site, Wanted};
 
 /// Far more than anything takes here that does not wait for an answer, and less than the 30 s for
@@ -145,5 +155,58 @@ fn that_a_move_was_given_up_is_durable_before_a_restart_tells_of_it() {
     let refused = Site::try_start(dir.path(), "new", wanted()).err().unwrap();
     assert!(refused.contains("was given up"), "{refused}");
     assert_ne!(before, written(), "it was not written again");
+    old.stop();
+}
+
+/// What comes of something that may never end.
+fn within_time<T: Send + 'static>(what: &str, course: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = channel();
+    thread::spawn(move || sender.send(course()));
+    let outcome = receiver.recv_timeout(SOON);
+    outcome.unwrap_or_else(|_| panic!("{what}: not within {SOON:?}"))
+}
+
+/// The answer to a handoff was lost, and the source's fence was lifted by hand. The destination, started
+/// again with `--prepare full`, waited for ever for what nobody copied any more, and so did the VM's first
+/// write.
+#[test]
+fn a_move_that_was_released_by_hand_is_refused_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = site::noise(1 << 20);
+    let old = Site::with(dir.path(), "old", &data, On::Unix);
+    let wanted = || {
+        let mut source = SourceConfig::new(old.uri());
+        source.prepare = Prepare::Full;
+        Wanted {
+            source: Some(source),
+            ..Wanted::plain(On::Unix)
+        }
+    };
+    Site::start(dir.path(), "new", wanted()).stop();
+    let state = StateDir::whose(&dir.path().join("new.hikkoshi"));
+    let id = state.unwrap().unwrap().volume_id;
+    let told = handoff_to(&old, id);
+    assert!(matches!(told, Ok(Told::Fenced { .. })), "{told:?}");
+    old.export().release(true).unwrap();
+
+    let new = Site::start(dir.path(), "new", wanted());
+    let export = new.export();
+    let handoff = within_time("the handoff", move || export.handoff());
+    let why = handoff.unwrap_err().to_string();
+    assert!(why.contains("`hikkoshi abort`"), "{why}");
+    let address = new.address();
+    let written = within_time("the first write", move || {
+        Guest::connect(&address).try_write(0, &[1; 512])
+    });
+    assert!(!written);
+    let status = new.status();
+    assert_eq!(status.state, LifeState::Standby);
+    let says = |text: &str| status.notes.iter().any(|note| note.contains(text));
+    assert!(says("this move is off"), "{:?}", status.notes);
+    assert!(!says("waiting for"), "{:?}", status.notes);
+    assert_eq!(old.status().state, LifeState::Local);
+    new.export().abort().unwrap();
+    new.stop();
+    assert!(old.contents() == data);
     old.stop();
 }

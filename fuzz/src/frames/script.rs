@@ -3,7 +3,9 @@
 
 use hikkoshi_wan::transport::message::{self, Extent};
 use hikkoshi_wan::transport::pack::{Packer, Packing};
-use hikkoshi_wan::transport::session::{Attached, Boots, MoveId, OldCopy, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{
+    Attached, Boots, HandedOver, MoveId, OldCopy, Stance, Tell, Told,
+};
 
 use crate::input::Input;
 use crate::nbd_server::script::range;
@@ -354,7 +356,11 @@ fn told(program: &mut Input<'_>) -> Vec<u8> {
         0 => Told::Attached(Attached {
             generation: number,
             epoch: number,
-            departed: which & 0x80 != 0,
+            handed_over: match number % 3 {
+                _ if which & 0x80 == 0 => HandedOver::NotYet,
+                2 => HandedOver::Never,
+                _ => HandedOver::Already,
+            },
             old_copy: match which & 0x60 {
                 0 => OldCopy::Unknown,
                 0x20 => OldCopy::Needed { block_bytes: 4096 },

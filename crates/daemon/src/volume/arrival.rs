@@ -20,7 +20,7 @@ use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
-use hikkoshi_wan::transport::session::{MoveId, OldCopy, Tell, Told};
+use hikkoshi_wan::transport::session::{HandedOver, MoveId, OldCopy, Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
 
 use super::gate::Gate;
@@ -201,6 +201,12 @@ impl Arrival {
         lock(&self.state)
     }
 
+    /// What the source has said last.
+    fn handed_over(&self) -> HandedOver {
+        let attached = self.ticket.attached();
+        attached.map_or(HandedOver::NotYet, |attached| attached.handed_over)
+    }
+
     /// Ends whatever waits for the source.
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
@@ -291,10 +297,20 @@ impl Volume {
 
     /// Whether a handoff has fenced the source, as far as it is known here, and was not recorded.
     pub(super) fn fence_note(&self) -> Option<String> {
-        let attached = self.arrival.as_ref()?.ticket.attached()?;
-        attached.departed.then(|| {
+        let arrival = self.arrival.as_ref()?;
+        (arrival.handed_over() == HandedOver::Already).then(|| {
             "the source takes no more writes: `hikkoshi handoff` (or the VM's first write) \
              completes the move, `hikkoshi abort` takes it back"
+                .to_owned()
+        })
+    }
+
+    /// What a person should know of a move to which the source hands nothing over any more.
+    pub(super) fn off_note(&self) -> Option<String> {
+        let arrival = self.arrival.as_ref()?;
+        (arrival.handed_over() == HandedOver::Never).then(|| {
+            "the source says that this move is off: it was given up, or its fence was lifted by hand \
+             there, and the disk stays there; say `hikkoshi abort` here, and begin anew"
                 .to_owned()
         })
     }
@@ -929,13 +945,15 @@ impl Volume {
     /// With `--prepare full`: waits until everything is here. Not where somebody else has handed off
     /// meanwhile, since nothing is prepared any more then; and not where the source is fenced for this
     /// move already: it tracks and tells no changes after a restart, and the VM runs nowhere meanwhile.
+    /// Nor where the move is off there: nothing is prepared any more, and the handoff is refused with a
+    /// reason that says what to do. Any other refusal may pass.
     pub(super) fn await_prepared(&self, arrival: &Arrival) -> io::Result<()> {
         // Without a background copy nothing comes ahead, however long it is waited for.
         if arrival.prepare != Prepare::Full || !self.background {
             return Ok(());
         }
-        let is_fenced = || arrival.ticket.attached().is_some_and(|a| a.departed);
-        let is_over = || self.life() != LifeState::Standby || is_fenced();
+        let is_over =
+            || self.life() != LifeState::Standby || arrival.handed_over() != HandedOver::NotYet;
         let mut state = arrival.state();
         while !is_over() && !self.is_nearly_all_here(&state) {
             if arrival.is_stopping() || arrival.wants_to_give_up.load(Ordering::Acquire) {

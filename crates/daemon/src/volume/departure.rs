@@ -17,7 +17,7 @@ use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::handover::{self, Handoff, Refusal};
 use hikkoshi_store::state::{Departure, StateDir, StateError};
 use hikkoshi_wan::transport::limits;
-use hikkoshi_wan::transport::session::{Attached, MoveId, OldCopy, Stance, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, HandedOver, MoveId, OldCopy, Stance, Tell, Told};
 
 use super::gate::{Gate, Inside};
 use super::storage::ImageAddress;
@@ -620,11 +620,18 @@ impl Volume {
             news_of_boots,
         };
         let departed = self.departures.departed().is_some_and(|d| d.to == id);
+        let off = self.is_off(id);
         let needed = self.needs(base);
         let mut attached = Attached {
             generation: self.generation(),
             epoch: 0,
-            departed: departed || self.old_copy_of() == Some(id),
+            handed_over: if departed || self.old_copy_of() == Some(id) {
+                HandedOver::Already
+            } else if off {
+                HandedOver::Never
+            } else {
+                HandedOver::NotYet
+            },
             old_copy: if needed {
                 self.needed_copy()
             } else {
@@ -632,9 +639,8 @@ impl Volume {
             },
             boots: self.boots(),
         };
-        let given_up = self.is_off(id);
         // A volume that stands by itself does not see what changes.
-        if stance == Stance::Standby && self.life() != LifeState::Standby && !given_up {
+        if stance == Stance::Standby && self.life() != LifeState::Standby && !off {
             let known = self.departures.find(id).filter(|s| s.epoch == epoch);
             let session = match known {
                 Some(session) => {
@@ -1155,9 +1161,17 @@ mod tests {
             let id = [100 + other; 16];
             volume.answer(Tell::Abort { id }, &mut bound);
         }
-        volume.answer(attach, &mut bound);
+        let told = volume.answer(attach, &mut bound);
+        let said = HandedOver::Never;
+        assert!(
+            matches!(told, Told::Attached(a) if a.handed_over == said),
+            "{told:?}"
+        );
         let told = volume.answer(handoff, &mut bound);
-        assert!(matches!(told, Told::Refused(_)), "{told:?}");
+        assert!(
+            matches!(&told, Told::Refused(why) if why.contains("`hikkoshi abort`")),
+            "{told:?}"
+        );
         export.close().unwrap();
     }
 
@@ -1208,7 +1222,10 @@ mod tests {
             base: None,
         };
         let told = export.volume().answer(attach, &mut bound);
-        assert!(matches!(told, Told::Attached(a) if a.departed), "{told:?}");
+        assert!(
+            matches!(told, Told::Attached(a) if a.handed_over == HandedOver::Already),
+            "{told:?}"
+        );
         export.close().unwrap();
     }
 }

@@ -96,6 +96,10 @@ impl Volume {
                  writes, keep this running until it does"
                     .to_owned()
             });
+        } else if self.life() == LifeState::Standby
+            && let Some(off) = self.off_note()
+        {
+            notes.push(off);
         } else if self.life() == LifeState::Standby {
             notes.extend(self.prepared_note());
             notes.extend(self.fence_note());

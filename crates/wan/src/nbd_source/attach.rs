@@ -15,7 +15,7 @@ use socket2::Socket;
 use super::address::NbdSourceConfig;
 use super::dial::{Dialed, Manners, dial, receive_exactly, send_all};
 use crate::source::{SourceError, SourceErrorKind};
-use crate::transport::session::{Attached, Boots, MoveId, Stance, Tell, Told};
+use crate::transport::session::{Attached, Boots, HandedOver, MoveId, Stance, Tell, Told};
 use crate::transport::{HEADER_BYTES, Header, Kind, Priority, limits};
 
 /// Who reads, and what the source has said to that. Shared by all connections of a move.
@@ -142,7 +142,9 @@ impl Ticket {
         let mut state = self.state();
         if state.stance == Stance::Standby {
             // One that had handed over before had made all durable first.
-            let had_left = state.attached.is_some_and(|before| before.departed);
+            let had_left = state
+                .attached
+                .is_some_and(|before| before.handed_over == HandedOver::Already);
             if state.boots.ended_before(&attached.boots) && !had_left {
                 self.losses.fetch_add(1, Ordering::AcqRel);
             }

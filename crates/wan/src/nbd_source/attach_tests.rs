@@ -7,7 +7,7 @@ use super::script::{Script, frame, line_to, read};
 use super::{Ticket, frames};
 use crate::source::{Lane, SourceErrorKind};
 use crate::transport::Kind;
-use crate::transport::session::{Attached, Boots, Stance, Told};
+use crate::transport::session::{Attached, Boots, HandedOver, Stance, Told};
 
 /// What comes of a read that was sent behind [`Ticket::tell`]: its answer if it has one, and why the
 /// connection ended.
@@ -52,7 +52,10 @@ fn what_was_asked_behind_a_welcome_is_answered() {
 #[test]
 fn a_boot_that_has_ended_is_a_loss_before_the_handoff_alone() {
     let told = |boot: u8, departed| Attached {
-        departed,
+        handed_over: match departed {
+            false => HandedOver::NotYet,
+            true => HandedOver::Already,
+        },
         boots: Boots::of([boot; 16], Boots::NONE),
         ..Attached::default()
     };

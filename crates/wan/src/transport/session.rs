@@ -191,12 +191,24 @@ pub struct Attached {
     pub generation: u64,
     /// The tracking of changes that goes on from here; 0: changes are not tracked.
     pub epoch: u64,
-    /// It has handed over to this move already.
-    pub departed: bool,
+    /// Whether it has handed over to this move.
+    pub handed_over: HandedOver,
     /// What the old copy that was named is to it.
     pub old_copy: OldCopy,
     /// The machines that lose what was not flushed when they lose their power.
     pub boots: Boots,
+}
+
+/// Whether a source has handed its disk over to a move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HandedOver {
+    /// It has not, and may when it is asked.
+    #[default]
+    NotYet,
+    /// It has, and says so again when it is asked.
+    Already,
+    /// The move is off: it was given up, or released by hand. A HANDOFF is refused, and that says why.
+    Never,
 }
 
 /// What an old copy is to a source.
@@ -333,7 +345,11 @@ impl Told {
                 let mut out = vec![ATTACH];
                 out.extend_from_slice(&attached.generation.to_be_bytes());
                 out.extend_from_slice(&attached.epoch.to_be_bytes());
-                out.push(u8::from(attached.departed));
+                out.push(match attached.handed_over {
+                    HandedOver::NotYet => 0,
+                    HandedOver::Already => 1,
+                    HandedOver::Never => 2,
+                });
                 match attached.old_copy {
                     OldCopy::Unknown => out.push(0),
                     OldCopy::Known => out.push(1),
@@ -385,7 +401,12 @@ impl Told {
             ATTACH => Self::Attached(Attached {
                 generation: input.u64()?,
                 epoch: input.u64()?,
-                departed: input.flag()?,
+                handed_over: match input.byte()? {
+                    0 => HandedOver::NotYet,
+                    1 => HandedOver::Already,
+                    2 => HandedOver::Never,
+                    _ => return None,
+                },
                 old_copy: match input.byte()? {
                     0 => OldCopy::Unknown,
                     1 => OldCopy::Known,
@@ -583,12 +604,16 @@ mod tests {
 
     fn a_told() -> impl Strategy<Value = Told> {
         prop_oneof![
-            (any::<(u64, u64, bool, u8, u32)>(), some_boots()).prop_map(
-                |((generation, epoch, departed, old_copy, block_bytes), boots)| {
+            (any::<(u64, u64, u8, u8, u32)>(), some_boots()).prop_map(
+                |((generation, epoch, handed_over, old_copy, block_bytes), boots)| {
                     Told::Attached(Attached {
                         generation,
                         epoch,
-                        departed,
+                        handed_over: match handed_over % 3 {
+                            0 => HandedOver::NotYet,
+                            1 => HandedOver::Already,
+                            _ => HandedOver::Never,
+                        },
                         old_copy: match old_copy % 3 {
                             0 => OldCopy::Unknown,
                             1 => OldCopy::Known,
