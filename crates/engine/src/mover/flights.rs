@@ -1,7 +1,7 @@
 //! Fetches under way, by number and by place. Kept fetches never overlap one another, which is
 //! what merges duplicates; those that pass through are kept apart by number only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::geometry::BlockRange;
@@ -81,7 +81,9 @@ impl Flight {
 #[derive(Debug, Default)]
 pub(super) struct Flights {
     next: u64,
-    all: HashMap<FlightId, Flight>,
+    /// In the order of their numbers: whoever goes through them looks at the residency in between, and
+    /// the order in which it does must be the same in each run.
+    all: BTreeMap<FlightId, Flight>,
     /// Kept flights by their first block; they do not overlap.
     by_start: BTreeMap<u64, FlightId>,
     counts: [usize; 8],
@@ -194,14 +196,8 @@ impl Flights {
 
     /// In the order of their numbers.
     fn those(&self, wanted: impl Fn(&Flight) -> bool) -> Vec<FlightId> {
-        let mut those: Vec<FlightId> = self
-            .all
-            .iter()
-            .filter(|(_, f)| wanted(f))
-            .map(|(id, _)| *id)
-            .collect();
-        those.sort_unstable();
-        those
+        let those = self.all.iter().filter(|(_, f)| wanted(f));
+        those.map(|(id, _)| *id).collect()
     }
 
     pub fn range(&self, id: FlightId) -> Option<BlockRange> {
@@ -210,17 +206,13 @@ impl Flights {
 
     /// Marks all as sent and names those that were not.
     pub fn send_all(&mut self, now: Duration) -> Vec<(FlightId, BlockRange, Purpose)> {
-        let mut unsent: Vec<_> = self
-            .all
-            .iter_mut()
-            .filter(|(_, f)| !f.sent)
+        let unsent = self.all.iter_mut().filter(|(_, f)| !f.sent);
+        unsent
             .map(|(id, f)| {
                 f.sent = true;
                 f.sent_at = now;
                 (*id, f.range, f.purpose)
             })
-            .collect();
-        unsent.sort_by_key(|(id, ..)| *id);
-        unsent
+            .collect()
     }
 }
