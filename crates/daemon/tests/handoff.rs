@@ -210,3 +210,37 @@ fn a_move_that_was_released_by_hand_is_refused_and_not_waited_for() {
     assert!(old.contents() == data);
     old.stop();
 }
+
+/// A destination that ended between its completion and the source's hearing of it: the source said for ever
+/// that it was still needed. The next start tells it, also where the source is away at first, and what is
+/// here is served meanwhile.
+#[test]
+fn a_source_that_has_not_heard_that_all_is_there_is_told_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = site::noise(1 << 20);
+    let old = Site::with(dir.path(), "old", &data, On::Unix);
+    let new = Site::start(dir.path(), "new", Wanted::from(On::Unix, &old.uri()));
+    wait_until("all is here", || new.is_local());
+    new.stop();
+    // What it has heard it does not remember.
+    old.stop();
+
+    let new = Site::start(dir.path(), "new", Wanted::plain(On::Unix));
+    assert!(Guest::connect(&new.address()).read(0, data.len()) == data);
+    let old = Site::start(dir.path(), "old", Wanted::plain(On::Unix));
+    wait_until("the source hears that it is needed no more", || {
+        let notes = old.status().notes;
+        notes.iter().any(|note| note.contains("needed no more"))
+    });
+    // Nor does it say so again and again.
+    let state = dir.path().join("new.hikkoshi");
+    wait_until("that it was heard is recorded", || {
+        let known = StateDir::whose(&state).unwrap().unwrap();
+        !known.ties.fenced_source
+    });
+    new.stop();
+    let new = Site::start(dir.path(), "new", Wanted::plain(On::Unix));
+    assert!(new.is_local());
+    new.stop();
+    old.stop();
+}

@@ -19,6 +19,7 @@ mod full_tests;
 pub mod fuzzing;
 mod gate;
 pub mod guest;
+mod last_word;
 pub mod open;
 mod open_tied;
 #[cfg(test)]

@@ -28,6 +28,7 @@ use hikkoshi_wan::{MoveLine, MoveLink, Source, SourceError, SourceErrorKind, Sou
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
+use super::last_word::{self, LastWord};
 use super::open_tied::{
     check_for_return, open_recorded, open_return, overwritten_of, settle_base, settle_lacking,
     settle_way_back, tell_doubt,
@@ -111,6 +112,7 @@ pub struct Running {
     threads: Vec<JoinHandle<()>>,
     /// The image at this site that the disk leaves, while it is still needed.
     old: Option<Box<Self>>,
+    last_word: Option<Box<LastWord>>,
 }
 
 impl Running {
@@ -177,7 +179,24 @@ impl Running {
             stop,
             threads,
             old: None,
+            last_word: None,
         })
+    }
+
+    /// Tells the source of this complete move that it is, in the background.
+    fn say_that_all_is_here(&mut self, config: &ExportConfig, identity: &Identity) {
+        let id = identity.volume_id;
+        let ticket = Ticket::new(id, None, Stance::Arriving, true);
+        let source = SourceConfig::new(identity.source_uri.clone());
+        let begun = source_config(&source, config, Some(&ticket))
+            .map_err(|error| error.to_string())
+            .and_then(|to| {
+                LastWord::begin(&self.volume, id, to).map_err(|error| error.to_string())
+            });
+        match begun {
+            Ok(word) => self.last_word = Some(Box::new(word)),
+            Err(why) => tracing::warn!("its source cannot be told that all is here: {why}"),
+        }
     }
 
     /// The image at this site that the disk leaves, if it was opened together with this one.
@@ -200,6 +219,9 @@ impl Running {
     fn close_alone(mut self) -> io::Result<()> {
         self.stop.store(true, Ordering::Release);
         self.volume.stop();
+        if let Some(word) = self.last_word.take() {
+            word.end();
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -432,7 +454,11 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
         }
         storage::open::check_not_left(config, &identity, state_path)?;
         check_complete(config, &identity, state_path)?;
-        return open_complete(config, state, state_path);
+        let mut running = open_complete(config, state, state_path)?;
+        if last_word::is_due(&identity) && !config.read_only {
+            running.say_that_all_is_here(config, &identity);
+        }
+        return Ok(running);
     }
     let origin = ImageAddress::parse(&identity.source_uri);
     if let Some(origin) = &origin {
