@@ -66,6 +66,8 @@ pub struct Round {
     pub took: Duration,
     /// The window, and nothing else, held something back.
     pub full: bool,
+    /// There was a queue in front of the path, whoever made it.
+    pub queue: bool,
     /// The round trip of an empty queue.
     pub base: Duration,
     /// The least that the window is to be above the product.
@@ -125,14 +127,17 @@ impl Window {
         let took = round.took.as_micros().max(1);
         let rate = u128::from(round.bytes) * 1_000_000 / took;
         let rate = u64::try_from(rate).unwrap_or(u64::MAX);
+        // Whoever makes a queue has filled the path: where TCP keeps a sender below the window that is
+        // tried, the window is never full, and no more need be tried.
+        let filled = round.full || (round.queue && !self.is_cruising());
         // A round in which there was little to fetch tells nothing, unless it is the best.
-        if round.full || rate > self.rate() {
+        if filled || rate > self.rate() {
             if self.rates.len() == RATE_ROUNDS {
                 self.rates.pop_front();
             }
             self.rates.push_back(rate);
         }
-        if round.full {
+        if filled {
             self.stage = self.next_stage(rate);
             self.fit(round);
         }
@@ -185,4 +190,59 @@ impl Window {
 /// How many bytes pass in `time` at `rate` bytes per second.
 pub fn bytes_in(rate: u64, time: Duration) -> u64 {
     u64::try_from(u128::from(rate) * time.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const BASE: Duration = Duration::from_millis(200);
+    const RATE: u64 = 50_000_000;
+
+    /// What a round is like behind a TCP that never has more than `tcp_bytes` on its way.
+    fn round(window: &Window, tcp_bytes: u64) -> Round {
+        let product = bytes_in(RATE, BASE);
+        let on_their_way = window.bytes().min(tcp_bytes);
+        Round {
+            bytes: on_their_way.min(product),
+            took: BASE,
+            full: window.bytes() <= tcp_bytes,
+            queue: on_their_way > product + product / SLACK,
+            base: BASE,
+            slack_bytes: 0,
+        }
+    }
+
+    /// A TCP with less on its way than the window that is tried, and more than fills the path: the window
+    /// was never full, and the queue that TCP made in front of the path stayed for ever.
+    #[test]
+    fn a_queue_that_tcp_makes_ends_the_trial_of_a_larger_window() {
+        let product = bytes_in(RATE, BASE);
+        let tcp_bytes = product / 8 * 9;
+        let mut window = Window::default();
+        let mut queued = 0;
+        for number in 0..400 {
+            let next = round(&window, tcp_bytes);
+            queued += usize::from(number >= 100 && next.queue);
+            window.end_round(next);
+        }
+        // For two rounds in eighteen a larger one is tried.
+        assert!((1..=300 / 18 * 2 + 2).contains(&queued), "{queued} of 300");
+        assert!(window.bytes() >= product);
+    }
+
+    /// And one that never fills the path says nothing: the window leaves room for it to grow.
+    #[test]
+    fn a_tcp_that_is_slow_is_not_held_back() {
+        let product = bytes_in(RATE, BASE);
+        let mut window = Window::default();
+        let mut tcp_bytes = 64 << 10;
+        for _ in 0..200 {
+            window.end_round(round(&window, tcp_bytes));
+            // It grows no further than it is let.
+            let grown = (tcp_bytes + tcp_bytes / 32).min(product / 2);
+            tcp_bytes = grown.min(window.bytes());
+        }
+        assert_eq!(tcp_bytes, product / 2);
+    }
 }

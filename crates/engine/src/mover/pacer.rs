@@ -215,6 +215,7 @@ impl Pacer {
             bytes: self.round_bytes,
             took: now.saturating_sub(self.round_started),
             full,
+            queue: false,
             base: self.base(),
             slack_bytes: self.wire_chunk(),
         });

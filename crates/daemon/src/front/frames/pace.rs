@@ -191,11 +191,15 @@ impl State {
         // For so long nobody has asked, and nobody was looked at.
         let unseen = took >= self.silence();
         let mut bytes = std::mem::take(&mut self.left_bytes);
+        let mut trip: Option<Duration> = None;
         for (number, told) in told {
             if let Some(seat) = self.seats.get_mut(&number) {
                 let fresh = told.acknowledged.saturating_sub(seat.acknowledged);
                 if unseen || fresh > 0 || unacknowledged(&seat.socket) == 0 {
                     seat.heard_at = now;
+                }
+                if fresh > 0 {
+                    trip = Some(trip.map_or(told.round_trip, |trip| trip.min(told.round_trip)));
                 }
                 bytes += fresh;
                 seat.acknowledged = told.acknowledged;
@@ -206,12 +210,19 @@ impl State {
             bytes,
             took,
             full: self.held_back,
+            queue: trip.is_some_and(|trip| is_queue(trip, base)),
             base,
             slack_bytes: between + u64::from(limits::QUANTUM_BYTES),
         });
         self.round_started = now;
         self.held_back = false;
     }
+}
+
+/// Whether a round trip as long as this shows that more is on its way than fills the path, whoever let
+/// it go: TCP, whose window may still be the smaller one when it has outgrown the path, makes a queue of its own.
+fn is_queue(trip: Duration, base: Duration) -> bool {
+    trip > base + base / 16 + SLACK_TIME
 }
 
 /// What TCP tells of a connection.
@@ -221,9 +232,12 @@ struct Told {
     acknowledged: u64,
     /// Of those of the last minutes; `None` before the first acknowledgement.
     shortest_round_trip: Option<Duration>,
+    /// A mean of the last ones.
+    round_trip: Duration,
 }
 
 /// Where `struct tcp_info` of `linux/tcp.h` has them.
+const RTT_AT: usize = 68;
 const BYTES_ACKED_AT: usize = 120;
 const MIN_RTT_AT: usize = 148;
 const INFO_BYTES: usize = 152;
@@ -246,11 +260,13 @@ fn told(socket: &Socket) -> Option<Told> {
         return None;
     }
     let acknowledged = info[BYTES_ACKED_AT..].first_chunk().copied()?;
-    let micros = u32::from_ne_bytes(info[MIN_RTT_AT..].first_chunk().copied()?);
-    let known = micros != 0 && micros != u32::MAX;
+    let micros = |at: usize| Some(u32::from_ne_bytes(info[at..].first_chunk().copied()?));
+    let shortest = micros(MIN_RTT_AT)?;
+    let known = shortest != 0 && shortest != u32::MAX;
     Some(Told {
         acknowledged: u64::from_ne_bytes(acknowledged),
-        shortest_round_trip: known.then(|| Duration::from_micros(micros.into())),
+        shortest_round_trip: known.then(|| Duration::from_micros(shortest.into())),
+        round_trip: Duration::from_micros(micros(RTT_AT)?.into()),
     })
 }
 
@@ -338,6 +354,19 @@ mod tests {
     }
 
     #[test]
+    fn a_queue_is_a_round_trip_that_has_grown() {
+        let ms = Duration::from_millis;
+        for (base, trip, queue) in [
+            (200, 214, false),
+            (200, 216, true),
+            (10, 12, false),
+            (10, 13, true),
+        ] {
+            assert_eq!(is_queue(ms(trip), ms(base)), queue, "{trip} of {base}");
+        }
+    }
+
+    #[test]
     fn tcp_tells_of_a_connection_and_a_unix_socket_does_not() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -349,7 +378,9 @@ mod tests {
         while told(&socket).unwrap().acknowledged < 1000 {
             std::thread::yield_now();
         }
-        assert!(told(&socket).unwrap().shortest_round_trip.is_some());
+        let known = told(&socket).unwrap();
+        let shortest = known.shortest_round_trip.unwrap();
+        assert!(shortest <= known.round_trip && known.round_trip < Duration::from_secs(60));
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         assert!(Pace::of(&Socket::from(one)).is_none());
     }
