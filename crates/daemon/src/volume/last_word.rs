@@ -73,10 +73,11 @@ fn say(volume: &Volume, id: MoveId, line: &MoveLine, ended: &Receiver<()>) {
             Err(error) if error.kind == SourceErrorKind::Disconnected => {
                 tracing::debug!("its source has not heard yet that all is here: {error}");
             }
-            // It is another disk by now, or its fence is gone: there is nobody who waits for it.
+            // Said again at the next start.
             Err(error) if error.kind != SourceErrorKind::Untrusted => {
                 return tracing::debug!("its source does not hear that all is here: {error}");
             }
+            // It has heard; or it is another disk by now, or its fence is gone, and nobody waits for it.
             _ => {
                 if let Err(error) = record(volume, |i| i.ties.fenced_source = false) {
                     tracing::warn!("its source is told once more that all is here: {error}");
