@@ -35,6 +35,8 @@ pub enum Command {
     Serve(Box<Serve>),
     /// Show how the exports of the daemons on this machine stand
     Status(Status),
+    /// Show all disks of this machine at a glance, a line each, again every second
+    Top(Top),
     /// Wait until a disk has come as far as asked
     Wait(Wait),
     /// Show what has happened to an export: source lost and found, disk full, handoff
@@ -108,6 +110,13 @@ pub struct Status {
     /// Again every second, until interrupted
     #[arg(long)]
     pub watch: bool,
+    #[command(flatten)]
+    pub control: Control,
+}
+
+/// `top`.
+#[derive(Args, Debug)]
+pub struct Top {
     #[command(flatten)]
     pub control: Control,
 }

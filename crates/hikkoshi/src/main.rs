@@ -22,6 +22,7 @@ mod signals;
 mod status;
 mod storage;
 mod supervisor;
+mod top;
 mod verify;
 mod wait;
 
@@ -65,6 +66,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(args) => serve::run(*args),
         Command::Status(args) => status::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::Wait(args) => wait::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Pause(target) => command::run(&target, Control::Pause),

@@ -11,11 +11,11 @@ use crate::cli;
 use crate::failure::Failure;
 use crate::quantity::{show_rate, show_seconds, show_size};
 
-/// How often `--watch` looks again.
-const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often whoever watches looks again.
+pub(crate) const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Clears a terminal and goes to its top left.
-const CLEAR: &str = "\x1b[H\x1b[2J";
+pub(crate) const CLEAR: &str = "\x1b[H\x1b[2J";
 
 /// Shows the exports, once or again and again.
 ///
@@ -85,7 +85,7 @@ pub fn life(state: LifeState) -> &'static str {
 }
 
 /// Tenths of a percent that are here.
-fn permille(status: &ExportStatus) -> u64 {
+pub(crate) fn permille(status: &ExportStatus) -> u64 {
     if status.size_bytes == 0 {
         return 1000;
     }
