@@ -14,6 +14,7 @@ pub mod cut;
 pub mod daemon;
 pub mod deaf;
 pub mod faults;
+pub mod group;
 pub mod guest;
 pub mod link;
 pub mod moving;

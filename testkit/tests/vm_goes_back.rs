@@ -10,93 +10,27 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, bail, ensure};
+use hikkoshi_testkit::group::{SECOND_DISK_BYTES, Servers, machine};
 use hikkoshi_testkit::guest::Guest;
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
 use hikkoshi_testkit::process::Process;
-use hikkoshi_testkit::qemu::{Disk, Machine, Start};
-use hikkoshi_testkit::server::{Hikkoshi, Status};
+use hikkoshi_testkit::qemu::Machine;
 use hikkoshi_testkit::{cache, offline, writelog};
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Longer than anything takes that is not stuck.
 const LONG: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(20);
-const PORTS: [u16; 2] = [10809, 10810];
-const SECOND_DISK_BYTES: u64 = 48 << 20;
 /// What the headers of frames, messages and handshakes may add to what was written, in percent, and
 /// on top of that, for a disk to which next to nothing was.
 const HEADERS: u64 = 10;
 const SLACK_BYTES: u64 = 64 << 10;
 const BLOCK_BYTES: u64 = 4096;
-
-/// The servers of both disks at a site.
-struct Servers([Hikkoshi; 2]);
-
-impl Servers {
-    fn start(
-        site: &Namespace,
-        images: &[PathBuf; 2],
-        from: Option<Ipv4Addr>,
-        more: &[&str],
-    ) -> Result<Self> {
-        let serve = |disk: usize| {
-            let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORTS[disk]);
-            let from = from.map(|host| format!("nbd://{host}:{}", PORTS[disk]));
-            Hikkoshi::serve(site, &images[disk], address, from.as_deref(), more)
-        };
-        let servers = Self([serve(0)?, serve(1)?]);
-        if from.is_some() {
-            servers.wait("standby")?;
-        }
-        Ok(servers)
-    }
-
-    fn wait(&self, state: &str) -> Result<()> {
-        for server in &self.0 {
-            server.wait_state(state, LONG)?;
-        }
-        Ok(())
-    }
-
-    fn status(&self) -> Result<[Status; 2]> {
-        Ok([self.0[0].status()?, self.0[1].status()?])
-    }
-
-    /// Waits until the source of both is there.
-    fn wait_for_the_source(&self) -> Result<()> {
-        let begun = Instant::now();
-        while self
-            .status()?
-            .iter()
-            .any(|s| s.0["source_connected"] != true)
-        {
-            ensure!(begun.elapsed() < LONG, "no source: {:?}", self.status()?);
-            std::thread::sleep(POLL);
-        }
-        Ok(())
-    }
-
-    fn kill(self) -> Result<()> {
-        self.0.into_iter().try_for_each(Hikkoshi::kill)
-    }
-}
-
-fn disk(number: usize) -> Disk {
-    Disk::Tcp(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORTS[number]))
-}
-
-fn machine(site: &Namespace, guest: &Guest, dir: &Path, name: &str, wait: bool) -> Result<Machine> {
-    let start = match wait {
-        true => Start::Incoming(disk(0)),
-        false => Start::Boot(disk(0)),
-    };
-    Machine::start_with_second_disk(site, guest, dir, name, &start, Some(&disk(1)))
-}
 
 /// `hikkoshi migrate --json` from one machine and its disks to another, which listens at `uri`.
 fn migrate(

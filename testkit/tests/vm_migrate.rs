@@ -13,12 +13,13 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use hikkoshi_testkit::deaf::Deaf;
+use hikkoshi_testkit::group::{PORTS, SECOND_DISK_BYTES, Servers, machine};
 use hikkoshi_testkit::guest::Guest;
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
 use hikkoshi_testkit::process::Process;
-use hikkoshi_testkit::qemu::{Disk, Machine, Start};
-use hikkoshi_testkit::server::{Hikkoshi, Server};
+use hikkoshi_testkit::qemu::Machine;
+use hikkoshi_testkit::server::Server;
 use hikkoshi_testkit::{cache, offline, writelog};
 use serde_json::{Value, json};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -29,64 +30,10 @@ use std::time::{Duration, Instant};
 /// Longer than anything takes that is not stuck.
 const LONG: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(20);
-const PORTS: [u16; 2] = [10809, 10810];
 /// Each attempt has its own: the end of one need not be waited for.
 const MIGRATION_PORTS: [u16; 5] = [4444, 4445, 4446, 4447, 4448];
-const SECOND_DISK_BYTES: u64 = 48 << 20;
 /// As little of the VM's memory in a second that an attempt does not come to its end.
 const SLOWLY: &str = "2MB/s";
-
-/// The servers of both disks at a site.
-struct Servers([Hikkoshi; 2]);
-
-impl Servers {
-    fn start(site: &Namespace, images: &[PathBuf; 2], from: Option<Ipv4Addr>) -> Result<Self> {
-        let serve = |disk: usize| {
-            let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORTS[disk]);
-            let from = from.map(|host| format!("nbd://{host}:{}", PORTS[disk]));
-            Hikkoshi::serve(site, &images[disk], address, from.as_deref(), &[])
-        };
-        let servers = Self([serve(0)?, serve(1)?]);
-        if from.is_some() {
-            servers.wait("standby")?;
-        }
-        Ok(servers)
-    }
-
-    fn states(&self) -> Result<[String; 2]> {
-        let state =
-            |disk: usize| -> Result<String> { Ok(self.0[disk].status()?.state()?.to_owned()) };
-        Ok([state(0)?, state(1)?])
-    }
-
-    fn wait(&self, state: &str) -> Result<()> {
-        for server in &self.0 {
-            server.wait_state(state, LONG)?;
-        }
-        Ok(())
-    }
-
-    fn controls(&self) -> [String; 2] {
-        [0, 1].map(|disk| self.0[disk].control().to_owned())
-    }
-
-    fn kill(self) -> Result<()> {
-        self.0.into_iter().try_for_each(Hikkoshi::kill)
-    }
-}
-
-fn disk(number: usize) -> Disk {
-    Disk::Tcp(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORTS[number]))
-}
-
-/// A machine at `site` with both disks.
-fn machine(site: &Namespace, guest: &Guest, dir: &Path, name: &str, wait: bool) -> Result<Machine> {
-    let start = match wait {
-        true => Start::Incoming(disk(0)),
-        false => Start::Boot(disk(0)),
-    };
-    Machine::start_with_second_disk(site, guest, dir, name, &start, Some(&disk(1)))
-}
 
 /// `hikkoshi migrate`, running.
 struct Command {
@@ -222,7 +169,7 @@ fn goes_back_from_a_plain_source(
     let plain = [first?, second?];
     vm.console.wait_for_rounds(2, LONG)?;
 
-    let servers = Servers::start(a, new, Some(link.address_b))?;
+    let servers = Servers::start(a, new, Some(link.address_b), &[])?;
     let mut to = machine(a, guest, dir, "vm-a2", true)?;
     let disks = [<[String; 2]>::default(), servers.controls()];
     let start = |vm: &Machine, to: &Machine, more: &[&str]| {
@@ -284,7 +231,7 @@ fn goes_on_without_the_old_machine(
     (vm, old_servers): (Machine, Servers),
     new: &[PathBuf; 2],
 ) -> Result<(Machine, Servers)> {
-    let servers = Servers::start(sites[1], new, Some(link.address_a))?;
+    let servers = Servers::start(sites[1], new, Some(link.address_a), &[])?;
     let to = machine(sites[1], guest, dir, "vm-b3", true)?;
     let old_controls = old_servers.controls();
     let deaf = [0, 1]
@@ -371,13 +318,13 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
         cache::copy_image(&guest.disk, &path[0])?;
         std::fs::File::create(&path[1])?.set_len(SECOND_DISK_BYTES)?;
     }
-    let old_servers = Servers::start(&a, &old, None)?;
+    let old_servers = Servers::start(&a, &old, None, &[])?;
     let vm = machine(&a, &guest, dir, "vm-a", false)?;
     vm.console.wait_for("WL start", LONG)?;
     vm.console.wait_for_rounds(3, LONG)?;
 
     let given_up = ["b1", "b2"].map(image);
-    let servers = Servers::start(&b, &given_up, Some(link.address_a))?;
+    let servers = Servers::start(&b, &given_up, Some(link.address_a), &[])?;
     let command = |attempt: usize, to: (&Servers, &Machine), more: &[&str]| -> Result<Command> {
         let disks = [old_servers.controls(), to.0.controls()];
         let machines = [vm.second_qmp(), to.1.second_qmp()];
@@ -439,7 +386,7 @@ fn vm_and_its_disks_move_by_one_command() -> Result<()> {
 
     // 3: it goes through.
     let new = ["c1", "c2"].map(image);
-    let new_servers = Servers::start(&b, &new, Some(link.address_a))?;
+    let new_servers = Servers::start(&b, &new, Some(link.address_a), &[])?;
     let to = machine(&b, &guest, dir, "vm-b2", true)?;
     let moving = command(
         2,

@@ -8,69 +8,21 @@
 #![allow(clippy::unwrap_used)]
 
 use anyhow::{Context, Result, ensure};
+use hikkoshi_testkit::group::{SECOND_DISK_BYTES, Servers, machine};
 use hikkoshi_testkit::guest::Guest;
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
-use hikkoshi_testkit::qemu::{Disk, Machine, Start};
-use hikkoshi_testkit::server::Hikkoshi;
+use hikkoshi_testkit::qemu::Machine;
 use hikkoshi_testkit::{cache, offline, writelog};
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Longer than anything takes that is not stuck.
 const LONG: Duration = Duration::from_secs(180);
-const PORTS: [u16; 2] = [10809, 10810];
 const MIGRATION_PORT: u16 = 4444;
-const SECOND_DISK_BYTES: u64 = 48 << 20;
 /// What the headers of frames, messages and handshakes may add to what has changed, in percent.
 const HEADERS: u64 = 10;
-
-struct Servers([Hikkoshi; 2]);
-
-impl Servers {
-    fn start(
-        site: &Namespace,
-        images: &[PathBuf; 2],
-        from: Option<Ipv4Addr>,
-        more: &[&str],
-    ) -> Result<Self> {
-        let serve = |disk: usize| {
-            let address = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORTS[disk]);
-            let from = from.map(|host| format!("nbd://{host}:{}", PORTS[disk]));
-            Hikkoshi::serve(site, &images[disk], address, from.as_deref(), more)
-        };
-        let servers = Self([serve(0)?, serve(1)?]);
-        if from.is_some() {
-            servers.wait("standby")?;
-        }
-        Ok(servers)
-    }
-
-    fn wait(&self, state: &str) -> Result<()> {
-        for server in &self.0 {
-            server.wait_state(state, LONG)?;
-        }
-        Ok(())
-    }
-
-    fn kill(self) -> Result<()> {
-        self.0.into_iter().try_for_each(Hikkoshi::kill)
-    }
-}
-
-fn disk(number: usize) -> Disk {
-    Disk::Tcp(SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORTS[number]))
-}
-
-fn machine(site: &Namespace, guest: &Guest, dir: &Path, name: &str, wait: bool) -> Result<Machine> {
-    let start = match wait {
-        true => Start::Incoming(disk(0)),
-        false => Start::Boot(disk(0)),
-    };
-    Machine::start_with_second_disk(site, guest, dir, name, &start, Some(&disk(1)))
-}
 
 #[test]
 fn vm_comes_back_by_what_has_changed() -> Result<()> {

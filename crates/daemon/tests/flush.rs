@@ -271,21 +271,27 @@ fn a_flush_that_waits_while_the_power_goes_fails() {
     old.stop();
 }
 
-/// The second site stands by as well, and tells the third, whose own source never lost its power.
-#[test]
-fn power_that_is_lost_is_told_along_a_chain() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("old"), noise(DISK)).unwrap();
-    let first = old_site_under(dir.path(), 1);
-    let second = new_site(dir.path(), &first, Transport::Auto, HandoffPolicy::Command);
+/// Three sites, of which the last two stand by; the third takes the disk by `handoff`.
+fn chain(dir: &Path, handoff: HandoffPolicy) -> [Site; 3] {
+    std::fs::write(dir.join("old"), noise(DISK)).unwrap();
+    let first = old_site_under(dir, 1);
+    let second = new_site(dir, &first, Transport::Auto, HandoffPolicy::Command);
     let wanted = Wanted {
         source: Some(SourceConfig {
-            handoff: HandoffPolicy::Command,
+            handoff,
             ..SourceConfig::new(second.uri())
         }),
         ..Wanted::plain(On::Unix)
     };
-    let third = Site::start(dir.path(), "third", wanted);
+    let third = Site::start(dir, "third", wanted);
+    [first, second, third]
+}
+
+/// The second site stands by as well, and tells the third, whose own source never lost its power.
+#[test]
+fn power_that_is_lost_is_told_along_a_chain() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second, third] = chain(dir.path(), HandoffPolicy::Command);
     let mut guest = Guest::connect(&third.address());
     guest.flush();
     // Only the second is asked for the handoff; what it tells the third counts until that is over.
@@ -308,14 +314,7 @@ fn power_that_is_lost_is_told_along_a_chain() {
 #[test]
 fn a_flush_along_a_chain_fails_where_power_was_lost_at_its_end() {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("old"), noise(DISK)).unwrap();
-    let first = old_site_under(dir.path(), 1);
-    let second = new_site(dir.path(), &first, Transport::Auto, HandoffPolicy::Command);
-    let wanted = Wanted {
-        source: Some(SourceConfig::new(second.uri())),
-        ..Wanted::plain(On::Unix)
-    };
-    let third = Site::start(dir.path(), "third", wanted);
+    let [first, second, third] = chain(dir.path(), HandoffPolicy::FirstWrite);
     let mut guest = Guest::connect(&third.address());
     guest.flush();
     first.stop();
