@@ -316,6 +316,7 @@ impl Raw {
             structured: true,
             allocation: true,
             transport: true,
+            opening: Vec::new(),
         })
         .unwrap();
         loop {
