@@ -317,6 +317,7 @@ impl Raw {
             structured: true,
             allocation: true,
             transport: true,
+            opening: Vec::new(),
         })
         .unwrap();
         loop {

@@ -353,6 +353,8 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
         if shared.stopping.load(Ordering::Acquire) {
             return Ok(());
         }
+        // What it has said with its question for frames, and behind the handshake.
+        let early = [session.opening, early].concat();
         return FrameSession::new(volume, socket, &early)?.run();
     }
     let outbox = Outbox::new(socket.try_clone()?, ReplyStyle::from(&session));

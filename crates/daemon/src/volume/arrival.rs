@@ -20,9 +20,10 @@ use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
-use hikkoshi_wan::transport::session::{HandedOver, MoveId, OldCopy, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, HandedOver, MoveId, OldCopy, Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
 
+use super::early::Changes;
 use super::gate::Gate;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
@@ -829,6 +830,25 @@ impl Volume {
 
     // The handoff
 
+    /// With `--handoff now`, where nothing was copied before: asks for data at the same time as for the
+    /// handoff, if the source can say then what of that counts.
+    pub(super) fn ask_early(&self, arrival: &Arrival) {
+        let at_once = self.handoff_policy == HandoffPolicy::Now && !self.from_image;
+        let nothing_is_here = !arrival.has_base && !arrival.only_here && !self.has_seeds();
+        let tracked = |told: &Attached| told.epoch != 0 && told.handed_over == HandedOver::NotYet;
+        let attached = arrival.ticket.attached().filter(tracked);
+        let (true, Some(attached), Some(relocation)) =
+            (at_once && nothing_is_here, attached, self.relocation())
+        else {
+            return;
+        };
+        if relocation.residency.missing_blocks() > 0 {
+            // The handoff is asked for under the tracking that was there before the first question.
+            arrival.state().follow(attached.epoch, false);
+            relocation.ask_early(attached.epoch);
+        }
+    }
+
     /// Has the source stop the VM's writes there, for good, and takes what was copied ahead and is
     /// right. Waits as long as the policy for a lost source allows.
     ///
@@ -889,6 +909,7 @@ impl Volume {
             return Ok(Takeover {
                 generation,
                 copied,
+                changes: None,
                 lacking: Some(lacking),
             });
         }
@@ -896,10 +917,17 @@ impl Volume {
         let mut state = arrival.state();
         state.over = true;
         let known = state.epoch == epoch && epoch != 0;
-        let copied = match ranges.filter(|_| known) {
-            Some(ranges) => {
-                let covering = |range| self.geometry.covering(range);
-                state.precopy.changed(ranges.into_iter().map(covering));
+        let blocks_of = |ranges: Vec<ByteRange>| {
+            let covering = |range| self.geometry.covering(range);
+            ranges.into_iter().map(covering).collect::<Vec<_>>()
+        };
+        let changes = ranges.filter(|_| known).map(|ranges| Changes {
+            tracking: epoch,
+            blocks: blocks_of(ranges),
+        });
+        let copied = match &changes {
+            Some(changes) => {
+                state.precopy.changed(changes.blocks.iter().copied());
                 state.precopy.finish()
             }
             None => Vec::new(),
@@ -907,6 +935,7 @@ impl Volume {
         Ok(Takeover {
             generation,
             copied,
+            changes,
             lacking: None,
         })
     }
@@ -1068,6 +1097,9 @@ pub(super) struct Takeover {
     pub generation: u64,
     /// What was copied ahead, or was here before, and is what the source has for good.
     pub copied: Vec<BlockRange>,
+    /// What the VM has changed at the source since it told so last, or since the tracking began where it
+    /// never did; `None`: nobody knows.
+    pub changes: Option<Changes>,
     /// What the source has and nothing else, where all that it does not have is here.
     pub lacking: Option<BlockSet>,
 }

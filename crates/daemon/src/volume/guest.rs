@@ -184,9 +184,14 @@ impl Volume {
         if self.life() != LifeState::Standby {
             return Ok(());
         }
-        let takeover = self.take_over(arrival)?;
+        self.ask_early(arrival);
+        let mut takeover = self.take_over(arrival)?;
+        let changes = takeover.changes.take();
         self.record_handoff(Some(takeover))?;
         arrival.ticket.arrived();
+        if let Some(relocation) = self.relocation() {
+            relocation.settle_early(changes);
+        }
         Ok(())
     }
 

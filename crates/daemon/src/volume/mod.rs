@@ -12,6 +12,9 @@ pub mod arrival;
 pub mod assemble;
 pub mod commit;
 pub mod departure;
+mod early;
+#[cfg(test)]
+mod early_tests;
 mod extents;
 #[cfg(test)]
 mod full_tests;

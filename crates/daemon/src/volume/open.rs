@@ -88,7 +88,7 @@ pub enum OpenError {
 }
 
 /// How long a restart waits for a source before it serves what is here without it. A handshake
-/// takes five round trips.
+/// takes two round trips, and up to seven where options must go one by one.
 const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// How long a source may take to make durable that a move was given up.

@@ -92,6 +92,9 @@ pub struct Session {
     pub structured: bool,
     /// The contexts that a BLOCK_STATUS reports, in order of id.
     pub contexts: Vec<Context>,
+    /// What the client has said in frames already: it comes before all that follows. Empty unless
+    /// [`Session::speaks_frames`].
+    pub opening: Vec<u8>,
     /// The largest payload to accept: the export's if the client was told, otherwise at least
     /// what the protocol lets it assume.
     pub max_payload_bytes: u32,
@@ -138,8 +141,17 @@ pub struct Handshake {
     fixed_newstyle: bool,
     no_zeroes: bool,
     structured: bool,
-    /// The last SET_META_CONTEXT that succeeded: the export's name as given, and what was chosen.
-    chosen: Option<(String, Vec<Context>)>,
+    /// The last SET_META_CONTEXT that succeeded.
+    chosen: Option<Chosen>,
+}
+
+/// What a SET_META_CONTEXT has led to.
+#[derive(Debug)]
+struct Chosen {
+    /// The export's name as given.
+    export: String,
+    contexts: Vec<Context>,
+    opening: Vec<u8>,
 }
 
 /// What the next bytes are.
@@ -374,6 +386,7 @@ impl Handshake {
         let mut session = self.session(name, info, false);
         // A client that wants frames uses GO.
         session.contexts.retain(|c| c.name != wire::TRANSPORT);
+        session.opening.clear();
         self.output.export_name(
             session.export.size_bytes,
             session.export.flags,
@@ -442,15 +455,27 @@ impl Handshake {
         }
         let query = MetaQuery::parse(payload)?;
         let found = exports.find(query.name).ok_or(UNKNOWN_EXPORT)?;
-        let chosen: Vec<Context> = (1..)
+        let contexts: Vec<Context> = (1..)
             .zip(found.contexts)
             .map(|(id, name)| Context { id, name })
             .filter(|context| query.selects(context.name))
             .collect();
-        for context in &chosen {
+        for context in &contexts {
             self.output.meta_context(opt::SET_META_CONTEXT, *context);
         }
-        self.chosen = Some((query.name.to_owned(), chosen));
+        let frames = contexts.iter().find(|c| c.name == wire::TRANSPORT);
+        let opening = frames.and_then(|frames| Some((frames.id, query.opening()?)));
+        if let Some((id, _)) = opening {
+            // Like the frames themselves it reports nothing, and needs no id of its own.
+            let name = wire::OPENING;
+            self.output
+                .meta_context(opt::SET_META_CONTEXT, Context { id, name });
+        }
+        self.chosen = Some(Chosen {
+            export: query.name.to_owned(),
+            contexts,
+            opening: opening.map(|(_, opening)| opening).unwrap_or_default(),
+        });
         Ok(())
     }
 
@@ -463,10 +488,9 @@ impl Handshake {
     fn session(&mut self, name: &str, mut export: ExportInfo, told_block_size: bool) -> Session {
         export.flags = self.told_flags(&export);
         // Contexts are chosen for one export, by the name as sent; they say nothing of another.
-        let contexts = match self.chosen.take() {
-            Some((chosen_for, contexts)) if chosen_for == name => contexts,
-            _ => Vec::new(),
-        };
+        let chosen = self.chosen.take().filter(|chosen| chosen.export == name);
+        let (contexts, opening) =
+            chosen.map_or_else(Default::default, |chosen| (chosen.contexts, chosen.opening));
         let max_payload_bytes = if told_block_size {
             export.max_payload
         } else {
@@ -477,6 +501,7 @@ impl Handshake {
             export,
             structured: self.structured,
             contexts,
+            opening,
             max_payload_bytes,
         }
     }
