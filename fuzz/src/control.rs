@@ -248,6 +248,7 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     codec: Some("zstd:3".into()),
     source_connected: Some(true),
     source_down_s: None,
+    waiting: None,
     reads_waiting: 0,
     poisoned: false,
     disk_full: false,

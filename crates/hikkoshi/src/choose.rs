@@ -161,6 +161,7 @@ pub(crate) mod tests {
             codec: None,
             source_connected: Some(true),
             source_down_s: None,
+            waiting: None,
             reads_waiting: 0,
             poisoned: false,
             disk_full: false,

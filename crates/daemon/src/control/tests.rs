@@ -39,6 +39,7 @@ impl Pretend {
                 codec: source.then(|| "zstd:3".into()),
                 source_connected: source.then_some(true),
                 source_down_s: None,
+                waiting: None,
                 reads_waiting: 0,
                 poisoned: false,
                 disk_full: false,

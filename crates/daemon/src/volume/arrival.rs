@@ -24,6 +24,7 @@ use hikkoshi_wan::transport::session::{HandedOver, MoveId, OldCopy, Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
 
 use super::gate::Gate;
+use super::knocks::Knocks;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
 use crate::config::{HandoffPolicy, Prepare, SourceConfig, SourceLoss};
@@ -81,6 +82,8 @@ pub struct Arrival {
     stopping: AtomicBool,
     /// Bytes that were copied ahead, those again that had changed included.
     copied_bytes: AtomicU64,
+    /// What came of asking for the handoff.
+    pub(super) knocks: Knocks,
 }
 
 struct State {
@@ -163,6 +166,7 @@ impl Arrival {
             given_up: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             copied_bytes: AtomicU64::new(0),
+            knocks: Knocks::default(),
         }
     }
 
@@ -224,7 +228,7 @@ impl Arrival {
         wait_for(&self.changed, &self.state, state, most)
     }
 
-    fn pause(&self, pause: Duration) {
+    pub(super) fn pause(&self, pause: Duration) {
         let state = self.state();
         if !self.is_stopping() {
             drop(self.wait(state, pause));
@@ -366,10 +370,16 @@ impl Volume {
             let has_base = arrival.has_base && !arrival.only_here;
             if (self.copies_ahead(arrival) || has_base) && !over {
                 self.prepare_some(arrival, &relocation);
-            } else if at_once && arrival.only_here {
-                // Not before this is served: the source may have to fetch from here first. Says itself
-                // what is in the way.
-                if self.hand_off().is_err() {
+            } else if at_once {
+                // Not by whoever opens this: a source that is away is waited for here, where it can be
+                // told of, commanded and ended, and one that still has to fetch from here is served.
+                if let Err(error) = self.hand_off()
+                    && !arrival.is_stopping()
+                {
+                    if !self.awaits_source() {
+                        arrival.knocks.refused(&error.to_string());
+                    }
+                    arrival.changed.notify_all();
                     arrival.pause(RETRY_AFTER * 10);
                 }
             } else {
@@ -846,9 +856,12 @@ impl Volume {
                 return Err(io::Error::from_raw_os_error(1));
             }
             match self.ask_for_handoff(arrival) {
-                Ok(takeover) => return Ok(takeover),
+                Ok(takeover) => {
+                    arrival.knocks.agreed();
+                    return Ok(takeover);
+                }
                 Err(error) if error.kind == SourceErrorKind::Disconnected => {
-                    tracing::debug!("the handoff did not get through: {error}");
+                    self.handoff_unheard(&arrival.knocks, &error);
                     if let SourceLoss::Error(after) = self.on_loss
                         && self.now().saturating_sub(since) >= after
                     {
@@ -859,10 +872,14 @@ impl Volume {
                     arrival.pause(RETRY_AFTER);
                 }
                 Err(error) => {
-                    self.event(
-                        EventKind::SourceRefused,
-                        format!("the source refuses the handoff: {error}"),
-                    );
+                    // Asked again and again, it may say the same for hours.
+                    let is_news = arrival.knocks.refused(&error.to_string());
+                    if is_news || !self.takes_over_at_once() {
+                        self.event(
+                            EventKind::SourceRefused,
+                            format!("the source refuses the handoff: {error}"),
+                        );
+                    }
                     if let Some(relocation) = self.relocation() {
                         *lock(&relocation.trouble) = Some(error.clone());
                     }

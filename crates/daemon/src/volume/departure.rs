@@ -439,7 +439,7 @@ impl Volume {
                 "the VM does not run here yet: change the storage of export {name:?} after the \
                  handoff, once all of it is here (`hikkoshi wait`), or at the source"
             )),
-            LifeState::Departed | LifeState::GivenUp => Some(format!(
+            LifeState::Departed | LifeState::GivenUp | LifeState::Opening => Some(format!(
                 "the disk of export {name:?} is not here: change its storage where it is"
             )),
         }

@@ -170,7 +170,7 @@ impl Volume {
         let Some(arrival) = &self.arrival else {
             return self.record_handoff(None);
         };
-        if !self.from_image {
+        if !self.from_image && !self.takes_over_at_once() {
             // Between two images whoever drives the move waits, and may be told to wait no longer.
             self.await_prepared(arrival)?;
         }

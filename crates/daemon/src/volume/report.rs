@@ -103,11 +103,17 @@ impl Volume {
         } else if self.life() == LifeState::Standby {
             notes.extend(self.prepared_note());
             notes.extend(self.fence_note());
+            notes.extend(self.awaited_note());
             notes.push(match self.handoff_policy {
+                HandoffPolicy::Now => {
+                    "the handoff is asked for (--handoff now); until it has happened \
+                     what is read here is read at the source"
+                        .to_owned()
+                }
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
                      `hikkoshi handoff`; until then what is read here is read at the source"
                     .to_owned(),
-                HandoffPolicy::Command | HandoffPolicy::Now => {
+                HandoffPolicy::Command => {
                     "waiting for `hikkoshi handoff`; until then what is read here is read at the \
                      source, and writes are refused"
                         .to_owned()
@@ -226,6 +232,7 @@ impl Controlled for Volume {
             codec: r.and_then(|r| r.source.coding()).map(|c| c.to_string()),
             source_connected: r.map(|r| r.is_source_usable()),
             source_down_s: r.and_then(|r| r.source_down()).map(|d| d.as_secs()),
+            waiting: self.awaited(),
             reads_waiting: r.map_or(0, |r| r.with_mover(|m| m.waiting()) as u64),
             poisoned: self.poisoned.load(Ordering::Acquire),
             disk_full: self.is_disk_full(),
