@@ -264,6 +264,8 @@ static STATUS: LazyLock<ExportStatus> = LazyLock::new(|| ExportStatus {
     common_limit_bytes_per_s: None,
     image: "/srv/disk.img".into(),
     old_copy_needed: false,
+    taken_over: None,
+    release_in_s: None,
     storage_move: None,
     source: Some("nbd://old-site.example/".into()),
     notes: vec!["waiting for \"something\"\n".into()],

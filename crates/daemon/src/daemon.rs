@@ -130,6 +130,13 @@ impl Daemon {
         }
     }
 
+    /// As if the time had passed in which an answer to a handoff may still be taken: a seam for tests.
+    pub fn let_answers_grow_old(&self) {
+        for export in self.table.slots.iter().filter_map(|slot| slot.export()) {
+            export.volume().let_answers_grow_old();
+        }
+    }
+
     /// What is served and what is waited for, in few words.
     pub fn summary(&self) -> String {
         summary(&self.table.slots)

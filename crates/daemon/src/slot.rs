@@ -311,6 +311,8 @@ impl Slot {
             ahead_bytes: 0,
             repeated_bytes: 0,
             old_copy_needed: false,
+            taken_over: None,
+            release_in_s: None,
             way_back: Default::default(),
             background: BackgroundState::Idle,
             rate_bytes_per_s: 0,

@@ -149,6 +149,13 @@ pub struct ExportStatus {
     /// in the old copy that is here, which is served to the source.
     #[serde(default)]
     pub old_copy_needed: bool,
+    /// Of an old copy: whether the new site has said, since this runs, that it took the disk over;
+    /// `null` elsewhere.
+    #[serde(default)]
+    pub taken_over: Option<bool>,
+    /// Of an old copy: in how many seconds the fence may be lifted by hand; `null`: now, or there is none.
+    #[serde(default)]
+    pub release_in_s: Option<u64>,
     /// What is recorded for a way back.
     #[serde(default)]
     pub way_back: WayBackStatus,

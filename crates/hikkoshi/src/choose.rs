@@ -177,6 +177,8 @@ pub(crate) mod tests {
             common_limit_bytes_per_s: None,
             image: "disk.img".into(),
             old_copy_needed: false,
+            taken_over: None,
+            release_in_s: None,
             storage_move: None,
             source: Some("nbd://old/".into()),
             notes: vec![],

@@ -55,6 +55,8 @@ impl Pretend {
                 common_limit_bytes_per_s: None,
                 image: "disk.img".into(),
                 old_copy_needed: false,
+                taken_over: None,
+                release_in_s: None,
                 storage_move: None,
                 source: source.then(|| "nbd://old/".into()),
                 notes: vec![],

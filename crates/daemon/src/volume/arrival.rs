@@ -27,6 +27,7 @@ use super::gate::Gate;
 use super::knocks::Knocks;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
+use crate::boot;
 use crate::config::{HandoffPolicy, Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
@@ -34,8 +35,9 @@ use crate::status::LifeState;
 /// How often the source is asked what has changed.
 const ASK_AFTER: Duration = Duration::from_millis(250);
 
-/// How long an answer about the move may take. A handoff syncs the source's disk.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer about the move may take. A handoff syncs the source's disk, and its answer counts no
+/// longer.
+const PATIENCE: Duration = handover::ANSWER_COUNTS_FOR;
 
 /// How long telling the source something that it can do without may take.
 const SHORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -893,6 +895,7 @@ impl Volume {
     fn ask_for_handoff(&self, arrival: &Arrival) -> Result<Takeover, SourceError> {
         let id = arrival.ticket.id();
         let epoch = arrival.state().epoch;
+        let asked = boot::running_for();
         let Told::Fenced { generation, ranges } =
             arrival.link.tell(&Tell::Handoff { id, epoch }, PATIENCE)?
         else {
@@ -904,6 +907,7 @@ impl Volume {
             arrival.state().over = true;
             let copied = complement(&lacking, self.geometry);
             return Ok(Takeover {
+                asked,
                 generation,
                 copied,
                 lacking: Some(lacking),
@@ -922,6 +926,7 @@ impl Volume {
             None => Vec::new(),
         };
         Ok(Takeover {
+            asked,
             generation,
             copied,
             lacking: None,
@@ -1081,12 +1086,22 @@ impl Volume {
 
 /// What the handoff brought.
 pub(super) struct Takeover {
+    /// When it was asked for, as the machine counts.
+    asked: Duration,
     /// The source's generation.
     pub generation: u64,
     /// What was copied ahead, or was here before, and is what the source has for good.
     pub copied: Vec<BlockRange>,
     /// What the source has and nothing else, where all that it does not have is here.
     pub lacking: Option<BlockSet>,
+}
+
+impl Takeover {
+    /// Whether the source's word may be acted on. One that was held up for too long, here or on its way, may
+    /// have been taken back by hand since; asked again, the source says how it stands.
+    pub fn counts(&self) -> bool {
+        handover::answer_counts(self.asked, boot::running_for())
+    }
 }
 
 fn something_else() -> SourceError {

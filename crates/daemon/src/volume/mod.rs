@@ -21,6 +21,8 @@ mod gate;
 pub mod guest;
 mod knocks;
 mod last_word;
+#[cfg(test)]
+mod late_tests;
 pub mod open;
 mod open_tied;
 #[cfg(test)]

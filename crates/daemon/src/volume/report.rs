@@ -243,6 +243,8 @@ impl Controlled for Volume {
             common_limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.common_limit())),
             image: self.image.display().to_string(),
             old_copy_needed: self.old_copy_of().is_some(),
+            taken_over: self.has_departed().then(|| self.is_known_to_be_taken()),
+            release_in_s: self.release_in().map(|left| left.as_secs() + 1),
             storage_move: None,
             source: r.map(|r| r.source.info().uri),
             notes: self.notes(r),
@@ -291,15 +293,29 @@ impl Controlled for Volume {
             )));
         }
         if !force {
-            return Err(CommandError::Conflict(
-                "the disk was handed over to another site, and what was written there since is \
-                 not here: if the VM ran on from this copy, there would be two; only if the other \
-                 copy is lost or will never be used again: `hikkoshi release --force`"
-                    .to_owned(),
-            ));
+            return Err(CommandError::Conflict(format!(
+                "the disk was handed over to another site{}, and what was written there since is not here: if \
+                 the VM ran on from this copy, there would be two. Look there first (`hikkoshi status`): \
+                 standby: `hikkoshi abort` there takes the move back, and nothing is lost; given-up: start \
+                 its daemon again, which lifts the fence here; arriving, local, departing or departed: the \
+                 disk lives there, or further on, leave the fence; not reachable: switch that machine off \
+                 first. Only when it is gone for good: `hikkoshi release --force`",
+                if self.is_known_to_be_taken() {
+                    ", which has said that it took it over"
+                } else {
+                    ""
+                }
+            )));
         }
-        self.release_fence()
-            .map_err(|e| CommandError::Failed(format!("the fence stays: {e}")))
+        let stays = |error: std::io::Error| format!("the fence stays: {error}");
+        match self.release_in() {
+            Some(_) => self
+                .release_fence()
+                .map_err(|error| CommandError::Conflict(stays(error))),
+            None => self
+                .release_fence()
+                .map_err(|error| CommandError::Failed(stays(error))),
+        }
     }
 
     fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError> {
