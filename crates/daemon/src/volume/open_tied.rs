@@ -19,8 +19,9 @@ use hikkoshi_wan::{Source, Ticket};
 
 use super::arrival::complement;
 use super::open::{
-    OpenError, Running, connect, first_life, fitting, inode_of, move_in, open_existing, open_plain,
-    open_seeds, refuse, say_that_it_is_off, seed, set_tag, settle_image, tell_rewritten,
+    OpenError, Running, connect, first_life, fitting, hand_off_now, inode_of, move_in,
+    open_existing, open_plain, open_seeds, refuse, say_that_it_is_off, seed, set_tag, settle_image,
+    tell_rewritten,
 };
 use super::wayback::{self, NoSource};
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
@@ -293,10 +294,7 @@ pub(super) fn open_return(
     let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
-    // Else the thread that keeps the move asks for it, once the old copy is served.
-    if now && !only_here {
-        running.volume().hand_off().map_err(OpenError::Handoff)?;
-    }
+    hand_off_now(&running, now)?;
     Ok(running)
 }
 

@@ -42,8 +42,26 @@ pub trait Exports {
     /// none. Called once an option has named it, never before; must not wait for anything.
     fn find(&self, name: &str) -> Option<ExportInfo>;
 
+    /// Whether there is an export of this name that cannot be served yet, so that [`Exports::find`]
+    /// does not have it. As above, it must not wait.
+    fn is_awaited(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
     /// Names and descriptions (which may be empty) of the exports that clients may see.
     fn list(&self) -> Vec<(String, String)>;
+}
+
+/// The export that a client names, or what it is told in its place.
+fn find(exports: &dyn Exports, name: &str) -> Result<ExportInfo, Refusal> {
+    exports.find(name).ok_or_else(|| {
+        if exports.is_awaited(name) {
+            NOT_SERVED_YET
+        } else {
+            UNKNOWN_EXPORT
+        }
+    })
 }
 
 /// What a server tells of an export.
@@ -411,7 +429,7 @@ impl Handshake {
         exports: &dyn Exports,
     ) -> Result<(String, ExportInfo, bool), Refusal> {
         let named = Named::parse(payload)?;
-        let found = exports.find(named.name).ok_or(UNKNOWN_EXPORT)?;
+        let found = find(exports, named.name)?;
         let told_block_size = named.asks_for(info::BLOCK_SIZE);
         let sizes = [found.min_block, found.preferred_block, found.max_payload];
         if found.block_size_required && !told_block_size {
@@ -437,7 +455,7 @@ impl Handshake {
 
     fn list_contexts(&mut self, payload: &[u8], exports: &dyn Exports) -> Result<(), Refusal> {
         let query = MetaQuery::parse(payload)?;
-        let found = exports.find(query.name).ok_or(UNKNOWN_EXPORT)?;
+        let found = find(exports, query.name)?;
         for name in found.contexts {
             // A client that chooses whatever is listed must not end up without NBD.
             if name != wire::TRANSPORT && query.lists(name) {
@@ -454,7 +472,7 @@ impl Handshake {
             return Err(STRUCTURED_FIRST);
         }
         let query = MetaQuery::parse(payload)?;
-        let found = exports.find(query.name).ok_or(UNKNOWN_EXPORT)?;
+        let found = find(exports, query.name)?;
         let contexts: Vec<Context> = (1..)
             .zip(found.contexts)
             .map(|(id, name)| Context { id, name })
@@ -550,6 +568,12 @@ const TOO_LONG: Refusal = Refusal {
 const UNKNOWN_EXPORT: Refusal = Refusal {
     code: reply::ERR_UNKNOWN,
     text: "no such export",
+};
+/// Not "unknown", after which a client may take it for a mistake in the name.
+const NOT_SERVED_YET: Refusal = Refusal {
+    code: reply::ERR_POLICY,
+    text: "this export is not served yet: try again; hikkoshi status, at the server, says what it \
+           waits for",
 };
 const BLOCK_SIZE_REQUIRED: Refusal = Refusal {
     code: reply::ERR_BLOCK_SIZE_REQD,

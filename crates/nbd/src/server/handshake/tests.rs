@@ -165,18 +165,17 @@ fn size_and_flags_are_told_unasked() {
 }
 
 #[test]
-fn an_unknown_export_is_refused_and_the_handshake_goes_on() {
+fn an_export_that_is_unknown_or_not_served_yet_is_refused_and_the_handshake_goes_on() {
     let mut talk = Talk::new();
-    for option in [opt::INFO, opt::GO] {
+    for (name, code) in [("nosuch", reply::ERR_UNKNOWN), ("later", reply::ERR_POLICY)] {
+        for option in [opt::INFO, opt::GO] {
+            assert_eq!(talk.kind_of(option, &named(name, &[])), code);
+        }
         assert_eq!(
-            talk.kind_of(option, &named("nosuch", &[])),
-            reply::ERR_UNKNOWN
+            talk.kind_of(opt::LIST_META_CONTEXT, &queries(name, &[])),
+            code
         );
     }
-    assert_eq!(
-        talk.kind_of(opt::LIST_META_CONTEXT, &queries("nosuch", &[])),
-        reply::ERR_UNKNOWN
-    );
     talk.go("other", &[]);
 }
 
