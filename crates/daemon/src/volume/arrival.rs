@@ -1084,6 +1084,7 @@ impl Volume {
         drop(deciding);
         arrival.changed.notify_all();
         if let Some(relocation) = self.relocation() {
+            relocation.settle_nothing();
             // What was being copied ahead.
             let all = self.geometry.size_bytes();
             relocation.source().cancel(Lane::Bulk, 0, all);

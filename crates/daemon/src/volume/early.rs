@@ -6,8 +6,8 @@
 //! since its tracking of changes began, and that is recorded here. What was asked for under that
 //! tracking and has not changed is what the disk is from then on. All else is asked for again.
 //!
-//! A guest that reads here meanwhile waits for the handoff. How much is set aside is bounded by what the
-//! mover asks for without an answer.
+//! A guest that reads here meanwhile is answered by the source, as before. How much is set aside is bounded by
+//! what the mover asks for without an answer.
 
 use std::sync::{Arc, Mutex};
 
@@ -34,6 +34,8 @@ enum State {
         /// The answers that have come.
         set_aside: Vec<SetAside>,
     },
+    /// It will not happen. Nothing of what was asked is ever taken.
+    Off,
     /// It is behind us. Some that was asked early may still come.
     Settled(Arc<Verdict>),
     /// The source was let go of.
@@ -84,6 +86,8 @@ impl Early {
     pub(super) fn tracking(&self) -> Option<u64> {
         match &*lock(&self.0) {
             State::Waiting { tracking, .. } => Some(*tracking),
+            // None that a source ever had.
+            State::Off => Some(0),
             State::No | State::Settled(_) | State::Over => None,
         }
     }
@@ -105,10 +109,23 @@ impl Relocation {
                     };
                 }
                 State::Waiting { tracking: old, .. } => *old = tracking,
-                State::Settled(_) | State::Over => return,
+                State::Off | State::Settled(_) | State::Over => return,
             }
         }
-        self.drive(|m, now, out| m.handoff(now, &self.residency, out));
+        self.drive(|m, now, out| m.ask_early(now, &self.residency, out));
+    }
+
+    /// The move was given up before the handoff.
+    pub(super) fn settle_nothing(&self) {
+        let before = {
+            let mut state = lock(&self.early.0);
+            match &*state {
+                State::Waiting { .. } => std::mem::replace(&mut *state, State::Off),
+                State::No | State::Off | State::Settled(_) | State::Over => return,
+            }
+        };
+        // Outside of the lock, as in `end`.
+        drop(before);
     }
 
     /// The handoff is recorded here; the source has told with it what has changed, if that is known.
@@ -150,7 +167,7 @@ impl Relocation {
                     return;
                 }
                 State::Settled(verdict) => Arc::clone(verdict),
-                State::No | State::Over => return,
+                State::No | State::Off | State::Over => return,
             }
         };
         hand_on(verdict.of(tracking, range, outcome));

@@ -18,6 +18,7 @@ use hikkoshi_wan::{MemorySource, MoveLink, Source, SourceError, SourceErrorKind,
 
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
+use super::relocation::ReadEnd;
 use super::tests::{DISK, original, words};
 use super::{Volume, lock};
 use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, Transport};
@@ -315,6 +316,49 @@ fn a_handoff_that_is_refused_leaves_nothing() {
     start.source.complete_all();
     start.volume.relocation().unwrap().tick();
     assert_eq!(start.volume.life(), LifeState::Standby);
+    assert!(start.image().iter().all(|byte| *byte == 0), "it was kept");
+    assert_eq!(start.missing(), DISK.div_ceil(BLOCK));
+}
+
+/// Whoever stands by is served, and a handoff at the start may not get through for long: what is read meanwhile is
+/// answered by the source, and so it is once the move was given up. What was asked early still counts for nothing.
+#[test]
+fn reads_are_answered_while_no_handoff_is() {
+    let start = Arc::new(Start::new());
+    let read = |block: u64| {
+        let answers = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&answers);
+        let done = move |end: ReadEnd<'_>| {
+            let ReadEnd::Bytes(bytes) = end else {
+                panic!("it was not the source that answered");
+            };
+            lock(&told).push(bytes.to_vec());
+        };
+        let relocation = start.volume.relocation().unwrap();
+        relocation.read(blocks(block, 1), Box::new(done));
+        start.source.complete_all();
+        relocation.tick();
+        let at = usize::try_from(block * BLOCK).unwrap();
+        assert_eq!(*lock(&answers), [&original()[at..at + 4096]]);
+    };
+    let refused = || -> Answered { Err(SourceError::new(SourceErrorKind::Refused, "not now")) };
+    assert!(start.hand_off(refused).is_err());
+    read(40);
+    // What the copy has asked for as well.
+    read(0);
+    assert!(start.hand_off(refused).is_err());
+    read(41);
+    // It does not wait for the source to hear of it.
+    start.volume.arrival.as_ref().unwrap().stop();
+    start.volume.give_up().unwrap();
+    read(42);
+    let relocation = start.volume.relocation().unwrap();
+    for _ in 0..100 {
+        start.source.complete_all();
+        start.clock_ms.fetch_add(20, Ordering::Relaxed);
+        relocation.tick();
+    }
+    read(43);
     assert!(start.image().iter().all(|byte| *byte == 0), "it was kept");
     assert_eq!(start.missing(), DISK.div_ceil(BLOCK));
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hikkoshi_engine::mover::{Action, Phase};
+use hikkoshi_engine::mover::Action;
 use hikkoshi_engine::witness::Witness;
 use hikkoshi_wan::{Fetched, Lane, SourceError, SourceErrorKind};
 
@@ -317,6 +317,6 @@ impl Relocation {
 
     /// Whether the handoff is behind us.
     pub fn is_arriving(&self) -> bool {
-        lock(&self.mover).phase() != Phase::Standby
+        !lock(&self.mover).phase().passes_through()
     }
 }

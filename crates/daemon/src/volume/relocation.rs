@@ -356,7 +356,8 @@ impl Relocation {
         let lane = source_lane(lane);
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
         let (this, believed) = (Arc::clone(self), self.belief());
-        let early = self.early.tracking();
+        // What a reader is waiting for passes by, and is not kept.
+        let early = keep.then(|| self.early.tracking()).flatten();
         let done = move |outcome| {
             let outcome = this.vouched(believed, outcome);
             let then = Arc::clone(&this);

@@ -64,7 +64,10 @@ impl<W> Mover<W> {
 
     /// Launches what may go now, in this order: rests, read-ahead, questions, the background copy.
     pub(super) fn pump(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        if self.phase != Phase::Arriving {
+        if !matches!(self.phase, Phase::HandingOver | Phase::Arriving) {
+            return;
+        }
+        if residency.missing_blocks() == 0 && self.phase == Phase::HandingOver {
             return;
         }
         if residency.missing_blocks() == 0 {

@@ -169,10 +169,20 @@ pub enum Action<W> {
 pub enum Phase {
     /// Before the handoff: reads pass through and nothing is kept.
     Standby,
+    /// The handoff is asked for, and what is fetched without a reader is set aside by whoever carries that out, until it is
+    /// answered. Reads pass through, as before.
+    HandingOver,
     /// After it.
     Arriving,
     /// Everything is here.
     Complete,
+}
+
+impl Phase {
+    /// Whether the handoff is still to come, and reads are answered by the source alone.
+    pub fn passes_through(self) -> bool {
+        matches!(self, Self::Standby | Self::HandingOver)
+    }
 }
 
 /// What the mover is told once.
@@ -429,9 +439,17 @@ impl<W> Mover<W> {
             .collect()
     }
 
+    /// The handoff is about to be asked for: what it would ask for then goes with it.
+    pub fn ask_early(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
+        if self.phase == Phase::Standby {
+            self.phase = Phase::HandingOver;
+        }
+        self.pump(now, residency, out);
+    }
+
     /// The VM runs here from now on.
     pub fn handoff(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        if self.phase == Phase::Standby {
+        if self.phase.passes_through() {
             self.phase = Phase::Arriving;
             self.seeds_may_move(now);
             if self.policy.exact {

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::flights::Purpose;
-use super::{Action, MAX_FETCH_BYTES, MERGE_GAP_BYTES, Mover, Phase, ReadFailure};
+use super::{Action, MAX_FETCH_BYTES, MERGE_GAP_BYTES, Mover, ReadFailure};
 use crate::geometry::BlockRange;
 use crate::residency::Residency;
 
@@ -40,7 +40,7 @@ impl<W> Mover<W> {
                 since: now,
             },
         );
-        if self.phase == Phase::Standby {
+        if self.phase.passes_through() {
             self.launch_for(now, id, range, Purpose::PassThrough, out);
         } else {
             for run in self.missing_runs(residency, range) {

@@ -179,6 +179,13 @@ impl Ticket {
         }
     }
 
+    /// Whether a source that says this has taken the disk back from a move that has arrived: its fence was lifted by
+    /// hand. It says so where it was asked before that, and heard it late; nothing of it may be read.
+    pub(super) fn is_off(&self, attached: &Attached) -> bool {
+        let arrived = self.state().stance == Stance::Arriving;
+        arrived && attached.handed_over == HandedOver::Never
+    }
+
     /// What the source has said to [`Ticket::tell`].
     pub fn was_told(&self, attached: Attached) {
         let mut state = self.state();
@@ -285,6 +292,9 @@ pub(super) fn announce(
     Ok(Some(Arc::clone(ticket)))
 }
 
+/// Why nothing is read; see [`Ticket::is_off`].
+pub(super) const TAKEN_BACK: &str = "it has taken the disk back: its fence was lifted by hand";
+
 fn not_attached(config: &NbdSourceConfig, error: &io::Error) -> SourceError {
     let uri = config.shown_uri();
     let message = format!("{uri}: saying for which move it is failed: {error}");
@@ -299,6 +309,10 @@ fn welcome(
 ) -> Result<(), SourceError> {
     let uri = config.shown_uri();
     match told {
+        Ok(Told::Attached(attached)) if ticket.is_off(&attached) => {
+            let message = format!("{uri}: {TAKEN_BACK}");
+            Err(SourceError::new(SourceErrorKind::Untrusted, message))
+        }
         Ok(Told::Attached(attached)) => {
             ticket.was_told(attached);
             Ok(())

@@ -48,6 +48,22 @@ fn what_was_asked_behind_a_welcome_is_answered() {
     assert_eq!(ticket.attached(), Some(attached));
 }
 
+/// The question had left before the handoff, and was heard after the fence was lifted by hand: the source welcomes
+/// whoever stands by, and what it has is not the disk any more.
+#[test]
+fn a_source_that_took_the_disk_back_is_not_read() {
+    let off = Attached {
+        handed_over: HandedOver::Never,
+        ..Attached::default()
+    };
+    let ticket = Ticket::new([1; 16], None, Stance::Standby, true);
+    let (data, _) = read_behind(&Told::Attached(off), &ticket);
+    assert!(data.is_some(), "whoever stands by may read");
+    ticket.arrived();
+    let (data, why) = read_behind(&Told::Attached(off), &ticket);
+    assert_eq!((data, why), (None, SourceErrorKind::Untrusted));
+}
+
 /// A source whose machine was started anew has lost what nobody had flushed there.
 #[test]
 fn a_boot_that_has_ended_is_a_loss_before_the_handoff_alone() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hikkoshi_nbd::client::{Hole, StatusExtent};
 
-use super::attach::Ticket;
+use super::attach::{TAKEN_BACK, Ticket};
 use super::coding::Coding;
 use super::job::{Answer, Job};
 use super::line::Line;
@@ -103,6 +103,9 @@ fn attached(receiver: &mut Receiver<'_>, ticket: &Ticket, line: &Line) -> Result
         }
     }
     match Told::decode(&told, line.negotiated.size_bytes) {
+        Some(Told::Attached(attached)) if ticket.is_off(&attached) => {
+            return Err(ReadError::Refused(TAKEN_BACK.to_owned()));
+        }
         Some(Told::Attached(attached)) => ticket.was_told(attached),
         Some(Told::Refused(why)) => return Err(ReadError::Refused(why)),
         _ => return Err(ReadError::Answer("an answer that makes no sense")),
