@@ -9,6 +9,7 @@ use crate::transport::pack::Packing;
 
 const DISK: u64 = 1 << 30;
 const QUANTUM: u64 = limits::QUANTUM_BYTES as u64;
+const BULK: u64 = limits::BULK_BYTES as u64;
 
 fn read(id: u64, priority: Priority, offset: u64, len: u64) -> Request {
     Request::Wish {
@@ -41,7 +42,7 @@ fn step(scheduler: &mut Scheduler) -> (u64, u64) {
 fn demand_leaves_after_at_most_one_quantum() {
     let mut s = with(&[read(1, Priority::COLD, 0, 32 << 20)]);
     for n in 0..5 {
-        assert_eq!(step(&mut s), (1, n * QUANTUM));
+        assert_eq!(step(&mut s), (1, n * BULK));
     }
     s.submit(read(2, Priority::DEMAND, 900, 4096)).unwrap();
     s.submit(read(3, Priority::READ_AHEAD, 8192, 4096)).unwrap();
@@ -49,16 +50,15 @@ fn demand_leaves_after_at_most_one_quantum() {
     assert!(demand.id == 2 && demand.last && demand.len == 4096);
     s.done(&demand);
     assert_eq!(step(&mut s), (3, 8192));
-    assert_eq!(step(&mut s), (1, 5 * QUANTUM));
+    assert_eq!(step(&mut s), (1, 5 * BULK));
 }
 
 #[test]
 fn demand_takes_turns_and_bulk_is_in_order() {
-    let large = |id, priority| read(id, priority, 0, 3 * QUANTUM);
     let mut s = with(&[
-        large(1, Priority::COLD),
-        large(2, Priority::COLD),
-        large(3, Priority::DEMAND),
+        read(1, Priority::COLD, 0, 3 * BULK),
+        read(2, Priority::COLD, 0, 3 * BULK),
+        read(3, Priority::DEMAND, 0, 3 * QUANTUM),
         read(4, Priority::DEMAND, 0, 1),
     ]);
     let order: Vec<u64> = std::iter::from_fn(|| s.peek().map(|_| step(&mut s).0)).collect();
@@ -70,7 +70,7 @@ fn demand_takes_turns_and_bulk_is_in_order() {
 fn what_is_waited_for_holds_up_nobody_and_what_is_cancelled_ends() {
     let mut s = with(&[
         read(1, Priority::DEMAND, 0, 2 * QUANTUM),
-        read(2, Priority::COLD, 0, QUANTUM),
+        read(2, Priority::COLD, 0, BULK),
     ]);
     s.park(1);
     assert_eq!(s.peek().unwrap().id, 2);
