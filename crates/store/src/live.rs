@@ -196,10 +196,22 @@ pub fn return_map(
         live_dir,
         state_dir,
     };
+    return_map_in(state, &place, identity)
+}
+
+/// [`return_map`] with memory from anywhere.
+///
+/// # Errors
+/// As [`return_map`].
+pub fn return_map_in<P: LivePlace>(
+    state: StateDir,
+    place: &P,
+    identity: Identity,
+) -> Result<OpenedMap<P::Handle>, StateError> {
     let old = state.identity().clone();
     let state = state.begin_return(identity)?;
     place.discard(&old);
-    create_map_in(state, &place)
+    create_map_in(state, place)
 }
 
 /// The state and the memory of a volume that was opened before and is not complete. Everything it

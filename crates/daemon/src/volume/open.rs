@@ -29,12 +29,10 @@ use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
 use super::last_word::{self, LastWord};
-use super::open_tied::{
-    check_for_return, open_recorded, open_return, overwritten_of, settle_base, settle_lacking,
-    settle_way_back, tell_doubt,
-};
+use super::open_tied::{check_for_return, open_recorded, open_return, tell_doubt};
 use super::seeding::SeedImage;
 use super::storage::{self, ImageAddress};
+use super::ties::{first_life, overwritten_of, settle_base, settle_lacking, settle_way_back};
 use super::{Volume, system_clock};
 use crate::config::{
     Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, SourceConfig, SourceLoss, Transport,
@@ -632,16 +630,6 @@ pub(super) fn say_that_it_is_off(
         // It has moved on by another move, or is another disk: nothing is fenced for this one.
         Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(false),
         told => told.map(|_| true),
-    }
-}
-
-/// Where a move begins. `now`: nobody uses the disk at the source any more; a source that keeps a
-/// fence has to agree first all the same.
-pub(super) fn first_life(now: bool, fenced_source: bool) -> Life {
-    if now && !fenced_source {
-        Life::Arriving
-    } else {
-        Life::Standby
     }
 }
 
