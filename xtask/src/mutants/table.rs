@@ -443,7 +443,7 @@ pub const MUTATIONS: &[Mutation] = &[
         file: TIES,
         edits: &[(
             "    if !identity.ties.only_here || identity.life != Life::Arriving {\n",
-            "    if identity.ties.only_here || identity.life != Life::Arriving {\n",
+            "    if identity.life != Life::Standby {\n",
         )],
     },
     Mutation {
@@ -454,11 +454,6 @@ pub const MUTATIONS: &[Mutation] = &[
              BlockState::Clean | BlockState::Owned => {}\n",
             "                BlockState::Clean => continue,\n                BlockState::Owned => {}\n",
         )],
-    },
-    Mutation {
-        name: "early return: old copy read after the first write into it",
-        file: GUEST,
-        edits: &[("        self.end_old_copy();\n", "")],
     },
     Mutation {
         name: "early return: copied ahead into an old copy that is needed",

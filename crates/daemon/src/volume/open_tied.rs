@@ -106,7 +106,7 @@ pub(super) fn tell_doubt(running: &Running, doubt: Option<&str>) {
 pub(super) fn open_return(
     config: &ExportConfig,
     wanted: &SourceConfig,
-    state: StateDir,
+    mut state: StateDir,
     state_path: &Path,
 ) -> Result<Running, OpenError> {
     let identity = state.identity().clone();
@@ -128,6 +128,7 @@ pub(super) fn open_return(
         return refuse_difference(config, why);
     }
     let seeds = open_seeds(wanted, &config.image)?;
+    settle_given_up(config, wanted, &mut state)?;
     let volume_id = live::random()?;
     let dial = |base: Option<VolumeId>| {
         let ticket = Ticket::new(volume_id, base, Stance::Standby, false);
@@ -201,6 +202,33 @@ pub(super) fn open_return(
         running.volume().hand_off().map_err(OpenError::Handoff)?;
     }
     Ok(running)
+}
+
+/// A return that was given up before, and of which the source has not heard so: a handoff of that one may
+/// still be on its way there, and its fence would be closed for nobody once this state is another's.
+fn settle_given_up(
+    config: &ExportConfig,
+    wanted: &SourceConfig,
+    state: &mut StateDir,
+) -> Result<(), OpenError> {
+    if !state.identity().ties.gave_up {
+        return Ok(());
+    }
+    let ticket = Ticket::new(state.identity().volume_id, None, Stance::Standby, true);
+    match say_that_it_is_off(config, wanted, &ticket) {
+        Ok(true) => state.change(|identity| identity.ties.gave_up = false)?,
+        // Nothing is fenced there for that one.
+        Ok(false) => {}
+        Err(error) => {
+            return refuse(format!(
+                "an earlier return into {} was given up, and {} could not be told so yet ({error}); start \
+                 this again when it can be reached",
+                config.image.display(),
+                wanted.uri
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// What cannot be while the rest of a disk is only here.

@@ -57,7 +57,7 @@ impl PairWorld {
             t.reset / 3,
             when(self.may_return() && self.moves < MAX_MOVES, 30),
             when(self.is_unheard(), 20),
-            when(self.may_come_back && self.may_tamper(), 2),
+            when(self.may_come_back && self.may_tamper(), 6),
             t.close,
         ];
         let mut n = self.below(weights.iter().sum());

@@ -148,7 +148,10 @@ const BACKGROUND: u64 = 850;
 const RECORDS: u64 = 800;
 
 /// So many wait with that until all of the disk is at the other site.
-const PATIENT: u64 = 550;
+const PATIENT: u64 = 500;
+
+/// So many of the others copy slowly, or only what is read.
+const SLOW: u64 = 800;
 
 /// So often a process is ended in good order there.
 const CLOSES: u64 = 4;
@@ -186,14 +189,18 @@ impl PairWorld {
         source.background = rng.permille(BACKGROUND);
         source.prepare = rng.pick(&[Prepare::None, Prepare::Ahead, Prepare::Ahead, Prepare::Full]);
         let may_come_back = seed & BACK != 0;
+        let patient = may_come_back && rng.permille(PATIENT);
         if may_come_back {
             source.way_back = rng.permille(RECORDS);
-            // So that some come back while most is still missing.
-            if rng.permille(300) {
-                source.background = rng.permille(300);
-                source.max_rate = Some(rng.within(4, 64) << 10);
-            }
             plan.trouble.close = CLOSES;
+        }
+        if patient {
+            // The record of what is written ends with the first power cut.
+            plan.trouble.power_cut /= 2;
+        } else if may_come_back && rng.permille(SLOW) {
+            // So that most is still missing when it comes back.
+            source.background = rng.permille(200);
+            source.max_rate = Some(rng.within(4, 64) << 10);
         }
         let way_back = source.way_back;
         let geometry = plan.geometry;
@@ -220,7 +227,7 @@ impl PairWorld {
             given_up: false,
             returning: false,
             old_copy: false,
-            patient: may_come_back && rng.permille(PATIENT),
+            patient,
             comes_back: [None, None],
             may_come_back,
             moves: 1,

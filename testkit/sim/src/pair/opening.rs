@@ -148,8 +148,6 @@ impl Opening {
         }
         if state.identity().ties.gave_up {
             self.say_that_the_return_was_given_up(&mut state)?;
-        } else if state.identity().life == Life::Local {
-            self.has_told.store(true, Ordering::Release);
         }
         let identity = state.identity().clone();
         match identity.life {
@@ -158,9 +156,18 @@ impl Opening {
                 Ok(Some(Stage::GivenUp))
             }
             Life::Local if identity.ties.departed.is_some() && self.wanted.source.comes_back => {
-                self.open_return(state)
+                let begun = self.open_return(state);
+                // Of this one nothing was to be told so far.
+                self.has_told.store(false, Ordering::Release);
+                begun
             }
-            Life::Local => self.open_complete(state).map(Some),
+            Life::Local => {
+                if !identity.ties.gave_up {
+                    // There is nothing, or nothing more, to be told.
+                    self.has_told.store(true, Ordering::Release);
+                }
+                self.open_complete(state).map(Some)
+            }
             Life::Standby | Life::Arriving => self.go_on(state).map(Some),
         }
     }
@@ -283,7 +290,7 @@ impl Opening {
     }
 
     /// An old copy whose disk comes back.
-    fn open_return(&self, state: StateDir) -> Result<Option<Stage>, OpenError> {
+    fn open_return(&self, mut state: StateDir) -> Result<Option<Stage>, OpenError> {
         let wanted = &self.wanted.source;
         let identity = state.identity().clone();
         let Some(departure) = identity.ties.departed else {
@@ -292,6 +299,9 @@ impl Opening {
         let base = old_copy(&state, &*self.store, departure, true)?;
         if base.is_err() && !wanted.overwrite {
             return Ok(Some(Stage::Refused));
+        }
+        if identity.ties.gave_up && !self.say_that_the_return_was_given_up(&mut state)? {
+            return Ok(None);
         }
         let volume_id = self.draw();
         let Some(mut ticket) = self.dial(volume_id, Some(departure.to)) else {
@@ -346,8 +356,8 @@ impl Opening {
         dialled.is_ok().then_some(ticket)
     }
 
-    /// Tells the source once, if it can be reached; else the next start does.
-    fn say_that_the_return_was_given_up(&self, state: &mut StateDir) -> Result<(), StateError> {
+    /// Tells the source once, if it can be reached; else the next start does. Whether it was told.
+    fn say_that_the_return_was_given_up(&self, state: &mut StateDir) -> Result<bool, StateError> {
         let id = state.identity().volume_id;
         let ticket = Ticket::new(id, None, Stance::Standby, true);
         let link = SimLink::new(self.end(ticket));
@@ -355,10 +365,10 @@ impl Opening {
             Ok(_) => state.change(|identity| identity.ties.gave_up = false)?,
             // It has moved on by another move: nothing is fenced there for this one.
             Err(error) if error.kind == SourceErrorKind::Untrusted => {}
-            Err(_) => return Ok(()),
+            Err(_) => return Ok(false),
         }
         self.has_told.store(true, Ordering::Release);
-        Ok(())
+        Ok(true)
     }
 
     /// What a start does that refuses to serve, again and again until it has been heard.
