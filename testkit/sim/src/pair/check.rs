@@ -93,9 +93,10 @@ impl PairWorld {
         if self.old_copy {
             return;
         }
-        let waits = |_: &u64, r: &mut Request| r.site == site && matches!(r.ask, Ask::Read(_));
-        let forsaken = self.requests.extract_if(.., waits).map(|(id, _)| id);
-        self.forsaken.extend(forsaken);
+        let waits = |r: &Request| r.site == site && matches!(r.ask, Ask::Read(_));
+        let waiting = self.requests.iter().filter(|(_, r)| waits(r));
+        self.forsaken.extend(waiting.map(|(id, _)| *id));
+        self.requests.retain(|_, r| !waits(r));
         self.set_oldest_read();
     }
 

@@ -109,11 +109,10 @@ impl Side {
             source.die();
         }
         self.fibers.clear();
-        for volume in [self.volume.take(), self.closing.take()] {
-            if let Some(volume) = volume {
-                volume.stop();
-                volume.run_committer();
-            }
+        let volumes = [self.volume.take(), self.closing.take()];
+        for volume in volumes.into_iter().flatten() {
+            volume.stop();
+            volume.run_committer();
         }
         self.sim.forget();
     }
