@@ -405,14 +405,6 @@ pub const MUTATIONS: &[Mutation] = &[
         )],
     },
     Mutation {
-        name: "way back: time of closing left in place",
-        file: TIES,
-        edits: &[(
-            "    if doubt.is_none() {\n        // Also durable",
-            "    if false {\n        // Also durable",
-        )],
-    },
-    Mutation {
         name: "way back: old copy believed whoever wrote into it",
         file: TIES,
         edits: &[(
@@ -436,23 +428,6 @@ pub const MUTATIONS: &[Mutation] = &[
         edits: &[(
             "        arrival.installing.close();\n        let mut state = arrival.state();\n",
             "        let mut state = arrival.state();\n",
-        )],
-    },
-    Mutation {
-        name: "early return: what is lacking forgotten by a restart",
-        file: TIES,
-        edits: &[(
-            "    if !identity.ties.only_here || identity.life != Life::Arriving {\n",
-            "    if identity.life != Life::Standby {\n",
-        )],
-    },
-    Mutation {
-        name: "early return: clean blocks count as the old copy's after a doubt",
-        file: WAYBACK,
-        edits: &[(
-            "                BlockState::Clean if kept => continue,\n                \
-             BlockState::Clean | BlockState::Owned => {}\n",
-            "                BlockState::Clean => continue,\n                BlockState::Owned => {}\n",
         )],
     },
     Mutation {
