@@ -322,6 +322,7 @@ fn leads_to_transmission(server: &[u8]) -> bool {
         structured: true,
         allocation: true,
         transport: false,
+        opening: Vec::new(),
     };
     let mut handshake = Handshake::new(config).unwrap();
     let mut at = 0;

@@ -454,6 +454,10 @@ fn a_released_source_is_never_read_from_again() {
             })
         })
         .collect();
+    // Else it is waited for, and is not gone.
+    a.daemon()
+        .wait_status("taken over", |s| s["taken_over"] == true)
+        .unwrap();
     a.daemon().command(&["release", "--force"]).unwrap();
     let mut client = a.client().unwrap();
     for at in (0..SIZE).step_by(1 << 20) {

@@ -12,6 +12,7 @@ use hikkoshi_testkit::client::{Answer, Client};
 use hikkoshi_testkit::cut::{Break, Cut, CutLink, Way, What};
 use hikkoshi_testkit::faults::content;
 use hikkoshi_testkit::moving::{Guest, Site};
+use rustix::process::Signal;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -491,23 +492,75 @@ fn slowed_down(when: When, how: How) -> Result<()> {
     life.guest.check(&mut b.client()?)
 }
 
+/// A, and B that stands by, over a link on which the answer to something is to be lost.
+fn stands_by(dir: &Path, seed: u64, how: How) -> Result<(Life, Site, Site, CutLink)> {
+    let (guest, a) = at_home(dir, seed)?;
+    let link = CutLink::new(&dir.join("there.nbd"), &a.socket())?;
+    let mut b = Site::new(dir, "b", &["--from", &link.uri()], false);
+    b.start()?;
+    b.wait_prepared()?;
+    Ok((Life::new(guest, When::Unanswered, how), a, b, link))
+}
+
+/// Lifts the fence of A, of whose answer nobody has said that it was heard.
+fn release_by_force(a: &Site) -> Result<()> {
+    let status = a.daemon().status()?;
+    ensure!(status["taken_over"] == false, "{status}");
+    ensure!(status["release_in_s"].is_u64(), "{status}");
+    let output = a.daemon().try_command(&["release", "--force"])?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(output.status.success(), "{said}");
+    ensure!(said.contains("may still take that answer"), "{said}");
+    ensure!(
+        said.contains("has not said that it took the disk over"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// The whole process of B stands still while the answer to the handoff waits in its socket, and a person lets
+/// the VM go on at A meanwhile. Running again, B finds an answer that does not count any more.
+#[test]
+fn an_answer_that_is_found_after_a_standstill_is_not_taken() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (mut life, mut a, b, link) = stands_by(dir.path(), 24, How::Late)?;
+    life.arm(&link, Said::Handoff);
+    let writing = write_on_a_thread(b.client()?);
+    link.wait_broken()?;
+    b.daemon().freeze()?;
+    life.mend(&link)?;
+    release_by_force(&a)?;
+    ensure!(life.guest.takes_writes(&a)?, "{}", a.story());
+    b.daemon().signal(Signal::CONT)?;
+    let answer = writing.join().expect("it does not panic")?;
+    ensure!(answer == Answer::EIO, "the first write: {}", answer.0);
+    life.writer(&a, &b, Writer::Source)?;
+    a.restart()?;
+    life.writer(&a, &b, Writer::Source).map(drop)
+}
+
 /// The answer to the handoff is lost with the link, and a person lets the VM go on at A. When the link
 /// is back the write that has waited at B all the time does not take the disk away from it, also
 /// after restarts: that VM is older than what has been written since.
 #[test]
 fn cut_and_released_by_hand() -> Result<()> {
+    released_by_hand(How::Lost)
+}
+
+/// The same, and the answer comes after all, late: while it could still be taken the fence is not lifted.
+#[test]
+fn held_up_and_released_by_hand() -> Result<()> {
+    released_by_hand(How::Late)
+}
+
+fn released_by_hand(how: How) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let (guest, mut a) = at_home(dir.path(), 23)?;
-    let mut life = Life::new(guest, When::Unanswered, How::Lost);
-    let link = CutLink::new(&dir.path().join("there.nbd"), &a.socket())?;
-    let mut b = Site::new(dir.path(), "b", &["--from", &link.uri()], false);
-    b.start()?;
-    b.wait_prepared()?;
+    let (mut life, mut a, mut b, link) = stands_by(dir.path(), 23, how)?;
     life.arm(&link, Said::Handoff);
     let writing = write_on_a_thread(b.client()?);
     link.wait_broken()?;
     life.writer(&a, &b, Writer::Nobody)?;
-    a.daemon().command(&["release", "--force"])?;
+    release_by_force(&a)?;
     life.writer(&a, &b, Writer::Source)?;
     life.mend(&link)?;
     let answer = writing.join().expect("it does not panic")?;

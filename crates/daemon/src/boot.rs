@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use hikkoshi_wan::transport::session::BootId;
 
@@ -23,6 +24,17 @@ pub(crate) fn of_this_machine() -> Option<BootId> {
     })
 }
 
+/// For how long this machine has run, sleep included: what another machine may have waited meanwhile.
+pub(crate) fn running_for() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    // The kernel gives neither a negative time nor one of more than a second below the second.
+    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
+    let now = Duration::new(seconds, u32::try_from(now.tv_nsec).unwrap_or_default());
+    #[cfg(test)]
+    let now = now + tests::AHEAD.get();
+    now
+}
+
 /// A UUID as the kernel writes it.
 fn parse(text: &str) -> Option<BootId> {
     let digits: String = text.trim().chars().filter(|c| *c != '-').collect();
@@ -32,8 +44,14 @@ fn parse(text: &str) -> Option<BootId> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        /// How much more time has passed, for a thread of a test.
+        pub(crate) static AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    }
 
     #[test]
     fn the_boot_of_this_machine_is_known_and_stays() {

@@ -8,11 +8,11 @@ use hikkoshi_wan::transport::session::BootId;
 
 use crate::config::{DaemonConfig, Listen};
 use crate::control;
-use crate::export::Export;
 use crate::front::{Front, Table};
 use crate::heat::Keeper;
-use crate::links::{CommonCap, Links};
 use crate::registry::{CommandError, Controlled, Exports};
+use crate::slot::Slot;
+use crate::starting::{Openers, Patience, Starting};
 use crate::volume::open::OpenError;
 
 /// How long clients may take to receive what is in flight when the daemon ends.
@@ -47,6 +47,12 @@ pub enum DaemonError {
     /// The control socket cannot be served.
     #[error("cannot serve the control socket: {0}")]
     Control(String),
+    /// A thread cannot be started.
+    #[error("a thread could not be started: {source}")]
+    Thread {
+        /// Why.
+        source: std::io::Error,
+    },
     /// What was in flight at the end could not be made durable.
     #[error("export {export:?} could not be closed cleanly: {source}")]
     Close {
@@ -60,11 +66,18 @@ pub enum DaemonError {
 /// A daemon that serves.
 pub struct Daemon {
     front: Front,
-    control: Option<control::Server>,
-    metrics: Option<control::Server>,
+    interfaces: Interfaces,
     table: Arc<Table>,
+    openers: Openers,
     /// Ended before the volumes are closed, which write their heat down for the last time.
     heat: Option<Keeper>,
+}
+
+/// Where it is asked, commanded and measured.
+#[derive(Default)]
+pub(crate) struct Interfaces {
+    pub(crate) control: Option<control::Server>,
+    pub(crate) metrics: Option<control::Server>,
 }
 
 impl fmt::Debug for Daemon {
@@ -76,7 +89,8 @@ impl fmt::Debug for Daemon {
 }
 
 impl Daemon {
-    /// Opens the exports, listens, and serves in threads of its own.
+    /// Opens the exports, listens, and serves in threads of its own. Waits until all of them are open,
+    /// however long a handoff takes that is to happen at the start.
     ///
     /// # Errors
     /// Anything of that fails; nothing is served then.
@@ -89,64 +103,43 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::start`].
     pub fn start_under(config: DaemonConfig, boot: Option<BootId>) -> Result<Self, DaemonError> {
-        check(&config)?;
-        let cap = CommonCap::new(config.max_rate_all);
-        let (mut exports, mut links) = (Vec::new(), Links::under(cap.clone()));
-        for export in &config.exports {
-            let opened = Export::open(export).map_err(|e| DaemonError::Export {
-                image: export.image.display().to_string(),
-                source: Box::new(e),
-            })?;
-            if let Some(boot) = boot {
-                opened.volume().pretend_boot(boot);
-            }
-            links.join(&opened.volume());
-            opened.cap_by(cap.clone());
-            exports.push(opened);
-        }
-        let table = Arc::new(Table { exports, cap });
-        let mut front = Front::start(Arc::clone(&table), &config.listen, config.max_clients)
-            .map_err(|(address, source)| DaemonError::Listen {
-                address: address.to_string(),
-                source,
-            })?;
-        let control = match &config.control {
-            None => None,
-            Some(path) => match control::serve(path, Arc::clone(&table) as Arc<dyn Exports>) {
-                Ok(server) => Some(server),
-                Err(e) => {
-                    front.stop(Duration::ZERO);
-                    return Err(DaemonError::Control(e.to_string()));
-                }
-            },
-        };
-        let heat = match Keeper::start(table.exports.clone()) {
-            Ok(keeper) => Some(keeper),
-            Err(error) => {
-                tracing::warn!("reads and writes are not kept count of over a restart: {error}");
-                None
-            }
-        };
-        let metrics = match &config.metrics {
-            None => None,
-            Some(address) => {
-                match control::serve_metrics(address, Arc::clone(&table) as Arc<dyn Exports>) {
-                    Ok(server) => Some(server),
-                    Err(source) => {
-                        front.stop(Duration::ZERO);
-                        let address = format!("{address} for metrics");
-                        return Err(DaemonError::Listen { address, source });
-                    }
-                }
-            }
-        };
-        Ok(Self {
+        Starting::begin_under(config, boot, Patience::Endless)?.with_all()
+    }
+
+    /// Begins to start one, which can be asked and commanded from here on.
+    ///
+    /// # Errors
+    /// The configuration makes no sense, or that is not possible.
+    pub fn begin(config: DaemonConfig) -> Result<Starting, DaemonError> {
+        Starting::begin_under(config, None, Patience::Short)
+    }
+
+    pub(crate) fn of(
+        front: Front,
+        interfaces: Interfaces,
+        table: Arc<Table>,
+        openers: Openers,
+        heat: Option<Keeper>,
+    ) -> Self {
+        Self {
             front,
-            control,
-            metrics,
+            interfaces,
             table,
+            openers,
             heat,
-        })
+        }
+    }
+
+    /// As if the time had passed in which an answer to a handoff may still be taken: a seam for tests.
+    pub fn let_answers_grow_old(&self) {
+        for export in self.table.slots.iter().filter_map(|slot| slot.export()) {
+            export.volume().let_answers_grow_old();
+        }
+    }
+
+    /// What is served and what is waited for, in few words.
+    pub fn summary(&self) -> String {
+        summary(&self.table.slots)
     }
 
     /// Where clients are listened for, with the real ports.
@@ -156,7 +149,7 @@ impl Daemon {
 
     /// Where metrics can be read over TCP, with the real port.
     pub fn metrics(&self) -> Option<&str> {
-        self.metrics.as_ref().map(control::Server::place)
+        self.interfaces.metrics.as_ref().map(control::Server::place)
     }
 
     /// The exports.
@@ -169,28 +162,54 @@ impl Daemon {
     /// # Errors
     /// Something could not be made durable. What was flushed before is.
     pub fn shutdown(mut self) -> Result<(), DaemonError> {
-        drop(self.control.take());
-        drop(self.metrics.take());
-        let hopeless = |export: &Arc<Export>| export.volume().waits_in_vain();
-        let patience = if self.table.exports.iter().any(hopeless) {
+        self.interfaces = Interfaces::default();
+        self.openers.stop(&self.table.slots);
+        let hopeless = |slot: &Arc<Slot>| {
+            let volume = slot.export().map(|export| export.volume());
+            volume.is_some_and(|v| v.waits_in_vain() || v.awaits_source())
+        };
+        let patience = if self.table.slots.iter().any(hopeless) {
             HOPELESS_PATIENCE
         } else {
             STOP_PATIENCE
         };
         self.front.stop(patience);
         drop(self.heat.take());
-        let mut outcome = Ok(());
-        for export in &self.table.exports {
-            if let Err(source) = export.close() {
-                let export = export.volume().name().to_owned();
-                outcome = Err(DaemonError::Close { export, source });
-            }
-        }
-        outcome
+        close_all(&self.table.slots)
     }
 }
 
-fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
+pub(crate) fn close_all(slots: &[Arc<Slot>]) -> Result<(), DaemonError> {
+    let mut outcome = Ok(());
+    for slot in slots {
+        let Some(export) = slot.export() else {
+            continue;
+        };
+        if let Err(source) = export.close() {
+            let export = slot.name().to_owned();
+            outcome = Err(DaemonError::Close { export, source });
+        }
+    }
+    outcome
+}
+
+/// What is served and what is waited for, in few words.
+pub(crate) fn summary(slots: &[Arc<Slot>]) -> String {
+    let open = slots.iter().filter(|slot| slot.export().is_some()).count();
+    let all = slots.len();
+    let disks = if all == 1 { "disk" } else { "disks" };
+    let mut text = match open {
+        open if open == all => format!("serving {all} {disks}"),
+        open => format!("serving {open} of {all} {disks}"),
+    };
+    for waits in slots.iter().filter_map(|slot| slot.waits_for()) {
+        text.push_str("; ");
+        text.push_str(&waits);
+    }
+    text
+}
+
+pub(crate) fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
     let refuse = |why: &str| Err(DaemonError::Config(why.to_owned()));
     if config.exports.is_empty() {
         return refuse("there is no export to serve");
@@ -213,9 +232,9 @@ fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
 
 impl Exports for Table {
     fn all(&self) -> Vec<Arc<dyn Controlled>> {
-        self.exports
+        self.slots
             .iter()
-            .map(|export| Arc::clone(export) as Arc<dyn Controlled>)
+            .map(|slot| Arc::clone(slot) as Arc<dyn Controlled>)
             .collect()
     }
 
@@ -224,8 +243,8 @@ impl Exports for Table {
     }
 
     fn find(&self, name: &str) -> Result<Arc<dyn Controlled>, CommandError> {
-        self.export(name)
-            .map(|export| Arc::clone(export) as Arc<dyn Controlled>)
+        self.slot(name)
+            .map(|slot| Arc::clone(slot) as Arc<dyn Controlled>)
             .ok_or_else(|| CommandError::NoSuchExport(name.to_owned()))
     }
 }

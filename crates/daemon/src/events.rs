@@ -23,6 +23,8 @@ pub enum EventKind {
     Opened,
     /// The source cannot be reached any more.
     SourceLost,
+    /// The source is waited for before the disk can begin.
+    Waiting,
     /// The source is reachable, and the right one.
     SourceBack,
     /// Another disk answers in the source's place, or one that cannot prove what it is.
@@ -74,6 +76,7 @@ impl EventKind {
         match self {
             Self::Opened => "opened",
             Self::SourceLost => "source-lost",
+            Self::Waiting => "waiting",
             Self::SourceBack => "source-back",
             Self::SourceRefused => "source-refused",
             Self::SourceError => "source-error",
@@ -138,6 +141,13 @@ struct Ring {
     events: VecDeque<Event>,
 }
 
+/// Milliseconds since 1970, for people.
+pub(crate) fn unix_ms() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+    let ms = since_1970.map_or(0, |time| time.as_millis());
+    u64::try_from(ms).unwrap_or(u64::MAX)
+}
+
 impl EventLog {
     /// Keeps an event and logs it.
     pub fn add(&self, export: &str, kind: EventKind, text: impl Into<String>) {
@@ -152,6 +162,7 @@ impl EventLog {
                 tracing::error!(export, event = name, "{text}");
             }
             EventKind::SourceLost
+            | EventKind::Waiting
             | EventKind::SourceError
             | EventKind::ReadsFailed
             | EventKind::DiskError
@@ -171,11 +182,9 @@ impl EventLog {
             | EventKind::Prepared
             | EventKind::Seeding => tracing::info!(export, event = name, "{text}"),
         }
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-        let ms = since_1970.map_or(0, |time| time.as_millis());
         let event = Event {
             number: 0,
-            unix_ms: u64::try_from(ms).unwrap_or(u64::MAX),
+            unix_ms: unix_ms(),
             export: export.to_owned(),
             kind,
             text,
@@ -252,6 +261,7 @@ mod tests {
         for kind in [
             EventKind::Opened,
             EventKind::SourceLost,
+            EventKind::Waiting,
             EventKind::SourceRestarted,
             EventKind::StateTrouble,
             EventKind::Departing,

@@ -18,7 +18,7 @@ use hikkoshi_engine::heat::{Heat, HeatError, HeatMap, MAX_MAP_BYTES};
 use hikkoshi_engine::mover::CopyOrder;
 
 use crate::config::ExportConfig;
-use crate::export::Export;
+use crate::slot::Slot;
 use crate::status::LifeState;
 use crate::volume::Volume;
 
@@ -139,12 +139,12 @@ impl Keeper {
     ///
     /// # Errors
     /// The system refuses a thread.
-    pub fn start(exports: Vec<Arc<Export>>) -> io::Result<Self> {
+    pub fn start(slots: Vec<Arc<Slot>>) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("heat".into())
-            .spawn(move || keep(&exports, &stopping))?;
+            .spawn(move || keep(&slots, &stopping))?;
         Ok(Self {
             stop,
             thread: Some(thread),
@@ -163,9 +163,9 @@ impl Drop for Keeper {
     }
 }
 
-fn keep(exports: &[Arc<Export>], stop: &AtomicBool) {
-    let mut orders: Vec<Option<CopyOrder>> = vec![None; exports.len()];
-    let mut warned = vec![false; exports.len()];
+fn keep(slots: &[Arc<Slot>], stop: &AtomicBool) {
+    let mut orders: Vec<Option<CopyOrder>> = vec![None; slots.len()];
+    let mut warned = vec![false; slots.len()];
     let mut saved = Instant::now();
     while !stop.load(Ordering::Acquire) {
         std::thread::park_timeout(ORDER_EVERY);
@@ -173,10 +173,13 @@ fn keep(exports: &[Arc<Export>], stop: &AtomicBool) {
         if due {
             saved = Instant::now();
         }
-        for (n, export) in exports.iter().enumerate() {
+        for (n, slot) in slots.iter().enumerate() {
             if stop.load(Ordering::Acquire) {
                 return;
             }
+            let Some(export) = slot.export() else {
+                continue;
+            };
             let volume = export.volume();
             volume.heat().decay_to(unix_seconds());
             adapt_order(&volume, &mut orders[n]);

@@ -10,9 +10,12 @@ pub mod front;
 mod heat;
 mod links;
 pub mod registry;
+mod slot;
+mod starting;
 pub mod status;
 mod transfer;
 pub mod verification;
 pub mod volume;
 
 pub use daemon::{Daemon, DaemonError};
+pub use starting::Starting;

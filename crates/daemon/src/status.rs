@@ -19,6 +19,21 @@ pub enum LifeState {
     /// The move here was given up before the handoff.
     #[serde(rename = "given-up")]
     GivenUp,
+    /// Not served yet: it is being opened, or waits for its source, without which it cannot be.
+    Opening,
+}
+
+/// A source that is waited for, because without it the disk cannot begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingStatus {
+    /// Since when, in milliseconds since 1970 (UTC).
+    pub since_unix_ms: u64,
+    /// For how many seconds.
+    pub waited_s: u64,
+    /// How often it was tried in vain since then.
+    pub attempts: u64,
+    /// What happened the last time.
+    pub last_error: String,
 }
 
 /// What is recorded of changes, so that a move back copies only these.
@@ -107,6 +122,10 @@ pub struct ExportStatus {
     /// For how many seconds the source has been away; `null` while it is there, or with none.
     #[serde(default)]
     pub source_down_s: Option<u64>,
+    /// The source is waited for before the disk can begin: for the first time, or for the handoff;
+    /// `null` otherwise.
+    #[serde(default)]
+    pub waiting: Option<WaitingStatus>,
     /// Reads that wait for the source now.
     #[serde(default)]
     pub reads_waiting: u64,
@@ -130,6 +149,13 @@ pub struct ExportStatus {
     /// in the old copy that is here, which is served to the source.
     #[serde(default)]
     pub old_copy_needed: bool,
+    /// Of an old copy: whether the new site has said, since this runs, that it took the disk over;
+    /// `null` elsewhere.
+    #[serde(default)]
+    pub taken_over: Option<bool>,
+    /// Of an old copy: in how many seconds the fence may be lifted by hand; `null`: now, or there is none.
+    #[serde(default)]
+    pub release_in_s: Option<u64>,
     /// What is recorded for a way back.
     #[serde(default)]
     pub way_back: WayBackStatus,

@@ -7,6 +7,7 @@ mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::FileExt;
@@ -19,7 +20,7 @@ use hikkoshi_daemon::config::Transport;
 use hikkoshi_nbd::client::{Handshake, HandshakeConfig, Progress};
 use hikkoshi_wan::transport::frame::Side;
 use hikkoshi_wan::transport::message::{Request, Wish, hashes_of};
-use hikkoshi_wan::transport::pack::Packing;
+use hikkoshi_wan::transport::pack::{Codec, Packing, Unpacker};
 use hikkoshi_wan::transport::session::{Stance, Tell, Told};
 use hikkoshi_wan::transport::{Decoder, Frame, Header, Kind, Priority};
 use hikkoshi_wan::{
@@ -316,6 +317,7 @@ impl Raw {
             structured: true,
             allocation: true,
             transport: true,
+            opening: Vec::new(),
         })
         .unwrap();
         loop {
@@ -402,6 +404,119 @@ fn what_is_urgent_overtakes_and_what_is_cancelled_ends() {
     assert_eq!(promoted.header.priority, Priority::DEMAND);
     let (cancelled, _) = raw.until_last(4);
     assert_eq!(cancelled.header.kind, Kind::End);
+    site.daemon.shutdown().unwrap();
+}
+
+/// What came of a disk, in order for each request.
+struct InOrder<'a> {
+    disk: &'a [u8],
+    unpacker: Unpacker,
+    /// Where each request's next byte is.
+    next: HashMap<u64, u64>,
+}
+
+impl InOrder<'_> {
+    fn take(&mut self, frame: &Frame) {
+        let Header {
+            id,
+            kind,
+            packing,
+            offset,
+            span,
+            ..
+        } = frame.header;
+        if kind == Kind::End {
+            return;
+        }
+        assert_eq!(kind, Kind::Data);
+        let next = self.next.entry(id).or_insert(offset);
+        assert_eq!(offset, *next, "of request {id}");
+        *next += u64::from(span);
+        let mut bytes = Vec::new();
+        let span = usize::try_from(span).unwrap();
+        match Codec::from_flags(packing).unwrap() {
+            None => bytes.extend(&frame.payload),
+            Some(codec) => {
+                let whole = self
+                    .unpacker
+                    .unpack(codec, &frame.payload, span, &mut bytes);
+                whole.expect("the stream is in order");
+            }
+        }
+        let at = usize::try_from(offset).unwrap();
+        assert!(bytes == self.disk[at..at + span]);
+    }
+
+    fn take_until_last(&mut self, raw: &mut Raw, id: u64) -> Frame {
+        loop {
+            let frame = raw.frame().expect("the server is there");
+            self.take(&frame);
+            if frame.header.id == id && frame.header.last {
+                return frame;
+            }
+        }
+    }
+}
+
+/// What waits for room on the path is compressed already: what passes it is no part of the stream. And no
+/// quantum passes another one of its request, whether that has become urgent or is cancelled.
+#[test]
+fn what_is_held_back_stays_in_order() {
+    let dir = TempDir::new().unwrap();
+    // Shrinks to somewhat more than half, which is still more than the kernel takes while nobody reads.
+    let mut data = vec![1; 32 << 20];
+    let mut noise = 0x9e37_79b9_7f4a_7c15_u64;
+    for block in data.chunks_mut(16) {
+        noise ^= noise << 13;
+        noise ^= noise >> 7;
+        noise ^= noise << 17;
+        block[..8].copy_from_slice(&noise.to_le_bytes());
+    }
+    let site = Site::with(dir.path(), "disk", &data, On::Tcp);
+    let all = u32::try_from(data.len()).unwrap();
+    let mut raw = Raw::connect(&site);
+    let mut got = InOrder {
+        disk: &data,
+        unpacker: Unpacker::default(),
+        next: HashMap::new(),
+    };
+    let wish = |id, priority, offset, len| Request::Wish {
+        id,
+        priority,
+        wish: Wish::Read {
+            packing: Packing::Zstd(1),
+        },
+        offset,
+        len,
+    };
+    let mut id = 0;
+    for cancelled in [false, true] {
+        id += 1;
+        let bulk = id;
+        raw.send(wish(bulk, Priority::COLD, 0, all));
+        let mut passed = false;
+        while !passed {
+            id += 1;
+            raw.send(wish(id, Priority::DEMAND, id * 4096, 4096));
+            let last = got.take_until_last(&mut raw, id);
+            passed = last.header.packing == Codec::flags(None);
+            let come = got.next.get(&bulk).copied().unwrap_or(0);
+            assert!(come < u64::from(all), "nothing is ever held back");
+        }
+        let end = match cancelled {
+            true => {
+                raw.send(Request::Cancel(bulk));
+                Kind::End
+            }
+            false => {
+                raw.send(Request::Promote(bulk, Priority::DEMAND));
+                Kind::Data
+            }
+        };
+        let last = got.take_until_last(&mut raw, bulk);
+        assert_eq!(last.header.kind, end);
+        assert_eq!(cancelled, got.next[&bulk] < all.into());
+    }
     site.daemon.shutdown().unwrap();
 }
 

@@ -187,6 +187,7 @@ fn a_move_that_was_released_by_hand_is_refused_and_not_waited_for() {
     let id = state.unwrap().unwrap().volume_id;
     let told = handoff_to(&old, id);
     assert!(matches!(told, Ok(Told::Fenced { .. })), "{told:?}");
+    old.daemon.let_answers_grow_old();
     old.export().release(true).unwrap();
 
     let new = Site::start(dir.path(), "new", wanted());

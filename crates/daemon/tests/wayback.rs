@@ -290,6 +290,7 @@ fn whoever_was_released_against_by_hand_is_not_told_to_go_on() {
     a.stop();
     assert!(StateDir::whose(&state).unwrap().unwrap().ties.gave_up);
     let a = Site::start(dir.path(), "a", Wanted::plain(On::Unix));
+    a.daemon.let_answers_grow_old();
     a.export().release(true).unwrap();
     a.stop();
     let b = Site::start(dir.path(), "b", Wanted::plain(On::Unix));

@@ -13,7 +13,19 @@
 //! after a crash of either side; the answers here depend on the durable words alone. What follows
 //! from them is explored exhaustively in the tests.
 
+use std::time::Duration;
+
 use crate::journal::VolumeId;
+
+/// So long an answer to a handoff counts, from before it was asked for, by the destination's clock. One that
+/// comes later is thrown away, and the handoff is asked for again. Far more than a sync of a disk and any
+/// round trip take.
+pub const ANSWER_COUNTS_FOR: Duration = Duration::from_secs(30);
+
+/// So long after its last answer, by its own clock, a source does not let a person lift the fence: then no
+/// answer of its counts any more anywhere, wherever it still is. A third longer, which is more than two
+/// clocks differ.
+pub const NO_ANSWER_COUNTS_AFTER: Duration = Duration::from_secs(40);
 
 /// Where a destination stands, as far as the source must know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -89,6 +101,21 @@ pub fn handoff(
     }
 }
 
+/// Whether the answer to a handoff that was asked for at `asked` may be taken at `now`.
+pub fn answer_counts(asked: Duration, now: Duration) -> bool {
+    now.saturating_sub(asked) < ANSWER_COUNTS_FOR
+}
+
+/// In what time a person may lift the fence, that is, say that whoever the disk was handed over to is of no
+/// account. `answered`: when a handoff was last answered; `taken`: the destination has said since that it
+/// took the disk over, so that no answer is waited for any more. What a person says of one that has taken
+/// it nobody can check from here.
+pub fn release_in(answered: Option<Duration>, taken: bool, now: Duration) -> Option<Duration> {
+    let answered = answered.filter(|_| !taken)?;
+    let left = NO_ANSWER_COUNTS_AFTER.saturating_sub(now.saturating_sub(answered));
+    (!left.is_zero()).then_some(left)
+}
+
 /// Whose source an old copy still is while the disk comes back into it before all of it had left:
 /// what was never fetched from it is nowhere else. `stance`: where the return stands; one that was
 /// given up stands where it stood before. Its source can be that only as long as nothing is written
@@ -125,6 +152,15 @@ mod tests {
         Abort(u8),
     }
 
+    /// When a person lifts the fence, if ever: always that of a destination that has not taken the disk.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    enum Releases {
+        /// Once no answer counts any more.
+        WhenNoAnswerCounts,
+        /// At any time: what [`release_in`] is there to prevent.
+        AtAnyTime,
+    }
+
     /// A world of one source and two destinations that both want the disk. Messages are a set: each
     /// may be delivered any number of times, at any time, or never.
     #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -135,6 +171,11 @@ mod tests {
         gate_closed: bool,
         /// Not durable at the source: moves that it knows were given up.
         given_up: BTreeSet<u8>,
+        /// Durable at the source: the last move whose fence was lifted by hand, of one that had not taken
+        /// the disk.
+        released: Option<u8>,
+        /// It may be.
+        releases: Releases,
         /// Durable at the destinations.
         lives: [Life; 2],
         messages: BTreeSet<Message>,
@@ -147,11 +188,13 @@ mod tests {
     }
 
     impl World {
-        fn new(crashes: u8) -> Self {
+        fn new(crashes: u8, releases: Releases) -> Self {
             Self {
                 departed: None,
                 gate_closed: false,
                 given_up: BTreeSet::new(),
+                released: None,
+                releases,
                 lives: [Life::Standby; 2],
                 messages: BTreeSet::new(),
                 crashes,
@@ -189,6 +232,19 @@ mod tests {
                 lost.messages.remove(message);
                 next.push(lost);
             }
+            if let Some(to) = self.departed
+                && self.lives[usize::from(to)] != Life::Arriving
+            {
+                let mut released = self.clone();
+                released.departed = None;
+                released.gate_closed = false;
+                released.released = Some(to);
+                if self.releases == Releases::WhenNoAnswerCounts {
+                    // They may still come, and are thrown away.
+                    released.messages.remove(&Message::Fenced(to));
+                }
+                next.push(released);
+            }
             if self.crashes > 0 {
                 // What is durable stays. A crash may also come between closing and recording.
                 let mut crashed = self.clone();
@@ -204,7 +260,7 @@ mod tests {
             let mut next = self.clone();
             match message {
                 Message::Handoff(number) => {
-                    let given_up = self.given_up.contains(&number);
+                    let given_up = self.given_up.contains(&number) || self.released == Some(number);
                     match handoff(self.departed.map(id), id(number), given_up) {
                         Ok(Handoff::Close) => {
                             // Closed and not recorded yet: a state of its own, for crashes.
@@ -251,14 +307,13 @@ mod tests {
             attach(source_of(Some(source), stance), source, Stance::Arriving).is_ok()
         }
 
+        fn writers(&self) -> usize {
+            let arrived = self.lives.iter().filter(|life| **life == Life::Arriving);
+            arrived.count() + usize::from(self.source_accepts_writes())
+        }
+
         fn check(&self) {
-            let arrived = self
-                .lives
-                .iter()
-                .filter(|life| **life == Life::Arriving)
-                .count();
-            let writers = arrived + usize::from(self.source_accepts_writes());
-            assert!(writers <= 1, "two copies accept writes: {self:?}");
+            assert!(self.writers() <= 1, "two copies accept writes: {self:?}");
             for number in [0_u8, 1] {
                 // A source that is written, or may be again, has all that it lacks; and whoever
                 // writes into the old copy has nobody who reads it.
@@ -290,24 +345,90 @@ mod tests {
         }
     }
 
+    /// Looks at every world that can be, until one is not to be looked beyond.
+    fn explore(first: World, mut goes_on: impl FnMut(&World) -> bool) {
+        let mut seen = HashSet::new();
+        let mut todo = vec![first];
+        while let Some(world) = todo.pop() {
+            if seen.insert(world.clone()) && goes_on(&world) {
+                todo.extend(world.next());
+            }
+        }
+        assert!(seen.len() > 1000, "only {} worlds", seen.len());
+    }
+
     #[test]
     fn never_two_writers_and_never_none_without_a_way_on() {
-        let mut seen = HashSet::new();
-        let mut todo = vec![World::new(2)];
-        let mut handed_over = 0;
-        let mut given_up = 0;
-        while let Some(world) = todo.pop() {
-            if !seen.insert(world.clone()) {
-                continue;
-            }
+        let (mut handed_over, mut given_up, mut released) = (0, 0, 0);
+        explore(World::new(2, Releases::WhenNoAnswerCounts), |world| {
             world.check();
             assert!(world.can_go_on(), "nobody can ever write again: {world:?}");
             handed_over += usize::from(world.lives.contains(&Life::Arriving));
             given_up += usize::from(world.lives == [Life::GivenUp; 2]);
-            todo.extend(world.next());
+            released += usize::from(world.released.is_some());
+            true
+        });
+        assert!(handed_over > 0 && given_up > 0 && released > 0);
+    }
+
+    /// The fence was lifted by hand while an answer was on its way, and who had asked took it.
+    #[test]
+    fn with_an_answer_that_counts_on_its_way_a_release_makes_two_writers() {
+        let mut twice = 0;
+        explore(World::new(0, Releases::AtAnyTime), |world| {
+            twice += usize::from(world.writers() > 1);
+            world.writers() <= 1
+        });
+        assert!(twice > 0);
+    }
+
+    /// Seconds at which something may happen.
+    const INSTANTS: std::ops::RangeInclusive<u32> = 0..=100;
+
+    /// Plays every history of an answer: when it is given, when a person wants to lift the fence, and when the
+    /// destination, whose process may have stood still meanwhile, looks at it. The clocks go at these paces,
+    /// in hundredths. Counts the histories in which the answer is taken after the fence was lifted.
+    fn taken_too_late(source_pace: u32, destination_pace: u32) -> usize {
+        let shown = |at: u32, pace: u32| Duration::from_millis(u64::from(at * pace * 10));
+        let mut late = 0;
+        // Asked for at 0. An answer before it is asked for there is none.
+        for answered in INSTANTS {
+            let lifted = INSTANTS.filter(|at| *at >= answered).find(|at| {
+                let stamp = Some(shown(answered, source_pace));
+                release_in(stamp, false, shown(*at, source_pace)).is_none()
+            });
+            for looked in INSTANTS.filter(|at| *at >= answered) {
+                let taken = answer_counts(Duration::ZERO, shown(looked, destination_pace));
+                late += usize::from(taken && lifted.is_some_and(|lifted| lifted <= looked));
+            }
         }
-        assert!(seen.len() > 1000, "only {} worlds", seen.len());
-        assert!(handed_over > 0 && given_up > 0);
+        late
+    }
+
+    #[test]
+    fn no_answer_counts_once_the_fence_may_be_lifted() {
+        for (source, destination) in [(100, 100), (133, 100), (100, 76), (60, 100), (100, 160)] {
+            assert_eq!(
+                taken_too_late(source, destination),
+                0,
+                "{source} {destination}"
+            );
+        }
+        // And it would be noticed.
+        assert!(taken_too_late(150, 100) > 0);
+        assert!(taken_too_late(100, 60) > 0);
+    }
+
+    #[test]
+    fn whoever_has_said_that_it_took_the_disk_is_not_waited_for() {
+        let answered = Some(Duration::from_secs(5));
+        let now = Duration::from_secs(6);
+        assert_eq!(
+            release_in(answered, false, now),
+            Some(Duration::from_secs(39))
+        );
+        assert_eq!(release_in(answered, true, now), None);
+        assert_eq!(release_in(None, false, now), None);
     }
 
     #[test]

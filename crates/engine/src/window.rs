@@ -18,6 +18,13 @@ pub const MAX_WINDOW_BYTES: u64 = 64 << 20;
 /// The window that a path begins with.
 const FIRST_WINDOW_BYTES: u64 = 1 << 20;
 
+/// Where the round trip is known before, the path is thought to be of this rate (200 Mbit/s), within bounds: the window
+/// grows by a factor of two in two round trips, which takes its time where they are long, and TCP
+/// begins slowly by itself. Where the path is half as fast, the queue is one of a round trip.
+const FIRST_RATE: u64 = 25_000_000;
+const LEAST_FIRST_BYTES: u64 = 256 << 10;
+const MOST_FIRST_BYTES: u64 = 8 << 20;
+
 /// What the window is above the measured product: a sixteenth of it, and what the caller needs at least.
 /// It keeps the pipe full between two arrivals, and lets the rate be found again after it has grown.
 const SLACK: u64 = 16;
@@ -94,6 +101,15 @@ impl Default for Window {
 }
 
 impl Window {
+    /// For a path of this round trip.
+    pub fn across(base: Duration) -> Self {
+        let product = bytes_in(FIRST_RATE, base);
+        Self {
+            bytes: product.clamp(LEAST_FIRST_BYTES, MOST_FIRST_BYTES),
+            ..Self::default()
+        }
+    }
+
     /// How much fills the path, as far as it is known.
     pub fn bytes(&self) -> u64 {
         self.bytes

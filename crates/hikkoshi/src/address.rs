@@ -1,5 +1,6 @@
 //! Addresses as they are written on the command line and in a configuration file.
 
+use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -95,19 +96,27 @@ pub fn parse_from(text: &str) -> Result<String, String> {
         ));
     }
     let path = Path::new(text);
-    let kind = std::fs::metadata(path)
-        .map_err(|error| {
-            format!(
+    // The state remembers the source, and must find it from another directory, too.
+    let absolute = || {
+        std::path::absolute(path)
+            .map(|path| path.display().to_string())
+            .map_err(|error| format!("{text:?}: {error}"))
+    };
+    let kind = match std::fs::metadata(path) {
+        Ok(meta) => meta.file_type(),
+        // A source that is away has no socket; what is no path at all was meant otherwise.
+        Err(error) if error.kind() == ErrorKind::NotFound && text.contains('/') => {
+            return absolute();
+        }
+        Err(error) => {
+            return Err(format!(
                 "{text:?} cannot be reached: {error}; a source is nbd://HOST[:PORT]/NAME, \
                  nbd+unix:///NAME?socket=PATH or the path of a Unix socket"
-            )
-        })?
-        .file_type();
+            ));
+        }
+    };
     if kind.is_socket() {
-        // The state remembers the source, and must find it from another directory, too.
-        return std::path::absolute(path)
-            .map(|path| path.display().to_string())
-            .map_err(|error| format!("{text:?}: {error}"));
+        return absolute();
     }
     if kind.is_file() || kind.is_block_device() {
         return Err(format!(
@@ -184,7 +193,7 @@ mod tests {
         assert!(parse_from("nbd://host:1/web").is_ok());
         assert!(parse_from("nbd+unix:///?socket=/x").is_ok());
         assert!(parse_from("nbds://host/").unwrap_err().contains("TLS"));
-        for bad in ["", "nbd://", "http://x/", "/nonexistent/socket"] {
+        for bad in ["", "nbd://", "http://x/", "nonexistent"] {
             assert!(parse_from(bad).is_err(), "{bad}");
         }
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -196,6 +205,10 @@ mod tests {
         let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let path = path.to_str().unwrap();
         assert_eq!(parse_from(path).as_deref(), Ok(path));
+        // Its source was away, and a restart by the same command was wrong usage.
+        let away = dir.path().join("away");
+        let away = away.to_str().unwrap();
+        assert_eq!(parse_from(away).as_deref(), Ok(away));
     }
 
     #[test]

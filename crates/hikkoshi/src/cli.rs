@@ -92,7 +92,9 @@ pub struct Release {
     /// The export [default: the only one]
     pub export: Option<String>,
     /// The other copy is lost, or will never be used again: writes are accepted here, and what was
-    /// written there is not here
+    /// written there is not here. Look there first, with `hikkoshi status`; where that machine cannot be
+    /// reached, switch it off first. Waits for up to 40 s while the answer to the handoff may still be
+    /// taken there
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]

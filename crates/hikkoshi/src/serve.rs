@@ -3,6 +3,7 @@
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use hikkoshi_daemon::config::{
@@ -10,7 +11,7 @@ use hikkoshi_daemon::config::{
 };
 use hikkoshi_daemon::control::place;
 use hikkoshi_daemon::status::LifeState;
-use hikkoshi_daemon::{Daemon, DaemonError};
+use hikkoshi_daemon::{Daemon, DaemonError, Starting};
 
 use crate::cli::{ControlPlace, Serve};
 use crate::failure::Failure;
@@ -36,7 +37,52 @@ pub fn run(args: Serve) -> Result<(), Failure> {
         max_clients: plan.max_clients,
         max_rate_all: plan.max_rate_all,
     };
-    let daemon = Daemon::start(config).map_err(|error| match error {
+    let Some(daemon) = start(config, &signals)? else {
+        return Ok(());
+    };
+    announce(&daemon);
+    let mut told = Told::default();
+    supervisor::notify("READY=1");
+    if supervisor::is_there() {
+        while !signals.wait_for(TELL_EVERY) {
+            told.status(&daemon.summary());
+        }
+    } else {
+        signals.wait();
+    }
+    supervisor::notify("STOPPING=1");
+    tracing::info!("ending: answering what is in flight; a second signal ends at once");
+    daemon
+        .shutdown()
+        .map_err(|error| anyhow::Error::new(error).into())
+}
+
+/// How often a supervisor is told how things stand, where that has changed.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// A supervisor that waits for the start to be over is asked for more time so often, each time for
+/// longer than until the next: an image that is written once more after a failed sync takes as long as
+/// it is large.
+const ASK_FOR_TIME_EVERY: Duration = Duration::from_secs(10);
+const MORE_TIME: &str = "EXTEND_TIMEOUT_USEC=60000000";
+
+/// What a supervisor was told last.
+#[derive(Default)]
+struct Told(String);
+
+impl Told {
+    fn status(&mut self, text: &str) {
+        if self.0 != text {
+            text.clone_into(&mut self.0);
+            // A line feed would begin another variable.
+            supervisor::notify(&format!("STATUS={}", text.replace('\n', " ")));
+        }
+    }
+}
+
+/// Starts it; `None` where a signal came first.
+fn start(config: DaemonConfig, signals: &Signals) -> Result<Option<Daemon>, Failure> {
+    let failed = |error| match error {
         DaemonError::Config(what) => Failure::Usage(what),
         DaemonError::Listen { ref source, .. }
             if source.kind() == std::io::ErrorKind::AddrInUse =>
@@ -47,15 +93,27 @@ pub fn run(args: Serve) -> Result<(), Failure> {
             ))
         }
         error => Failure::from(anyhow::Error::new(error)),
-    })?;
-    announce(&daemon);
-    supervisor::notify("READY=1");
-    signals.wait();
-    supervisor::notify("STOPPING=1");
-    tracing::info!("ending: answering what is in flight; a second signal ends at once");
-    daemon
-        .shutdown()
-        .map_err(|error| anyhow::Error::new(error).into())
+    };
+    let starting = Daemon::begin(config).map_err(failed)?;
+    let mut told = Told::default();
+    let (begun, mut asked) = (Instant::now(), Instant::now());
+    let mut go_on = |starting: &Starting| {
+        if signals.wait_for(Duration::ZERO) {
+            supervisor::notify("STOPPING=1");
+            tracing::info!("ending before anything is served");
+            return false;
+        }
+        // Where all is quick there is nothing to tell.
+        if begun.elapsed() >= TELL_EVERY {
+            told.status(&starting.summary());
+        }
+        if asked.elapsed() >= ASK_FOR_TIME_EVERY {
+            asked = Instant::now();
+            supervisor::notify(MORE_TIME);
+        }
+        true
+    };
+    starting.settle(&mut go_on).map_err(failed)
 }
 
 /// What the arguments, the configuration file and the supervisor say together.
@@ -194,8 +252,18 @@ fn announce(daemon: &Daemon) {
             .map(|listen| address::uri(listen, &status.export))
             .collect();
         let source = status.source.as_deref().unwrap_or("its source");
+        if status.state == LifeState::Opening {
+            let _ = writeln!(
+                out,
+                "waiting for {source}: {} is not served as {:?} yet\n  {}",
+                status.image,
+                status.export,
+                status.notes.join("\n  ")
+            );
+            continue;
+        }
         let life = match status.state {
-            LifeState::Local | LifeState::Departing => String::new(),
+            LifeState::Local | LifeState::Departing | LifeState::Opening => String::new(),
             LifeState::Departed => "; departed: the old copy, read-only".to_owned(),
             LifeState::GivenUp => "; given up".to_owned(),
             LifeState::Standby => format!("; standby, the VM still runs at {source}"),

@@ -81,6 +81,7 @@ pub fn life(state: LifeState) -> &'static str {
         LifeState::Departing => "departing",
         LifeState::Departed => "departed",
         LifeState::GivenUp => "given up",
+        LifeState::Opening => "not served yet",
     }
 }
 
@@ -102,7 +103,7 @@ fn describe(one: &Found, with_daemon: bool) -> String {
         show_size(status.size_bytes),
         status.image,
     )];
-    if status.source.is_some() {
+    if status.source.is_some() && status.state != LifeState::Opening {
         let here = permille(status);
         lines.push(format!(
             "  here     {} of {} ({}.{}%), {} of it written here",

@@ -43,6 +43,11 @@ fn socket_numbers(
     }
 }
 
+/// Whether one wants to hear how far we are.
+pub fn is_there() -> bool {
+    env::var_os("NOTIFY_SOCKET").is_some()
+}
+
 /// Tells the supervisor, if there is one. That it does not listen is no reason to fail.
 pub fn notify(state: &str) {
     let Some(path) = env::var_os("NOTIFY_SOCKET") else {

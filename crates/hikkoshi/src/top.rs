@@ -120,7 +120,7 @@ fn disks(count: usize) -> String {
 fn is_moving(status: &ExportStatus) -> bool {
     matches!(
         status.state,
-        LifeState::Standby | LifeState::Arriving | LifeState::Departing
+        LifeState::Standby | LifeState::Arriving | LifeState::Departing | LifeState::Opening
     )
 }
 
@@ -129,7 +129,7 @@ fn urgency(status: &ExportStatus) -> u8 {
     match status.state {
         _ if trouble(status).is_some() => 3,
         LifeState::Arriving => 2,
-        LifeState::Standby | LifeState::Departing => 1,
+        LifeState::Standby | LifeState::Departing | LifeState::Opening => 1,
         _ => 0,
     }
 }
@@ -141,6 +141,10 @@ fn trouble(status: &ExportStatus) -> Option<String> {
     }
     if status.disk_full {
         return Some("DISK FULL".to_owned());
+    }
+    if let Some(waiting) = &status.waiting {
+        let waited = show_seconds(waiting.waited_s);
+        return Some(format!("WAITS FOR SOURCE {waited}"));
     }
     let away = status.source_connected == Some(false);
     away.then(|| match status.source_down_s {
@@ -174,8 +178,9 @@ fn row(status: &ExportStatus) -> [String; 9] {
         None => life(status.state).to_owned(),
     };
     let size = show_size(status.size_bytes);
-    // Nothing is to come to a disk that comes from nowhere.
-    if status.source.is_none() {
+    // Nothing is to come to a disk that comes from nowhere, and nothing is known of one that is not
+    // served yet.
+    if status.source.is_none() || status.state == LifeState::Opening {
         let [a, b, c, d, e, f] = Default::default();
         return [name, state, size, a, b, c, d, e, f];
     }

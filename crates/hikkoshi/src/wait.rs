@@ -81,6 +81,9 @@ fn print_json(args: &cli::Wait, now: &ExportStatus) -> Result<(), Failure> {
 /// Whether the goal is reached. An arriving disk counts as resident only once it is local: until
 /// then what came last may not be durable, and the source must not be switched off.
 fn reached(goal: Goal, now: &ExportStatus) -> bool {
+    if now.state == LifeState::Opening {
+        return false;
+    }
     match goal {
         Goal::Local => now.state == LifeState::Local,
         Goal::Arriving => !matches!(now.state, LifeState::Standby | LifeState::GivenUp),
@@ -88,7 +91,7 @@ fn reached(goal: Goal, now: &ExportStatus) -> bool {
         Goal::Resident => match now.state {
             LifeState::Local | LifeState::Departing => true,
             LifeState::Standby | LifeState::Departed => now.absent_bytes == 0,
-            LifeState::Arriving | LifeState::GivenUp => false,
+            LifeState::Arriving | LifeState::GivenUp | LifeState::Opening => false,
         },
     }
 }
@@ -96,6 +99,9 @@ fn reached(goal: Goal, now: &ExportStatus) -> bool {
 /// Why the goal may not be reached by waiting alone.
 fn obstacle(goal: Goal, now: &ExportStatus) -> Option<&'static str> {
     match (now.state, now.background) {
+        (LifeState::Opening | LifeState::Standby, _) if now.waiting.is_some() => Some(
+            "the disk waits for its source before it can begin; `hikkoshi status` says why",
+        ),
         (LifeState::Standby, _) if goal == Goal::Prepared => now.prepared.is_none().then_some(
             "nothing is copied before the handoff: the source is not hikkoshi, or --prepare none, or \
              --seed-image",
@@ -163,5 +169,14 @@ mod tests {
         assert!(!reached(Goal::Arriving, &now) && !reached(Goal::Local, &now));
         now.absent_bytes = 4096;
         assert!(!reached(Goal::Resident, &now));
+    }
+
+    #[test]
+    fn a_disk_that_is_not_served_yet_has_reached_nothing() {
+        let mut now = status("", LifeState::Opening);
+        now.absent_bytes = 0;
+        for goal in [Goal::Resident, Goal::Arriving, Goal::Local, Goal::Prepared] {
+            assert!(!reached(goal, &now));
+        }
     }
 }

@@ -231,6 +231,36 @@ pub const RESIDENCY: &str = "x-hikkoshi:residency";
 /// context, because whoever does not know a context passes over it, but it is none: it is never
 /// listed, and whoever is granted it speaks no NBD once GO is answered.
 pub const TRANSPORT: &str = "x-hikkoshi:transport-5";
+/// The name that stands for what a client has to say first in frames, if they are granted. In the
+/// question what it says follows, behind a colon, in hexadecimal digits: so it needs no round trip of
+/// its own, and whoever does not know it passes over it. Never listed.
+pub const OPENING: &str = "x-hikkoshi:opening-5";
+/// The longest that it may be, in bytes: a frame or two, and within [`MAX_STRING_BYTES`] in hexadecimal.
+pub const OPENING_BYTES: usize = 1024;
+
+/// How a client asks that `opening` is taken as what it says first.
+pub fn opening_query(opening: &[u8]) -> String {
+    let mut query = format!("{OPENING}:");
+    for byte in opening {
+        for digit in [byte >> 4, byte & 15] {
+            query.extend(char::from_digit(digit.into(), 16));
+        }
+    }
+    query
+}
+
+/// What a client has to say first, if that is what `query` asks for, and it makes sense.
+pub fn opening_of(query: &[u8]) -> Option<Vec<u8>> {
+    let digits = query.strip_prefix(OPENING.as_bytes())?.strip_prefix(b":")?;
+    let fits =
+        !digits.is_empty() && digits.len().is_multiple_of(2) && digits.len() <= 2 * OPENING_BYTES;
+    if !fits {
+        return None;
+    }
+    let value = |digit: u8| char::from(digit).to_digit(16);
+    let byte = |pair: &[u8]| u8::try_from(value(pair[0])? << 4 | value(pair[1])?).ok();
+    digits.chunks_exact(2).map(byte).collect()
+}
 
 /// The error codes that may cross the wire (section "Error values").
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -216,6 +216,7 @@ fn handshake_output() -> usize {
         structured: true,
         allocation: true,
         transport: true,
+        opening: Vec::new(),
     })
     .unwrap();
     let (mut at, mut sent) = (0, 0);

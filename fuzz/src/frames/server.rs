@@ -63,6 +63,7 @@ fn shake_hands(table: &Table) -> (Vec<u8>, usize) {
         structured: true,
         allocation: true,
         transport: true,
+        opening: Vec::new(),
     })
     .unwrap();
     let mut server = server::Handshake::new();

@@ -187,6 +187,7 @@ fn rehearse(server: &[u8], export: String, at_once: bool) -> Option<(Negotiated,
         structured: true,
         allocation: true,
         transport: false,
+        opening: Vec::new(),
     };
     let mut handshake = if at_once {
         Handshake::at_once(wanted).unwrap()

@@ -176,6 +176,7 @@ impl Server {
             structured: self.structured,
             allocation_context: self.extents.map(|_| CONTEXT),
             transport: false,
+            opened: false,
         }
     }
 

@@ -339,9 +339,10 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "first write before the source has answered",
         file: GUEST,
         edits: &[(
-            "        let takeover = self.take_over(arrival)?;\n        \
-             self.record_handoff(Some(takeover))?;\n",
-            "        self.record_handoff(None)?;\n        self.take_over(arrival)?;\n",
+            "            let takeover = self.take_over(arrival)?;\n            \
+             if self.record_handoff(Some(takeover))? {\n",
+            "            self.record_handoff(None)?;\n            \
+             self.take_over(arrival)?;\n            if true {\n",
         )],
     },
     Mutation {

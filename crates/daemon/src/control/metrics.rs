@@ -91,6 +91,16 @@ const METRICS: &[Metric] = &[
         },
     ),
     gauge(
+        "waiting_for_source_seconds",
+        "For how long the source has been waited for before the disk can begin; 0 while it is not.",
+        |s| Some(s.waiting.as_ref().map_or(0, |w| w.waited_s)),
+    ),
+    gauge(
+        "waiting_for_source_attempts",
+        "How often it was tried in vain since then.",
+        |s| Some(s.waiting.as_ref().map_or(0, |w| w.attempts)),
+    ),
+    gauge(
         "reads_waiting",
         "Reads that wait for the source now.",
         |s| Some(s.reads_waiting),
@@ -243,6 +253,7 @@ pub(super) fn render(exports: &[ExportStatus]) -> String {
             ("departing", LifeState::Departing),
             ("departed", LifeState::Departed),
             ("given-up", LifeState::GivenUp),
+            ("opening", LifeState::Opening),
         ] {
             let export = escape(&status.export);
             let is = u8::from(status.state == state);

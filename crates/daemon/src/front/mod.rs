@@ -22,8 +22,8 @@ use hikkoshi_nbd::wire::{self, export};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Listen;
-use crate::export::Export;
 use crate::links::CommonCap;
+use crate::slot::Slot;
 use crate::volume::{Volume, lock};
 use connection::Connection;
 use frames::FrameSession;
@@ -41,35 +41,36 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 /// The exports, as the handshake asks for them.
 pub struct Table {
-    /// All of them, in the order of the configuration.
-    pub exports: Vec<Arc<Export>>,
+    /// All of them, in the order of the configuration; those that are not open yet as well.
+    pub(crate) slots: Vec<Arc<Slot>>,
     /// What caps their copies together.
-    pub cap: CommonCap,
+    pub(crate) cap: CommonCap,
 }
 
 impl Table {
     /// Of volumes that somebody else opened.
     pub fn of(volumes: impl IntoIterator<Item = Arc<Volume>>) -> Self {
         Self {
-            exports: volumes.into_iter().map(Export::of).collect(),
+            slots: volumes.into_iter().map(Slot::of).map(Arc::new).collect(),
             cap: CommonCap::new(None),
         }
     }
 
     /// The export of this name. The empty name also finds the only one there is.
-    pub fn export(&self, name: &str) -> Option<&Arc<Export>> {
+    pub(crate) fn slot(&self, name: &str) -> Option<&Arc<Slot>> {
         let only = || {
-            self.exports
+            self.slots
                 .first()
-                .filter(|_| name.is_empty() && self.exports.len() == 1)
+                .filter(|_| name.is_empty() && self.slots.len() == 1)
         };
-        let named = |export: &&Arc<Export>| export.volume().name() == name;
-        self.exports.iter().find(named).or_else(only)
+        let named = |slot: &&Arc<Slot>| slot.name() == name;
+        self.slots.iter().find(named).or_else(only)
     }
 
     /// The volume that has its disk now.
     pub fn find(&self, name: &str) -> Option<Arc<Volume>> {
-        self.export(name).map(|export| export.volume())
+        let export = self.slot(name)?.export()?;
+        Some(export.volume())
     }
 }
 
@@ -78,10 +79,14 @@ impl Exports for Table {
         Table::find(self, name).map(|volume| export_info(&volume))
     }
 
+    fn is_awaited(&self, name: &str) -> bool {
+        self.slot(name).is_some_and(|slot| slot.export().is_none())
+    }
+
     fn list(&self) -> Vec<(String, String)> {
-        self.exports
+        self.slots
             .iter()
-            .map(|export| (export.volume().name().to_owned(), String::new()))
+            .map(|slot| (slot.name().to_owned(), String::new()))
             .collect()
     }
 }
@@ -353,6 +358,8 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
         if shared.stopping.load(Ordering::Acquire) {
             return Ok(());
         }
+        // What it has said with its question for frames, and behind the handshake.
+        let early = [session.opening, early].concat();
         return FrameSession::new(volume, socket, &early)?.run();
     }
     let outbox = Outbox::new(socket.try_clone()?, ReplyStyle::from(&session));

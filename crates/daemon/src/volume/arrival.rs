@@ -20,12 +20,15 @@ use hikkoshi_engine::mover::Mover;
 use hikkoshi_engine::precopy::{CopyId, Precopy, Wanted};
 use hikkoshi_engine::sync::wait_for;
 use hikkoshi_store::ZeroMode;
-use hikkoshi_wan::transport::session::{HandedOver, MoveId, OldCopy, Tell, Told};
+use hikkoshi_wan::transport::session::{Attached, HandedOver, MoveId, OldCopy, Tell, Told};
 use hikkoshi_wan::{ExtentsAnswer, Fetched, Lane, MoveLink, SourceError, SourceErrorKind, Ticket};
 
+use super::early::Changes;
 use super::gate::Gate;
+use super::knocks::Knocks;
 use super::relocation::{Relocation, merged_zeroes, slice_of, zero_runs};
 use super::{Volume, lock};
+use crate::boot;
 use crate::config::{HandoffPolicy, Prepare, SourceConfig, SourceLoss};
 use crate::events::EventKind;
 use crate::status::LifeState;
@@ -33,8 +36,9 @@ use crate::status::LifeState;
 /// How often the source is asked what has changed.
 const ASK_AFTER: Duration = Duration::from_millis(250);
 
-/// How long an answer about the move may take. A handoff syncs the source's disk.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer about the move may take. A handoff syncs the source's disk, and its answer counts no
+/// longer.
+const PATIENCE: Duration = handover::ANSWER_COUNTS_FOR;
 
 /// How long telling the source something that it can do without may take.
 const SHORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -81,6 +85,8 @@ pub struct Arrival {
     stopping: AtomicBool,
     /// Bytes that were copied ahead, those again that had changed included.
     copied_bytes: AtomicU64,
+    /// What came of asking for the handoff.
+    pub(super) knocks: Knocks,
 }
 
 struct State {
@@ -163,6 +169,7 @@ impl Arrival {
             given_up: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             copied_bytes: AtomicU64::new(0),
+            knocks: Knocks::default(),
         }
     }
 
@@ -224,7 +231,7 @@ impl Arrival {
         wait_for(&self.changed, &self.state, state, most)
     }
 
-    fn pause(&self, pause: Duration) {
+    pub(super) fn pause(&self, pause: Duration) {
         let state = self.state();
         if !self.is_stopping() {
             drop(self.wait(state, pause));
@@ -366,10 +373,16 @@ impl Volume {
             let has_base = arrival.has_base && !arrival.only_here;
             if (self.copies_ahead(arrival) || has_base) && !over {
                 self.prepare_some(arrival, &relocation);
-            } else if at_once && arrival.only_here {
-                // Not before this is served: the source may have to fetch from here first. Says itself
-                // what is in the way.
-                if self.hand_off().is_err() {
+            } else if at_once {
+                // Not by whoever opens this: a source that is away is waited for here, where it can be
+                // told of, commanded and ended, and one that still has to fetch from here is served.
+                if let Err(error) = self.hand_off()
+                    && !arrival.is_stopping()
+                {
+                    if !self.awaits_source() {
+                        arrival.knocks.refused(&error.to_string());
+                    }
+                    arrival.changed.notify_all();
                     arrival.pause(RETRY_AFTER * 10);
                 }
             } else {
@@ -829,6 +842,25 @@ impl Volume {
 
     // The handoff
 
+    /// With `--handoff now`, where nothing was copied before: asks for data at the same time as for the
+    /// handoff, if the source can say then what of that counts.
+    pub(super) fn ask_early(&self, arrival: &Arrival) {
+        let at_once = self.handoff_policy == HandoffPolicy::Now && !self.from_image;
+        let nothing_is_here = !arrival.has_base && !arrival.only_here && !self.has_seeds();
+        let tracked = |told: &Attached| told.epoch != 0 && told.handed_over == HandedOver::NotYet;
+        let attached = arrival.ticket.attached().filter(tracked);
+        let (true, Some(attached), Some(relocation)) =
+            (at_once && nothing_is_here, attached, self.relocation())
+        else {
+            return;
+        };
+        if relocation.residency.missing_blocks() > 0 {
+            // The handoff is asked for under the tracking that was there before the first question.
+            arrival.state().follow(attached.epoch, false);
+            relocation.ask_early(attached.epoch);
+        }
+    }
+
     /// Has the source stop the VM's writes there, for good, and takes what was copied ahead and is
     /// right. Waits as long as the policy for a lost source allows.
     ///
@@ -846,9 +878,12 @@ impl Volume {
                 return Err(io::Error::from_raw_os_error(1));
             }
             match self.ask_for_handoff(arrival) {
-                Ok(takeover) => return Ok(takeover),
+                Ok(takeover) => {
+                    arrival.knocks.agreed();
+                    return Ok(takeover);
+                }
                 Err(error) if error.kind == SourceErrorKind::Disconnected => {
-                    tracing::debug!("the handoff did not get through: {error}");
+                    self.handoff_unheard(&arrival.knocks, &error);
                     if let SourceLoss::Error(after) = self.on_loss
                         && self.now().saturating_sub(since) >= after
                     {
@@ -859,10 +894,14 @@ impl Volume {
                     arrival.pause(RETRY_AFTER);
                 }
                 Err(error) => {
-                    self.event(
-                        EventKind::SourceRefused,
-                        format!("the source refuses the handoff: {error}"),
-                    );
+                    // Asked again and again, it may say the same for hours.
+                    let is_news = arrival.knocks.refused(&error.to_string());
+                    if is_news || !self.takes_over_at_once() {
+                        self.event(
+                            EventKind::SourceRefused,
+                            format!("the source refuses the handoff: {error}"),
+                        );
+                    }
                     if let Some(relocation) = self.relocation() {
                         *lock(&relocation.trouble) = Some(error.clone());
                     }
@@ -876,6 +915,7 @@ impl Volume {
     fn ask_for_handoff(&self, arrival: &Arrival) -> Result<Takeover, SourceError> {
         let id = arrival.ticket.id();
         let epoch = arrival.state().epoch;
+        let asked = boot::running_for();
         let Told::Fenced { generation, ranges } =
             arrival.link.tell(&Tell::Handoff { id, epoch }, PATIENCE)?
         else {
@@ -887,8 +927,10 @@ impl Volume {
             arrival.state().over = true;
             let copied = complement(&lacking, self.geometry);
             return Ok(Takeover {
+                asked,
                 generation,
                 copied,
+                changes: None,
                 lacking: Some(lacking),
             });
         }
@@ -896,17 +938,26 @@ impl Volume {
         let mut state = arrival.state();
         state.over = true;
         let known = state.epoch == epoch && epoch != 0;
-        let copied = match ranges.filter(|_| known) {
-            Some(ranges) => {
-                let covering = |range| self.geometry.covering(range);
-                state.precopy.changed(ranges.into_iter().map(covering));
+        let blocks_of = |ranges: Vec<ByteRange>| {
+            let covering = |range| self.geometry.covering(range);
+            ranges.into_iter().map(covering).collect::<Vec<_>>()
+        };
+        let changes = ranges.filter(|_| known).map(|ranges| Changes {
+            tracking: epoch,
+            blocks: blocks_of(ranges),
+        });
+        let copied = match &changes {
+            Some(changes) => {
+                state.precopy.changed(changes.blocks.iter().copied());
                 state.precopy.finish()
             }
             None => Vec::new(),
         };
         Ok(Takeover {
+            asked,
             generation,
             copied,
+            changes,
             lacking: None,
         })
     }
@@ -1064,12 +1115,25 @@ impl Volume {
 
 /// What the handoff brought.
 pub(super) struct Takeover {
+    /// When it was asked for, as the machine counts.
+    asked: Duration,
     /// The source's generation.
     pub generation: u64,
     /// What was copied ahead, or was here before, and is what the source has for good.
     pub copied: Vec<BlockRange>,
+    /// What the VM has changed at the source since it told so last, or since the tracking began where it
+    /// never did; `None`: nobody knows.
+    pub changes: Option<Changes>,
     /// What the source has and nothing else, where all that it does not have is here.
     pub lacking: Option<BlockSet>,
+}
+
+impl Takeover {
+    /// Whether the source's word may be acted on. One that was held up for too long, here or on its way, may
+    /// have been taken back by hand since; asked again, the source says how it stands.
+    pub fn counts(&self) -> bool {
+        handover::answer_counts(self.asked, boot::running_for())
+    }
 }
 
 fn something_else() -> SourceError {

@@ -23,6 +23,7 @@ use hikkoshi_wan::transport::session::{Attached, HandedOver, MoveId, OldCopy, St
 use super::gate::{Gate, Inside};
 use super::storage::ImageAddress;
 use super::{Volume, lock};
+use crate::boot;
 use crate::events::EventKind;
 use crate::status::LifeState;
 
@@ -87,6 +88,11 @@ pub struct Departures {
     /// then, and is not any more.
     ends_before: AtomicU64,
     turn: AtomicU64,
+    /// When the handoff was answered last, as the machine counts; where the process does not know, when
+    /// it began.
+    answered: Mutex<Option<Duration>>,
+    /// Whoever the disk departed to has said since that it took it over.
+    taken: AtomicBool,
     /// Held over a handoff, an abort, a release: one at a time.
     deciding: Mutex<()>,
     make_state: Option<MakeState>,
@@ -124,6 +130,8 @@ impl Departures {
             storage: Mutex::new(storage),
             given_up: Mutex::new(released.into_iter().collect()),
             has_departed: AtomicBool::new(departed.is_some()),
+            // The process before may have answered right before its end.
+            answered: Mutex::new(departed.map(|_| boot::running_for())),
             make_state,
             ..Self::default()
         };
@@ -440,7 +448,7 @@ impl Volume {
                 "the VM does not run here yet: change the storage of export {name:?} after the \
                  handoff, once all of it is here (`hikkoshi wait`), or at the source"
             )),
-            LifeState::Departed | LifeState::GivenUp => Some(format!(
+            LifeState::Departed | LifeState::GivenUp | LifeState::Opening => Some(format!(
                 "the disk of export {name:?} is not here: change its storage where it is"
             )),
         }
@@ -518,7 +526,10 @@ impl Volume {
             }
             Tell::Handoff { id, epoch } => self.depart(id, epoch),
             Tell::Abort { id } => self.abort_departure(id),
-            Tell::Bases { id } => self.tell_bases(id),
+            Tell::Bases { id } => {
+                self.is_taken_by(id);
+                self.tell_bases(id)
+            }
             Tell::Differs { id, base, from } => self.tell_differs(id, base, from),
             Tell::Slow { id, bytes_per_s } => {
                 self.slow_down(id, bytes_per_s);
@@ -526,6 +537,7 @@ impl Volume {
             }
             Tell::Heat { .. } => Ok(Told::Heat(self.heat().map().encode())),
             Tell::Done { id } => {
+                self.is_taken_by(id);
                 if self.departures.departed().is_some_and(|d| d.to == id)
                     && !self.departures.arrived.swap(true, Ordering::AcqRel)
                     // Of its own storage the export says so, once it has let go of the old.
@@ -621,6 +633,9 @@ impl Volume {
             news_of_boots,
         };
         let departed = self.departures.departed().is_some_and(|d| d.to == id);
+        if stance == Stance::Arriving {
+            self.is_taken_by(id);
+        }
         let off = self.is_off(id);
         let needed = self.needs(base);
         let mut attached = Attached {
@@ -888,7 +903,32 @@ impl Volume {
                 }
             }
         }
+        // From here on the answer may be on its way. Whatever held it up, it was asked for before.
+        *lock(&self.departures.answered) = Some(boot::running_for());
         Ok(self.fenced(id, epoch))
+    }
+
+    /// A destination says what only one says that has taken the disk over, durably.
+    fn is_taken_by(&self, id: MoveId) {
+        if self.departures.departed().is_some_and(|d| d.to == id) {
+            self.departures.taken.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether it is known that the disk was taken over where it departed to.
+    pub(super) fn is_known_to_be_taken(&self) -> bool {
+        self.has_departed() && self.departures.taken.load(Ordering::Acquire)
+    }
+
+    /// In what time the fence may be lifted by hand; `None`: now, or there is none.
+    pub(super) fn release_in(&self) -> Option<Duration> {
+        let answered = (*lock(&self.departures.answered)).filter(|_| self.has_departed());
+        handover::release_in(answered, self.is_known_to_be_taken(), boot::running_for())
+    }
+
+    /// As if the time had passed after which no answer to a handoff counts: a seam for tests.
+    pub(crate) fn let_answers_grow_old(&self) {
+        lock(&self.departures.answered).take();
     }
 
     fn fenced(&self, id: MoveId, epoch: u64) -> Told {
@@ -923,6 +963,7 @@ impl Volume {
 
     fn set_departed(&self, departure: Option<Departure>) {
         *lock(&self.departures.departed) = departure;
+        self.departures.taken.store(false, Ordering::Release);
         let departed = departure.is_some();
         self.departures
             .has_departed
@@ -1000,12 +1041,21 @@ impl Volume {
     /// Lifts the fence because a person says that the other copy is of no account.
     ///
     /// # Errors
-    /// There is none, or it could not be recorded.
+    /// There is none, whoever asked for it may still take the disk by an answer that is on its way, or it
+    /// could not be recorded.
     pub(super) fn release_fence(&self) -> io::Result<()> {
         let _deciding = lock(&self.departures.deciding);
         let Some(departure) = self.departures.departed() else {
             return Err(io::Error::other("there is no fence here"));
         };
+        if let Some(left) = self.release_in() {
+            return Err(io::Error::other(format!(
+                "the handoff was answered a moment ago (or this was restarted), and the new site may still \
+                 take that answer: wait for {} s",
+                left.as_secs() + 1
+            )));
+        }
+        let taken = self.is_known_to_be_taken();
         // Its VM may be waiting there for the answer to a handoff that did not get through. This
         // one is older by now than what is written here.
         self.departures.close(departure.to);
@@ -1013,8 +1063,19 @@ impl Volume {
         self.departures.refuse_from_now_on(departure.to);
         self.event(
             EventKind::FenceLifted,
-            "the fence was lifted by hand: writes are accepted here again; what was written at the \
-             new site is not here",
+            format!(
+                "the fence was lifted by hand: writes are accepted here again; what was written at the new \
+                 site is not here. {}",
+                if taken {
+                    "That site HAS TAKEN THE DISK OVER, and where it still runs it goes on writing to its \
+                     own copy: end its VM and its daemon, or make sure that they are gone, before a VM is \
+                     started here"
+                } else {
+                    "That site has not said that it took the disk over, since this runs, and cannot any \
+                     more; but it may have, and not have been heard: `hikkoshi status` there must not say \
+                     arriving or local, or it must be gone, before a VM is started here"
+                }
+            ),
         );
         Ok(())
     }
@@ -1049,7 +1110,7 @@ impl Volume {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
@@ -1121,9 +1182,12 @@ mod tests {
         assert_eq!(departures.sessions().len(), MAX_SESSIONS);
     }
 
-    fn plain(dir: &tempfile::TempDir) -> Arc<Export> {
+    /// A disk that is here, made at the first start.
+    pub(in crate::volume) fn plain(dir: &tempfile::TempDir) -> Arc<Export> {
         let image = dir.path().join("old");
-        std::fs::write(&image, [7; 1 << 20]).unwrap();
+        if !image.exists() {
+            std::fs::write(&image, [7; 1 << 20]).unwrap();
+        }
         Export::open(&ExportConfig {
             name: String::new(),
             image,
@@ -1157,6 +1221,7 @@ mod tests {
         let handoff = Tell::Handoff { id, epoch: 0 };
         let told = volume.answer(handoff, &mut bound);
         assert!(matches!(told, Told::Fenced { .. }), "{told:?}");
+        volume.let_answers_grow_old();
         export.release(true).unwrap();
         for other in 0..=u8::try_from(MAX_GIVEN_UP).unwrap() {
             let id = [100 + other; 16];

@@ -168,9 +168,9 @@ impl Volume {
             return Ok(());
         }
         let Some(arrival) = &self.arrival else {
-            return self.record_handoff(None);
+            return self.record_handoff(None).map(drop);
         };
-        if !self.from_image {
+        if !self.from_image && !self.takes_over_at_once() {
             // Between two images whoever drives the move waits, and may be told to wait no longer.
             self.await_prepared(arrival)?;
         }
@@ -184,20 +184,37 @@ impl Volume {
         if self.life() != LifeState::Standby {
             return Ok(());
         }
-        let takeover = self.take_over(arrival)?;
-        self.record_handoff(Some(takeover))?;
+        self.ask_early(arrival);
+        let mut takeover = self.take_over(arrival)?;
+        let mut changes = takeover.changes.take();
+        while !self.record_handoff(Some(takeover))? {
+            tracing::warn!(
+                "the answer to the handoff came too late to count; it is asked for again"
+            );
+            takeover = self.take_over(arrival)?;
+            // What the source said the first time it need not say again.
+            changes = None;
+        }
         arrival.ticket.arrived();
+        if let Some(relocation) = self.relocation() {
+            relocation.settle_early(changes);
+        }
         Ok(())
     }
 
-    fn record_handoff(&self, takeover: Option<Takeover>) -> io::Result<()> {
+    /// False, and nothing is done, where the source's word does not count any more.
+    pub(super) fn record_handoff(&self, takeover: Option<Takeover>) -> io::Result<bool> {
         let mut journal = lock(&self.journal);
         if self.life() != LifeState::Standby {
-            return Ok(());
+            return Ok(true);
         }
         let Some(relocation) = self.relocation() else {
-            return Ok(());
+            return Ok(true);
         };
+        // Last of all, right before it is acted on.
+        if takeover.as_ref().is_some_and(|takeover| !takeover.counts()) {
+            return Ok(false);
+        }
         crash_point!("handoff.begun");
         let owed = self.will_owe_a_flush(&relocation);
         if let Some(state) = journal.state.as_mut() {
@@ -231,7 +248,7 @@ impl Volume {
                 "handoff: the disk lives here from now on"
             },
         );
-        Ok(())
+        Ok(true)
     }
 
     fn write_recorded(&self, bytes: ByteRange, change: &Change<'_>) -> io::Result<()> {

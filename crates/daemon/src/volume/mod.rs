@@ -12,6 +12,9 @@ pub mod arrival;
 pub mod assemble;
 pub mod commit;
 pub mod departure;
+mod early;
+#[cfg(test)]
+mod early_tests;
 mod extents;
 #[cfg(test)]
 mod full_tests;
@@ -19,7 +22,10 @@ mod full_tests;
 pub mod fuzzing;
 mod gate;
 pub mod guest;
+mod knocks;
 mod last_word;
+#[cfg(test)]
+mod late_tests;
 pub mod open;
 mod open_tied;
 #[cfg(test)]
@@ -243,7 +249,10 @@ impl Volume {
             LifeState::Local => LIFE_LOCAL,
             LifeState::Standby => LIFE_STANDBY,
             LifeState::Arriving => LIFE_ARRIVING,
-            LifeState::Departing | LifeState::Departed | LifeState::GivenUp => {
+            LifeState::Departing
+            | LifeState::Departed
+            | LifeState::GivenUp
+            | LifeState::Opening => {
                 unreachable!("these are looked up where they are known")
             }
         };
@@ -324,7 +333,12 @@ impl Volume {
 
     /// What happened to it is kept with what happened to `other` from now on.
     pub(crate) fn share_events(&self, other: &Self) {
-        self.events.join(&other.events);
+        self.keep_events_in(&other.events);
+    }
+
+    /// What happened to it is kept there from now on, behind what is there already.
+    pub(crate) fn keep_events_in(&self, log: &EventLog) {
+        self.events.join(log);
     }
 
     /// Tells everybody what happened.

@@ -85,8 +85,15 @@ pub enum OpenError {
     Refused(String),
 }
 
+impl OpenError {
+    /// Whether nothing is wrong but that the source is away: the same may succeed later.
+    pub fn is_source_away(&self) -> bool {
+        matches!(self, Self::Source { source, .. } if source.kind == SourceErrorKind::Disconnected)
+    }
+}
+
 /// How long a restart waits for a source before it serves what is here without it. A handshake
-/// takes five round trips.
+/// takes two round trips, and up to seven where options must go one by one.
 const FIRST_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// How long a source may take to make durable that a move was given up.
@@ -266,6 +273,16 @@ pub(super) fn state_path(config: &ExportConfig) -> Result<PathBuf, OpenError> {
     Ok(config.image.with_file_name(name))
 }
 
+/// Whether the disk is to come from a source, and nothing of it has yet; or is to come back, which
+/// cannot begin without the source either.
+pub(crate) fn is_first_start(config: &ExportConfig) -> bool {
+    let Some(source) = &config.source else {
+        return false;
+    };
+    let found = state_path(config).and_then(|path| Ok(StateDir::look(&path)?));
+    source.comes_back || matches!(found, Ok(Found::Nothing | Found::Begun))
+}
+
 fn heat_place(config: &ExportConfig) -> Result<Option<PathBuf>, OpenError> {
     Ok(heat::place_of(config, &state_path(config)?))
 }
@@ -420,10 +437,17 @@ fn open_new(
     let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
-    if now {
+    hand_off_now(&running, now)?;
+    Ok(running)
+}
+
+/// The handoff that is to happen at the start, where nobody need be asked. Where a source must agree, the
+/// thread that keeps the move asks it, so that nothing here waits for one that is away.
+pub(super) fn hand_off_now(running: &Running, now: bool) -> Result<(), OpenError> {
+    if now && !running.volume.has_arrival() {
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
-    Ok(running)
+    Ok(())
 }
 
 /// An image with a state: the move goes on, or is complete.
@@ -523,11 +547,11 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     if let (Some(refused), Some(relocation)) = (refused, running.volume.relocation()) {
         relocation.source_told(&refused);
     }
-    // What was fenced for this image is to be had here and nowhere else.
-    let now = wanted.handoff == HandoffPolicy::Now && !identity.ties.only_here;
-    if now || origin.is_some() {
+    if origin.is_some() {
+        // What was fenced for this image is to be had here and nowhere else, and that is at hand.
         running.volume.hand_off().map_err(OpenError::Handoff)?;
     }
+    hand_off_now(&running, wanted.handoff == HandoffPolicy::Now)?;
     running.old = old.take().map(Box::new);
     Ok(running)
 }

@@ -16,8 +16,9 @@ use hikkoshi_wan::transport::session::{OldCopy, Stance};
 use hikkoshi_wan::{Source, Ticket};
 
 use super::open::{
-    OpenError, Running, connect, fitting, inode_of, move_in, open_existing, open_plain, open_seeds,
-    refuse, say_that_it_is_off, seed, set_tag, settle_image, tell_rewritten,
+    OpenError, Running, connect, fitting, hand_off_now, inode_of, move_in, open_existing,
+    open_plain, open_seeds, refuse, say_that_it_is_off, seed, set_tag, settle_image,
+    tell_rewritten,
 };
 use super::ties::{Course, DAMAGED, Returning, course_of, old_copy, settle_record};
 use super::wayback::NoSource;
@@ -197,10 +198,7 @@ pub(super) fn open_return(
     let kept = (map, Witnesses::new(seed()?), seeds);
     let running = move_in(config, wanted, store, source, kept, Some(ticket), None)?;
     tell_rewritten(&running, rewritten);
-    // Else the thread that keeps the move asks for it, once the old copy is served.
-    if now && !only_here {
-        running.volume().hand_off().map_err(OpenError::Handoff)?;
-    }
+    hand_off_now(&running, now)?;
     Ok(running)
 }
 

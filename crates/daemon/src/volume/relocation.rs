@@ -26,6 +26,7 @@ use hikkoshi_wan::{
 };
 
 use super::commit::MAX_PENDING_RECORDS;
+use super::early::Early;
 use super::proof::Proof;
 use super::{Clock, Volume, lock};
 use crate::events::EventKind;
@@ -127,6 +128,7 @@ pub struct Relocation {
     /// Why the source is away, as it said last.
     pub(super) trouble: Mutex<Option<SourceError>>,
     pub(super) retired: AtomicBool,
+    pub(super) early: Early,
 }
 
 impl Relocation {
@@ -154,6 +156,7 @@ impl Relocation {
             traffic: Traffic::default(),
             trouble: Mutex::new(None),
             retired: AtomicBool::new(false),
+            early: Early::default(),
         }
     }
 
@@ -182,6 +185,7 @@ impl Relocation {
         if !self.retired.swap(true, Ordering::AcqRel) {
             self.drive(|m, _, out| m.abandon(out));
             self.source.close();
+            self.forget_early();
         }
     }
 
@@ -352,9 +356,13 @@ impl Relocation {
         let lane = source_lane(lane);
         let len = u32::try_from(bytes.len()).expect("a fetch is at most 32 MiB and a block");
         let (this, believed) = (Arc::clone(self), self.belief());
+        let early = self.early.tracking();
         let done = move |outcome| {
             let outcome = this.vouched(believed, outcome);
-            this.fetched(flight, range, keep, outcome);
+            let then = Arc::clone(&this);
+            this.once_settled(early, range, outcome, move |outcome| {
+                then.fetched(flight, range, keep, outcome);
+            });
         };
         self.source.read(lane, bytes.start, len, Box::new(done));
     }
@@ -798,16 +806,19 @@ impl Relocation {
     fn query_extents(self: &Arc<Self>, range: BlockRange) {
         let bytes = self.geometry.bytes(range);
         let (this, believed) = (Arc::clone(self), self.belief());
-        let done = move |answer: Result<ExtentsAnswer, SourceError>| match this
-            .vouched(believed, answer)
-        {
-            Ok(answer) => this.learn_extents(range, &answer),
-            Err(error) => {
-                let why = this.note_failure(&error);
-                this.drive(|m, now, out| {
-                    m.extents_failed(now, why, range, &this.residency, out);
-                });
-            }
+        let early = self.early.tracking();
+        let done = move |answer: Result<ExtentsAnswer, SourceError>| {
+            let answer = this.vouched(believed, answer);
+            let then = Arc::clone(&this);
+            this.once_settled(early, range, answer, move |answer| match answer {
+                Ok(answer) => then.learn_extents(range, &answer),
+                Err(error) => {
+                    let why = then.note_failure(&error);
+                    then.drive(|m, now, out| {
+                        m.extents_failed(now, why, range, &then.residency, out);
+                    });
+                }
+            });
         };
         self.source
             .extents(Lane::Hot, bytes.start, bytes.len(), Box::new(done));

@@ -103,11 +103,17 @@ impl Volume {
         } else if self.life() == LifeState::Standby {
             notes.extend(self.prepared_note());
             notes.extend(self.fence_note());
+            notes.extend(self.awaited_note());
             notes.push(match self.handoff_policy {
+                HandoffPolicy::Now => {
+                    "the handoff is asked for (--handoff now); until it has happened \
+                     what is read here is read at the source"
+                        .to_owned()
+                }
                 HandoffPolicy::FirstWrite => "waiting for the first write from the VM, or for \
                      `hikkoshi handoff`; until then what is read here is read at the source"
                     .to_owned(),
-                HandoffPolicy::Command | HandoffPolicy::Now => {
+                HandoffPolicy::Command => {
                     "waiting for `hikkoshi handoff`; until then what is read here is read at the \
                      source, and writes are refused"
                         .to_owned()
@@ -226,6 +232,7 @@ impl Controlled for Volume {
             codec: r.and_then(|r| r.source.coding()).map(|c| c.to_string()),
             source_connected: r.map(|r| r.is_source_usable()),
             source_down_s: r.and_then(|r| r.source_down()).map(|d| d.as_secs()),
+            waiting: self.awaited(),
             reads_waiting: r.map_or(0, |r| r.with_mover(|m| m.waiting()) as u64),
             poisoned: self.poisoned.load(Ordering::Acquire),
             disk_full: self.is_disk_full(),
@@ -236,6 +243,8 @@ impl Controlled for Volume {
             common_limit_bytes_per_s: r.and_then(|r| r.with_mover(|m| m.common_limit())),
             image: self.image.display().to_string(),
             old_copy_needed: self.old_copy_of().is_some(),
+            taken_over: self.has_departed().then(|| self.is_known_to_be_taken()),
+            release_in_s: self.release_in().map(|left| left.as_secs() + 1),
             storage_move: None,
             source: r.map(|r| r.source.info().uri),
             notes: self.notes(r),
@@ -284,15 +293,29 @@ impl Controlled for Volume {
             )));
         }
         if !force {
-            return Err(CommandError::Conflict(
-                "the disk was handed over to another site, and what was written there since is \
-                 not here: if the VM ran on from this copy, there would be two; only if the other \
-                 copy is lost or will never be used again: `hikkoshi release --force`"
-                    .to_owned(),
-            ));
+            return Err(CommandError::Conflict(format!(
+                "the disk was handed over to another site{}, and what was written there since is not here: if \
+                 the VM ran on from this copy, there would be two. Look there first (`hikkoshi status`): \
+                 standby: `hikkoshi abort` there takes the move back, and nothing is lost; given-up: start \
+                 its daemon again, which lifts the fence here; arriving, local, departing or departed: the \
+                 disk lives there, or further on, leave the fence; not reachable: switch that machine off \
+                 first. Only when it is gone for good: `hikkoshi release --force`",
+                if self.is_known_to_be_taken() {
+                    ", which has said that it took it over"
+                } else {
+                    ""
+                }
+            )));
         }
-        self.release_fence()
-            .map_err(|e| CommandError::Failed(format!("the fence stays: {e}")))
+        let stays = |error: std::io::Error| format!("the fence stays: {error}");
+        match self.release_in() {
+            Some(_) => self
+                .release_fence()
+                .map_err(|error| CommandError::Conflict(stays(error))),
+            None => self
+                .release_fence()
+                .map_err(|error| CommandError::Failed(stays(error))),
+        }
     }
 
     fn verify(&self, accept: bool) -> Result<VerifyStatus, CommandError> {

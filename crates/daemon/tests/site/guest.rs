@@ -23,6 +23,7 @@ impl Guest {
             structured: false,
             allocation: false,
             transport: false,
+            opening: Vec::new(),
         })
         .unwrap();
         loop {

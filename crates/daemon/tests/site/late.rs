@@ -24,6 +24,7 @@ pub const RELEASED: MoveId = [0x55; 16];
 pub fn release_by_hand(site: &Site) {
     let told = handoff_to(site, RELEASED);
     assert!(matches!(told, Ok(Told::Fenced { .. })), "{told:?}");
+    site.daemon.let_answers_grow_old();
     site.export().release(true).expect("there is a fence");
     assert_is_released(site);
 }

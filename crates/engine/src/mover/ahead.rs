@@ -3,7 +3,7 @@
 //! Owns, for each stream that a [`Detector`](crate::readahead::Detector) told of, how far it has
 //! read and how far has been asked for. The window between the two is at most twice what the
 //! stream has read, so that what is fetched in vain stays in proportion to what was of use; it is
-//! bounded by what fills the path (as the pacer measures it) and shrinks for everybody when streams
+//! bounded by what may be in flight over the path (as the pacer measures it) and shrinks for everybody when streams
 //! end before they have read what was fetched for them. What is in flight is bounded by the pacer,
 //! together with the background copy, which read-ahead goes before; where the source itself sends what is urgent
 //! first, by a window of its own.
@@ -97,8 +97,9 @@ impl Streams {
     /// How far beyond its front a stream should be fetched.
     fn window(&self, told: Advance, pacer: &Seat) -> u64 {
         let earned = told.read_bytes / 4 * self.generosity;
-        // Twice what fills the path: in flight, and landed but not read yet.
-        let cap = (2 * pacer.window_bytes()).clamp(MIN_CAP_BYTES, MAX_WINDOW_BYTES);
+        // All that may be in flight, and what fills the path once more: landed, and not read yet.
+        let cap = pacer.open_bytes() + pacer.window_bytes();
+        let cap = cap.clamp(MIN_CAP_BYTES, MAX_WINDOW_BYTES);
         let bytes = earned.min(cap);
         match told.shape {
             Shape::Forward | Shape::Backward => bytes,

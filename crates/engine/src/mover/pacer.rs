@@ -55,6 +55,9 @@ const MIN_RATIO: u64 = RATIO_ONE / 16;
 /// is more than one waits there, behind demand, and keeps the path full while the ratio changes.
 const OVER_ASKED: u64 = 2;
 
+/// And while the window is being looked for: the source's own grows sooner than what comes of it is seen here.
+const OVER_ASKED_AT_FIRST: u64 = 4;
+
 /// Bytes are those of the disk unless they are called wire bytes.
 #[derive(Debug)]
 pub(crate) struct Pacer {
@@ -145,10 +148,12 @@ impl Pacer {
     /// How much may be in flight now; more where the source sends no more than fills the path,
     /// whatever it is asked for.
     pub fn open_bytes(&self, source_paces: bool) -> u64 {
-        let window = match source_paces {
-            true => (self.window_bytes() * OVER_ASKED).min(MAX_WINDOW_BYTES),
-            false => self.window_bytes(),
+        let windows = match (source_paces, self.window.is_starting()) {
+            (false, _) => 1,
+            (true, false) => OVER_ASKED,
+            (true, true) => OVER_ASKED_AT_FIRST,
         };
+        let window = (self.window_bytes() * windows).min(MAX_WINDOW_BYTES);
         if self.draining { window / 2 } else { window }
     }
 

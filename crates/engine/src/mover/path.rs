@@ -201,6 +201,16 @@ impl Seat {
         part_of(state.pacer.window_bytes(), share)
     }
 
+    /// How much this disk may have in flight: more than that where its source sends no more than fills the path.
+    pub fn open_bytes(&self) -> u64 {
+        let place = self.place();
+        let state = place.path.state();
+        let seat = state.seats.get(&place.number);
+        seat.map_or(0, |seat| {
+            part_of(state.pacer.open_bytes(seat.source_paces), seat.share)
+        })
+    }
+
     /// See [`Pacer::base`].
     pub fn base(&self) -> Duration {
         self.place().path.state().pacer.base()
@@ -240,7 +250,7 @@ impl Seat {
     /// Whether what a stream will read soon may go now, of which so much is in flight. A source that paces
     /// itself sends it before whatever of the background copy waits there: that need not have come first.
     pub fn may_read_ahead(&self, in_flight: u64) -> bool {
-        self.may_send() || self.source_is_paced() && in_flight < self.window_bytes()
+        self.may_send() || self.source_is_paced() && in_flight < self.open_bytes()
     }
 
     fn source_is_paced(&self) -> bool {

@@ -262,7 +262,8 @@ fn demand_of_one_is_not_behind_the_copy_of_another() {
     assert!(worst < RTT * 3 / 2 + 10 * MS, "{worst:?}");
 }
 
-/// A source that paces itself is asked for more than fills the path; another one of the same host is not.
+/// A source that paces itself is asked for more than fills the path (here, at the start, for four times that); another
+/// one of the same host is not.
 #[test]
 fn only_a_source_that_paces_itself_is_over_asked() {
     let path = Arc::new(Path::default());
@@ -281,7 +282,7 @@ fn only_a_source_that_paces_itself_is_over_asked() {
     });
     let shares = [1, 0].map(|index: usize| seats[index].window_bytes());
     assert!(
-        asked[0].abs_diff(shares[0] * 2) <= 8192,
+        asked[0].abs_diff(shares[0] * 4) <= 16384,
         "{asked:?} of {shares:?}"
     );
     assert!(

@@ -215,6 +215,7 @@ fn end(half: &HalfArg, control: Option<&Path>, site: Site) -> Result<End, Failur
     let found: Vec<_> = choose::all(None)?
         .into_iter()
         .filter(|one| one.status.export == half.export || half.export.is_empty())
+        .filter(|one| one.status.state != LifeState::Opening)
         .filter(|one| {
             let stands_by = one.status.state == LifeState::Standby;
             stands_by == (site == Site::New)

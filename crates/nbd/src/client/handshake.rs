@@ -3,14 +3,15 @@
 //! Owns the order of options and what to do without those that a server lacks: no structured
 //! replies leads to simple ones, no `base:allocation` to none, no frames of ours to plain NBD, no
 //! GO to EXPORT_NAME. Options go out one by one, each after the answer to the one before, or all
-//! at once ([`Handshake::at_once`]), which saves two round trips. The caller receives exactly [`Handshake::needed`] bytes at a time, so no byte of the transmission phase is
-//! ever taken by mistake.
+//! at once and ahead of the greeting ([`Handshake::at_once`]), which saves three round trips. The
+//! caller receives exactly [`Handshake::needed`] bytes at a time, so no byte of the transmission phase
+//! is ever taken by mistake.
 
 use std::collections::VecDeque;
 
 use super::{ClientError, be_u16, be_u32, be_u64, shown};
 use crate::wire::{
-    self, BASE_ALLOCATION, INIT_MAGIC, MAX_STRING_BYTES, OPTION_MAGIC, OPTION_REPLY_MAGIC,
+    self, BASE_ALLOCATION, INIT_MAGIC, MAX_STRING_BYTES, OPENING, OPTION_MAGIC, OPTION_REPLY_MAGIC,
     TRANSPORT, info, option, reply,
 };
 
@@ -43,6 +44,19 @@ pub struct HandshakeConfig {
     pub allocation: bool,
     /// Ask to speak frames (`docs/wire.md`) instead of NBD afterwards; needs structured replies.
     pub transport: bool,
+    /// What is to be said first in frames, said with the question for them already; empty for
+    /// nothing, at most [`wire::OPENING_BYTES`].
+    pub opening: Vec<u8>,
+}
+
+impl HandshakeConfig {
+    fn asks_for_contexts(&self) -> bool {
+        self.allocation || self.transport
+    }
+
+    fn has_opening(&self) -> bool {
+        self.transport && !self.opening.is_empty()
+    }
 }
 
 /// Block size constraints, in bytes (section "Block size constraints").
@@ -95,6 +109,8 @@ pub struct Negotiated {
     pub allocation_context: Option<u32>,
     /// Frames follow, and no NBD.
     pub transport: bool,
+    /// The server has taken the opening: it is not to be sent again, and is answered first.
+    pub opened: bool,
 }
 
 /// What [`Handshake::receive`] led to.
@@ -157,6 +173,7 @@ pub struct Handshake {
     structured: bool,
     allocation_context: Option<u32>,
     transport: bool,
+    opened: bool,
     export: Option<(u64, u16)>,
     block_sizes: Option<BlockSizes>,
     output: Vec<u8>,
@@ -164,10 +181,17 @@ pub struct Handshake {
 
 impl Handshake {
     /// A handshake before its first byte. Fails if the export's name is too long for the wire.
+    ///
+    /// # Panics
+    /// If the opening is longer than [`wire::OPENING_BYTES`].
     pub fn new(config: HandshakeConfig) -> Result<Self, ClientError> {
         if config.export.len() > MAX_STRING_BYTES {
             return Err(ClientError::NameTooLong(config.export.len()));
         }
+        assert!(
+            config.opening.len() <= wire::OPENING_BYTES,
+            "an opening is short"
+        );
         Ok(Self {
             config,
             awaiting: Awaiting::Greeting,
@@ -179,21 +203,42 @@ impl Handshake {
             structured: false,
             allocation_context: None,
             transport: false,
+            opened: false,
             export: None,
             block_sizes: None,
             output: Vec::new(),
         })
     }
 
-    /// The same, with all options in one go: as far as [`Handshake::new`] would get with a server
-    /// that grants everything or says of what it lacks that it is not supported. With others it
-    /// fails with [`ClientError::AtOnce`], or by the server's hanging up, and [`Handshake::new`] may
-    /// get further over another connection.
+    /// The same, with flags and all options in one go, before the server has greeted: as far as
+    /// [`Handshake::new`] would get with a server of fixed newstyle that grants everything or says of
+    /// what it lacks that it is not supported. With others it fails with [`ClientError::AtOnce`], or by
+    /// the server's hanging up, and [`Handshake::new`] may get further over another connection.
+    ///
+    /// That is harmless whoever listens: a server of fixed newstyle takes it when it has greeted;
+    /// one that does not know options takes it for a request without its magic number, or for flags
+    /// that it does not know, and hangs up. Nothing secret is in it.
     pub fn at_once(config: HandshakeConfig) -> Result<Self, ClientError> {
-        Ok(Self {
+        let mut this = Self {
             at_once: true,
             ..Self::new(config)?
-        })
+        };
+        // Whoever takes options as they come offers this flag. The other one is for the answer to
+        // EXPORT_NAME alone, and is not worth being turned away by a server that does not offer it.
+        this.output
+            .extend_from_slice(&wire::handshake::C_FIXED_NEWSTYLE.to_be_bytes());
+        let mut options = vec![Asked::Go];
+        if this.config.structured {
+            options.insert(0, Asked::StructuredReply);
+            if this.config.asks_for_contexts() {
+                options.insert(1, Asked::MetaContext);
+            }
+        }
+        for asked in options {
+            this.send(asked);
+            this.behind.push_back(asked);
+        }
+        Ok(this)
     }
 
     /// Whether the server has begun to speak.
@@ -234,7 +279,7 @@ impl Handshake {
             }
             Awaiting::Flags => {
                 let flags = be_u16(bytes, 0).ok_or_else(short)?;
-                Ok(self.on_flags(flags))
+                self.on_flags(flags)
             }
             Awaiting::ReplyHeader => self.on_reply_header(bytes),
             Awaiting::ReplyPayload { code, .. } => self.on_reply(code, bytes),
@@ -262,8 +307,14 @@ impl Handshake {
         }
     }
 
-    fn on_flags(&mut self, flags: u16) -> Progress {
+    fn on_flags(&mut self, flags: u16) -> Result<Progress, ClientError> {
         let fixed = flags & wire::handshake::FIXED_NEWSTYLE != 0;
+        if self.at_once {
+            // Such a server knows no option but EXPORT_NAME and answers no other.
+            let first = self.behind.pop_front().filter(|_| fixed);
+            self.wait_for(first.ok_or(ClientError::AtOnce("the options"))?);
+            return Ok(Progress::More);
+        }
         self.no_zeroes = flags & wire::handshake::NO_ZEROES != 0;
         let mut answer = 0;
         if fixed {
@@ -274,22 +325,13 @@ impl Handshake {
         }
         self.output.extend_from_slice(&answer.to_be_bytes());
         if !fixed {
-            // Such a server knows no option but EXPORT_NAME and answers no other.
             self.ask_export_name();
-        } else if !self.config.structured {
-            self.ask(Asked::Go);
-        } else if self.at_once {
+        } else if self.config.structured {
             self.ask(Asked::StructuredReply);
-            if self.config.allocation || self.config.transport {
-                self.send(Asked::MetaContext);
-                self.behind.push_back(Asked::MetaContext);
-            }
-            self.send(Asked::Go);
-            self.behind.push_back(Asked::Go);
         } else {
-            self.ask(Asked::StructuredReply);
+            self.ask(Asked::Go);
         }
-        Progress::More
+        Ok(Progress::More)
     }
 
     /// Queues an option and waits for its reply.
@@ -319,12 +361,14 @@ impl Handshake {
             Asked::StructuredReply => {}
             Asked::MetaContext => {
                 put_string(&mut payload, name);
+                let opening = wire::opening_query(&self.config.opening);
                 let wanted = [
                     (self.config.allocation, BASE_ALLOCATION),
                     (self.config.transport, TRANSPORT),
+                    (self.config.has_opening(), &opening),
                 ];
                 let wanted = || wanted.iter().filter(|(wanted, _)| *wanted);
-                let count = u32::try_from(wanted().count()).expect("at most two");
+                let count = u32::try_from(wanted().count()).expect("at most three");
                 payload.extend_from_slice(&count.to_be_bytes());
                 for (_, context) in wanted() {
                     put_string(&mut payload, context.as_bytes());
@@ -347,6 +391,7 @@ impl Handshake {
         );
         // Only GO leads to frames: a server that does not know it is none of ours.
         self.transport = false;
+        self.opened = false;
         self.awaiting = Awaiting::ExportNameAnswer;
     }
 
@@ -393,7 +438,7 @@ impl Handshake {
         match (self.asked, code) {
             (Asked::StructuredReply, reply::ACK) => {
                 self.structured = true;
-                self.go_on_with(if self.config.allocation || self.config.transport {
+                self.go_on_with(if self.config.asks_for_contexts() {
                     Asked::MetaContext
                 } else {
                     Asked::Go
@@ -431,6 +476,7 @@ impl Handshake {
                 // A failed SET_META_CONTEXT leaves no context selected, whatever was sent before.
                 self.allocation_context = None;
                 self.transport = false;
+                self.opened = false;
                 // It may have failed for the name it does not know: a server should pass over it,
                 // and one that does not must not cost us what it does know.
                 let once_more = self.asked == Asked::MetaContext
@@ -470,6 +516,10 @@ impl Handshake {
         };
         if self.config.transport && name == TRANSPORT.as_bytes() {
             self.transport = true;
+            return Ok(());
+        }
+        if self.config.has_opening() && name == OPENING.as_bytes() {
+            self.opened = true;
             return Ok(());
         }
         if !self.config.allocation || name != BASE_ALLOCATION.as_bytes() {
@@ -532,6 +582,11 @@ impl Handshake {
                 "requests of at most {max} bytes"
             )));
         }
+        if self.opened && !self.transport {
+            return Err(ClientError::violation(
+                "it has taken what is to be said in frames, and speaks none",
+            ));
+        }
         self.awaiting = Awaiting::Nothing;
         Ok(Progress::Done(Negotiated {
             size_bytes,
@@ -540,6 +595,7 @@ impl Handshake {
             structured: self.structured,
             allocation_context: self.allocation_context,
             transport: self.transport,
+            opened: self.opened,
         }))
     }
 }

@@ -66,6 +66,7 @@ fn disk(transport: bool) -> HandshakeConfig {
         structured: true,
         allocation: true,
         transport,
+        opening: Vec::new(),
     }
 }
 
@@ -73,7 +74,7 @@ fn converse(
     mut handshake: Handshake,
     bytes: &[u8],
 ) -> Result<(Option<Negotiated>, Vec<u8>), ClientError> {
-    let mut sent = Vec::new();
+    let mut sent = handshake.take_output();
     let mut at = 0;
     loop {
         let needed = handshake.needed();
@@ -236,7 +237,7 @@ fn frames_are_spoken_only_by_who_grants_them() {
     assert!(!negotiated.unwrap().transport);
 }
 
-/// Everything is sent as soon as the server has greeted, and what comes of it is the same.
+/// Everything is sent before the server has said a word, and what comes of it is the same.
 #[test]
 fn all_options_at_once_lead_to_the_same() {
     let granted = [
@@ -267,13 +268,15 @@ fn all_options_at_once_lead_to_the_same() {
         ]
         .concat(),
     ] {
-        let (one_by_one, sent) = shake_for(&server, true).unwrap();
+        let (one_by_one, mut sent) = shake_for(&server, true).unwrap();
         assert!(one_by_one.is_some());
+        // The flags alone differ: a server that has not greeted has not offered much.
+        sent[..4].copy_from_slice(&wire::handshake::C_FIXED_NEWSTYLE.to_be_bytes());
         assert_eq!(
             shake_at_once(&server, true).unwrap(),
             (one_by_one, sent.clone())
         );
-        let (nothing, early) = shake_at_once(&greeting(FIXED), true).unwrap();
+        let (nothing, early) = shake_at_once(&[], true).unwrap();
         assert_eq!((nothing, early), (None, sent), "it waited for an answer");
         for end in 0..server.len() {
             assert_eq!(shake_at_once(&server[..end], true).unwrap().0, None);
@@ -301,20 +304,98 @@ fn what_is_refused_among_options_at_once_is_done_without() {
         let hello = [greeting(FIXED), refused(option::STRUCTURED_REPLY)];
         plain([&hello[..], &[context, granted.clone()]].concat());
     }
-    // Nothing but the oldest option.
+    // Nothing but the oldest option: with its zeroes, which were not declined.
     let export = [&4096u64.to_be_bytes()[..], &FLAGS.to_be_bytes()].concat();
     plain(vec![
         greeting(FIXED),
         refused(option::STRUCTURED_REPLY),
         refused(option::SET_META_CONTEXT),
         refused(option::GO),
-        export.clone(),
+        export,
+        vec![0; 124],
     ]);
-    // A server that is older still is not sent what it does not know.
-    let old = [greeting(0), export, vec![0; 124]].concat();
-    let (negotiated, sent) = shake_at_once(&old, true).unwrap();
-    assert_eq!(negotiated.unwrap().size_bytes, 4096);
-    assert_eq!(Ok((None, sent)), shake_for(&greeting(0), true));
+}
+
+/// A server from before options were fixed is none to send them to.
+#[test]
+fn who_does_not_take_options_is_asked_the_old_way_over_another_connection() {
+    let failed = shake_at_once(&greeting(0), true).unwrap_err();
+    assert!(matches!(failed, ClientError::AtOnce(_)), "{failed}");
+    let mut oldstyle = wire::INIT_MAGIC.to_be_bytes().to_vec();
+    oldstyle.extend(0x0000_4202_8186_1253_u64.to_be_bytes());
+    let failed = shake_at_once(&oldstyle, true).unwrap_err();
+    assert_eq!(failed, ClientError::Oldstyle);
+}
+
+/// What is said first in frames goes with the question for them, and only a server that takes both has
+/// heard it.
+#[test]
+fn an_opening_goes_with_the_question_for_frames() {
+    let opening = (0..=255).collect::<Vec<u8>>();
+    let with = |transport| HandshakeConfig {
+        opening: opening.clone(),
+        ..disk(transport)
+    };
+    let query = wire::opening_query(&opening);
+    let asked = |sent: &[u8]| sent.windows(query.len()).any(|w| w == query.as_bytes());
+    let granted = [
+        option_reply(option::GO, reply::INFO, &info_export(4096, FLAGS)),
+        option_reply(option::GO, reply::ACK, &[]),
+    ]
+    .concat();
+    let server = |names: &[&str]| {
+        let mut bytes = greeting(FIXED);
+        bytes.extend(option_reply(option::STRUCTURED_REPLY, reply::ACK, &[]));
+        for name in names {
+            let context = context(3, name);
+            bytes.extend(option_reply(
+                option::SET_META_CONTEXT,
+                reply::META_CONTEXT,
+                &context,
+            ));
+        }
+        bytes.extend(option_reply(option::SET_META_CONTEXT, reply::ACK, &[]));
+        [bytes, granted.clone()].concat()
+    };
+    for at_once in [true, false] {
+        let shake = |config, bytes: &[u8]| {
+            let handshake = match at_once {
+                true => Handshake::at_once(config),
+                false => Handshake::new(config),
+            };
+            converse(handshake.unwrap(), bytes)
+        };
+        let both = server(&[wire::TRANSPORT, wire::OPENING]);
+        let (negotiated, sent) = shake(with(true), &both).unwrap();
+        let negotiated = negotiated.unwrap();
+        assert!(negotiated.transport && negotiated.opened && asked(&sent));
+        // An older one of ours.
+        let (negotiated, _) = shake(with(true), &server(&[wire::TRANSPORT])).unwrap();
+        let negotiated = negotiated.unwrap();
+        assert!(negotiated.transport && !negotiated.opened);
+        // Who wants no frames has nothing to say in them.
+        let (negotiated, sent) = shake(with(false), &server(&[wire::BASE_ALLOCATION])).unwrap();
+        assert!(!negotiated.unwrap().opened && !asked(&sent));
+        // Taken without frames, or without having been asked.
+        assert!(shake(with(true), &server(&[wire::OPENING])).is_err());
+        assert!(shake(disk(true), &both).is_err());
+    }
+}
+
+#[test]
+fn an_opening_is_read_as_it_was_written() {
+    for len in [1, 2, 255, wire::OPENING_BYTES] {
+        let opening: Vec<u8> = (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect();
+        let query = wire::opening_query(&opening);
+        assert!(query.len() <= wire::MAX_STRING_BYTES);
+        assert_eq!(wire::opening_of(query.as_bytes()), Some(opening));
+    }
+    let long = wire::opening_query(&[7; wire::OPENING_BYTES + 1]);
+    let name = wire::OPENING;
+    let wrong = ["", ":", ":0", ":0g", "x:00", "00", ":00 ", ": 00"].map(|w| format!("{name}{w}"));
+    for query in wrong.iter().chain([&long]) {
+        assert_eq!(wire::opening_of(query.as_bytes()), None, "{query}");
+    }
 }
 
 /// Where only another question would get what there is, GO must not have been sent yet.

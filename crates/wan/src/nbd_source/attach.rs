@@ -7,9 +7,10 @@
 use std::io;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hikkoshi_nbd::client::Negotiated;
 use socket2::Socket;
 
 use super::address::NbdSourceConfig;
@@ -17,6 +18,10 @@ use super::dial::{Dialed, Manners, dial, receive_exactly, send_all};
 use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::session::{Attached, Boots, HandedOver, MoveId, Stance, Tell, Told};
 use crate::transport::{HEADER_BYTES, Header, Kind, Priority, limits};
+
+/// How long a connection that was dialled together with those that stand is waited for, where it is not
+/// here yet: it is about to be. A fresh one takes two round trips.
+const SPARE_WAIT: Duration = Duration::from_secs(1);
 
 /// Who reads, and what the source has said to that. Shared by all connections of a move.
 #[derive(Debug)]
@@ -28,7 +33,18 @@ pub struct Ticket {
     losses: AtomicU64,
     news_of_boots: AtomicU64,
     /// Dialled together with those that are read over, for what is said of the move.
-    spare: Mutex<Option<Dialed>>,
+    spare: Mutex<Spare>,
+    spare_news: Condvar,
+}
+
+#[derive(Debug, Default)]
+enum Spare {
+    /// There is none, and none will come.
+    #[default]
+    None,
+    /// One is being dialled.
+    Coming,
+    Here(Dialed),
 }
 
 #[derive(Debug)]
@@ -61,19 +77,45 @@ impl Ticket {
             losses: AtomicU64::new(0),
             news_of_boots: AtomicU64::new(0),
             spare: Mutex::default(),
+            spare_news: Condvar::new(),
         })
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Spare> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection is dialled for the first message about the move: [`Ticket::keep_spare`] or
+    /// [`Ticket::has_no_spare`] follows.
+    pub(super) fn expect_spare(&self) {
+        *self.spare() = Spare::Coming;
     }
 
     /// Keeps a connection on which nothing was said yet for the first message about the move.
     pub(super) fn keep_spare(&self, dialed: Dialed) {
-        *self.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(dialed);
+        *self.spare() = Spare::Here(dialed);
+        self.spare_news.notify_all();
+    }
+
+    /// There will be none.
+    pub(super) fn has_no_spare(&self) {
+        let mut spare = self.spare();
+        if matches!(*spare, Spare::Coming) {
+            *spare = Spare::None;
+        }
+        self.spare_news.notify_all();
     }
 
     fn take_spare(&self) -> Option<Dialed> {
-        self.spare
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        let coming = |spare: &mut Spare| matches!(spare, Spare::Coming);
+        let (mut spare, _) = self
+            .spare_news
+            .wait_timeout_while(self.spare(), SPARE_WAIT, coming)
+            .unwrap_or_else(PoisonError::into_inner);
+        match std::mem::take(&mut *spare) {
+            Spare::Here(dialed) => Some(dialed),
+            Spare::None | Spare::Coming => None,
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -177,15 +219,16 @@ impl Ticket {
     }
 }
 
-/// For which move a fresh connection is, if that is to be said over it.
-fn ticket_for(
-    config: &NbdSourceConfig,
-    speaks_frames: bool,
-) -> Result<Option<&Arc<Ticket>>, SourceError> {
-    let Some(ticket) = config.ticket.as_ref().filter(|t| !t.is_silent()) else {
+/// For which move a fresh connection is, if that is to be said over it, or was.
+fn ticket_for<'a>(
+    config: &'a NbdSourceConfig,
+    negotiated: &Negotiated,
+) -> Result<Option<&'a Arc<Ticket>>, SourceError> {
+    let to_be_said = |ticket: &&Arc<Ticket>| negotiated.opened || !ticket.is_silent();
+    let Some(ticket) = config.ticket.as_ref().filter(to_be_said) else {
         return Ok(None);
     };
-    if speaks_frames {
+    if negotiated.transport {
         return Ok(Some(ticket));
     }
     if ticket.is_required() {
@@ -199,33 +242,46 @@ fn ticket_for(
     Ok(None)
 }
 
-/// Says over a fresh connection for which move it is, and waits for the answer.
+/// What says for which move a connection is already while hands are shaken.
+pub(super) fn opening(config: &NbdSourceConfig) -> Vec<u8> {
+    let ticket = config.ticket.as_ref().filter(|ticket| !ticket.is_silent());
+    ticket.map_or_else(Vec::new, |ticket| message(&ticket.tell()))
+}
+
+/// Says over a fresh connection for which move it is, if that was not said yet, and waits for the answer.
 pub(super) fn attach(dialed: &Dialed, config: &NbdSourceConfig) -> Result<(), SourceError> {
     let negotiated = &dialed.negotiated;
-    let Some(ticket) = ticket_for(config, negotiated.transport)? else {
+    let Some(ticket) = ticket_for(config, negotiated)? else {
         return Ok(());
     };
     let patience = config.handshake_timeout;
-    let told = exchange(
-        &dialed.socket,
-        &ticket.tell(),
-        negotiated.size_bytes,
-        patience,
-    );
+    let told = if negotiated.opened {
+        let deadline = Instant::now() + patience;
+        receive_told(&dialed.socket, negotiated.size_bytes, deadline)
+    } else {
+        exchange(
+            &dialed.socket,
+            &ticket.tell(),
+            negotiated.size_bytes,
+            patience,
+        )
+    };
     welcome(told, ticket, config)
 }
 
-/// Says over a fresh connection for which move it is. The answer comes before any other, and is for
-/// whoever reads them: the ticket to show it to, if one is to come.
+/// Says over a fresh connection for which move it is, if that was not said yet. The answer comes before
+/// any other, and is for whoever reads them: the ticket to show it to, if one is to come.
 pub(super) fn announce(
     dialed: &Dialed,
     config: &NbdSourceConfig,
 ) -> Result<Option<Arc<Ticket>>, SourceError> {
-    let Some(ticket) = ticket_for(config, dialed.negotiated.transport)? else {
+    let Some(ticket) = ticket_for(config, &dialed.negotiated)? else {
         return Ok(None);
     };
-    send_all(&dialed.socket, &message(&ticket.tell()))
-        .map_err(|error| not_attached(config, &error))?;
+    if !dialed.negotiated.opened {
+        send_all(&dialed.socket, &message(&ticket.tell()))
+            .map_err(|error| not_attached(config, &error))?;
+    }
     Ok(Some(Arc::clone(ticket)))
 }
 
@@ -367,13 +423,18 @@ impl MoveLine {
         let spare = self.config.ticket.as_ref().and_then(|t| t.take_spare());
         let dialed = match spare {
             Some(dialed) => dialed,
-            None => dial(&self.config, &self.manners, &|socket| {
-                let mut line = self.line();
-                line.dialing = Some(Arc::clone(socket));
-                !line.closed
-            })?,
+            None => dial(
+                &self.config,
+                &self.manners,
+                &|socket| {
+                    let mut line = self.line();
+                    line.dialing = Some(Arc::clone(socket));
+                    !line.closed
+                },
+                &Vec::new,
+            )?,
         };
-        let attached = ticket_for(&self.config, dialed.negotiated.transport)?.is_none();
+        let attached = ticket_for(&self.config, &dialed.negotiated)?.is_none();
         if !dialed.negotiated.transport {
             let message = format!("{}: it does not know of moves", self.config.shown_uri());
             return Err(SourceError::new(SourceErrorKind::Refused, message));

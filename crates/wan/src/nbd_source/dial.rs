@@ -1,7 +1,7 @@
 //! Reaching a server: connect, set the socket up, shake hands.
 //!
-//! Owns the order of addresses tried and the deadlines, and whether options go out at once or one by
-//! one. Otherwise it must never retry: the keeper of a connection does, with pauses. Called on the
+//! Owns the order of addresses tried and the deadlines, and whether options go out at once, ahead of the
+//! greeting, or one by one. Otherwise it must never retry: the keeper of a connection does, with pauses. Called on the
 //! keepers' threads, and by whoever talks of a move.
 
 use std::io;
@@ -56,15 +56,17 @@ pub(super) struct Manners {
 }
 
 /// Connects and shakes hands. `opened` is told of each socket before it is connected, so that
-/// somebody else can shut it down; it says whether to go on.
+/// somebody else can shut it down; it says whether to go on. `opening`, asked once it is connected: what
+/// is said first in frames.
 pub(super) fn dial(
     config: &NbdSourceConfig,
     manners: &Manners,
     opened: &dyn Fn(&Arc<Socket>) -> bool,
+    opening: &dyn Fn() -> Vec<u8>,
 ) -> Result<Dialed, SourceError> {
     let attempt = |at_once: bool| {
         let socket = connect(config, opened).map_err(|error| (error, false))?;
-        let negotiated = shake_hands(&socket, config, at_once)?;
+        let negotiated = shake_hands(&socket, config, at_once, opening())?;
         Ok(Dialed { socket, negotiated })
     };
     let last = |(error, _): (SourceError, bool)| error;
@@ -157,6 +159,7 @@ pub(super) fn shake_hands(
     socket: &Socket,
     config: &NbdSourceConfig,
     at_once: bool,
+    opening: Vec<u8>,
 ) -> Result<Negotiated, (SourceError, bool)> {
     let refused = |error: ClientError| {
         let kind = match error.kind() {
@@ -176,6 +179,7 @@ pub(super) fn shake_hands(
         structured: true,
         allocation: true,
         transport: config.frames,
+        opening,
     };
     let begun = if at_once {
         Handshake::at_once(wanted)
@@ -185,12 +189,17 @@ pub(super) fn shake_hands(
     let mut handshake = begun.map_err(|error| (refused(error), false))?;
     let deadline = Instant::now() + config.handshake_timeout;
     loop {
-        // A server that has not even greeted has nothing against our options.
-        let again = at_once && handshake.is_greeted();
+        let greeted = handshake.is_greeted();
+        let again = at_once && greeted;
         let output = handshake.take_output();
         let bytes = send_all(socket, &output)
             .and_then(|()| receive_exactly(socket, handshake.needed(), deadline))
-            .map_err(|error| (broken(error), again))?;
+            .map_err(|error| {
+                // One that has not greeted and says nothing has nothing against our options. Where it
+                // hangs up with them unread, the greeting may have been lost by that.
+                let hung_up = error.kind() != io::ErrorKind::TimedOut;
+                (broken(error), at_once && (greeted || hung_up))
+            })?;
         let progress = handshake.receive(&bytes).map_err(|error| {
             let plain = matches!(error, ClientError::AtOnce(_));
             let confused = error.kind() == ClientErrorKind::Violation;

@@ -68,6 +68,7 @@ fn line_in_nbd(script: &Arc<Script>, structured: bool) -> Arc<Line> {
         structured,
         allocation_context: None,
         transport: false,
+        opened: false,
     };
     let config = NbdSourceConfig::new(Address::Unix("/nowhere".into()), "");
     Line::new(Arc::clone(script) as Arc<dyn Wire>, negotiated, &config)

@@ -32,7 +32,8 @@ pub fn converse(
 ) -> Result<(), SourceError> {
     let config = config.clamped();
     let socket = Arc::new(socket);
-    let negotiated = shake_hands(&socket, &config, at_once).map_err(|(error, _)| error)?;
+    let negotiated =
+        shake_hands(&socket, &config, at_once, Vec::new()).map_err(|(error, _)| error)?;
     let info = info_of(&config.shown_uri(), &negotiated);
     let line = Line::new(Arc::new(SocketWire(socket)), negotiated, &config);
     let id = Shared::fresh_id();

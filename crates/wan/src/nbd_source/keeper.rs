@@ -3,7 +3,8 @@
 //! Owns the life of a connection: dialled, agreed with the others, read until it dies, its
 //! requests failed, dialled again after a pause. One keeper runs for each connection wanted; they
 //! meet only in [`Shared`]. At the start they all dial at the same time, and whichever has shaken
-//! hands first is the first: the server may take only one.
+//! hands first is the first: the server may take only one. Where it is to be said for which move they
+//! are, the first that is connected says so while it shakes hands, and leads those that get frames.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -11,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::attach::{announce, attach};
+use super::attach::{announce, attach, opening};
 use super::dial::{Dialed, dial};
 use super::line::Line;
 use super::shared::{Installed, Shared, Turn};
@@ -51,13 +52,14 @@ fn open(shared: &Arc<Shared>, keeper: usize, backoff: &mut Backoff) -> Option<us
         Ok(dialed) => dialed,
         Err(error) => {
             shared.attempt_over(Some(&error));
+            shared.has_no_spare();
             // Not before: the server may have taken the one connection that it takes, and that is
             // to have a place.
             let slot = shared.wait_for_seat()?;
             return pause(shared, slot, &error, epoch, backoff).then_some(slot);
         }
     };
-    let Some(slot) = shared.take_seat() else {
+    let Some(slot) = shared.take_seat(keeper) else {
         shared.keep_spare(keeper, dialed);
         return None;
     };
@@ -89,11 +91,15 @@ fn go_on(
 }
 
 fn dial_one(shared: &Shared, keeper: usize) -> Result<Dialed, SourceError> {
-    let outcome = dial(&shared.config, &shared.manners, &|socket| {
-        shared.dialing(keeper, socket)
-    });
+    let opened = |socket: &Arc<_>| shared.dialing(keeper, socket);
+    let first_said = || match shared.take_lead(keeper) {
+        true => opening(&shared.config),
+        false => Vec::new(),
+    };
+    let outcome = dial(&shared.config, &shared.manners, &opened, &first_said);
     if outcome.is_err() {
         shared.dialed(keeper);
+        shared.has_led(keeper);
     }
     outcome
 }
@@ -105,7 +111,7 @@ fn stand(
     slot: usize,
     dialed: Dialed,
 ) -> Result<Option<Arc<Line>>, SourceError> {
-    let turn = shared.wait_to_stand();
+    let turn = shared.wait_to_stand(keeper, dialed.negotiated.transport);
     let outcome = match turn {
         Turn::Closed => return Ok(None),
         // Nobody may rely on a source that would refuse: its answer is waited for.
@@ -122,9 +128,7 @@ fn stand(
         }
     });
     shared.dialed(keeper);
-    if turn == Turn::First {
-        shared.has_led();
-    }
+    shared.has_led(keeper);
     outcome
 }
 

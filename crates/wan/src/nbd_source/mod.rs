@@ -120,8 +120,12 @@ impl NbdSource {
         } else if !config.several_without_promise {
             1
         } else {
-            let talks = config.frames && config.ticket.is_some() && connections > 1;
-            connections + usize::from(talks)
+            let ticket = config.ticket.as_ref();
+            let talks = ticket.filter(|_| config.frames && connections > 1);
+            if let Some(ticket) = talks {
+                ticket.expect_spare();
+            }
+            connections + usize::from(talks.is_some())
         };
         let shared = Shared::new(config, expected, watcher, herald, id);
         shared.begin_opening(at_once);

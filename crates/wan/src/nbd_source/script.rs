@@ -93,6 +93,7 @@ pub(super) fn line_to(script: &Arc<Script>, attaching: Option<&Arc<Ticket>>) -> 
         structured: true,
         allocation_context: None,
         transport: true,
+        opened: false,
     };
     let config = NbdSourceConfig::new(Address::Unix("/nowhere".into()), "");
     let wire = Arc::clone(script) as Arc<dyn Wire>;

@@ -23,6 +23,10 @@ use super::job::Job;
 use super::line::Line;
 use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
 
+/// How long a connection that has shaken hands waits for another that was to be the first and has not:
+/// both were dialled at the same time, but a packet may have been lost.
+const LEAD_WAIT: Duration = Duration::from_secs(1);
+
 /// Shared by the source, its keepers and their connections.
 pub(super) struct Shared {
     pub(super) config: NbdSourceConfig,
@@ -50,8 +54,8 @@ struct State {
     opening: Option<Opening>,
     /// Places that have a keeper.
     seats: usize,
-    /// A connection is asking whether it may be the first to stand.
-    leading: bool,
+    /// Who is to be the first to stand, while none does.
+    lead: Option<Lead>,
     lines: Vec<Option<Arc<Line>>>,
     dialing: Vec<Option<Arc<Socket>>>,
     standing: usize,
@@ -63,6 +67,14 @@ struct State {
     told_differs: bool,
     threads: usize,
     closed: bool,
+}
+
+/// Whoever asks the source whether it may be read from, for all.
+#[derive(Clone, Copy, Debug)]
+struct Lead {
+    keeper: usize,
+    /// It has shaken hands, and waits for the answer.
+    asks: bool,
 }
 
 /// How the first attempts go.
@@ -116,6 +128,10 @@ impl State {
         self.seats += 1;
         Some(seat)
     }
+
+    fn is_led_by(&self, keeper: usize) -> bool {
+        self.lead.is_some_and(|lead| lead.keeper == keeper)
+    }
 }
 
 impl Shared {
@@ -159,7 +175,7 @@ impl Shared {
                 info,
                 opening,
                 seats: 0,
-                leading: false,
+                lead: None,
                 lines: vec![None; connections],
                 // One more may be dialled for what is said of the move.
                 dialing: vec![None; connections + 1],
@@ -276,9 +292,33 @@ impl Shared {
         }
     }
 
-    /// A place to keep a connection in; `None`: as many as are wanted have a keeper.
-    pub(super) fn take_seat(&self) -> Option<usize> {
-        self.state().take_seat()
+    /// A place to keep a connection in, right after its first handshake; `None`: as many as are wanted
+    /// have a keeper, or will have.
+    pub(super) fn take_seat(&self, keeper: usize) -> Option<usize> {
+        let mut state = self.state();
+        // The one that leads must not be without a place: it is to be the first that stands.
+        let waited_for = state.lead.is_some_and(|l| l.keeper != keeper && !l.asks);
+        let last = state.seats + 1 == state.lines.len();
+        if waited_for && last && state.opening.is_some() {
+            return None;
+        }
+        state.take_seat()
+    }
+
+    /// Whether a connection, connected a moment ago, is to say for all which move they are for.
+    pub(super) fn take_lead(&self, keeper: usize) -> bool {
+        let mut state = self.state();
+        if state.is_led_by(keeper) {
+            // It was dialled once more.
+            return true;
+        }
+        let leads = state.standing == 0 && state.lead.is_none() && !state.closed;
+        let asks = false;
+        if leads && self.config.frames && self.config.ticket.is_some() {
+            state.lead = Some(Lead { keeper, asks });
+            return true;
+        }
+        false
     }
 
     /// The same, once one of the first attempts stands; `None` also when the source is closed.
@@ -296,8 +336,10 @@ impl Shared {
         state.take_seat()
     }
 
-    /// Waits until it is known how a connection that has shaken hands comes to stand.
-    pub(super) fn wait_to_stand(&self) -> Turn {
+    /// Waits until it is known how a connection that has shaken hands comes to stand. Over plain NBD
+    /// nothing is asked, and whoever leads may never be admitted.
+    pub(super) fn wait_to_stand(&self, keeper: usize, frames: bool) -> Turn {
+        let deadline = Instant::now() + LEAD_WAIT;
         let mut state = self.state();
         loop {
             if state.closed {
@@ -306,20 +348,45 @@ impl Shared {
             if state.standing > 0 {
                 return Turn::Beside;
             }
-            if !std::mem::replace(&mut state.leading, true) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (wait, may_lead) = match state.lead {
+                None => (None, true),
+                Some(lead) if lead.keeper == keeper => (None, true),
+                Some(lead) if !lead.asks => (Some(left), !frames || left.is_zero()),
+                Some(_) => (None, false),
+            };
+            if may_lead {
+                let asks = true;
+                state.lead = Some(Lead { keeper, asks });
                 return Turn::First;
             }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = match wait {
+                Some(wait) => {
+                    let waited = self.changed.wait_timeout(state, wait);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => {
+                    let waited = self.changed.wait(state);
+                    waited.unwrap_or_else(PoisonError::into_inner)
+                }
+            };
         }
     }
 
     /// Whoever was to be the first stands, or does not.
-    pub(super) fn has_led(&self) {
-        self.state().leading = false;
+    pub(super) fn has_led(&self, keeper: usize) {
+        let mut state = self.state();
+        if state.is_led_by(keeper) {
+            state.lead = None;
+        }
         self.changed.notify_all();
+    }
+
+    /// None of those that were dialled first will be left for what there is to say of the move.
+    pub(super) fn has_no_spare(&self) {
+        if let Some(ticket) = &self.config.ticket {
+            ticket.has_no_spare();
+        }
     }
 
     /// A connection more than are wanted to read over, of those that were dialled first: kept for
@@ -338,9 +405,14 @@ impl Shared {
             state.dialing[keeper] = None;
             !state.closed
         };
+        let negotiated = &dialed.negotiated;
+        let usable = stands && negotiated.transport && !negotiated.opened;
         match &self.config.ticket {
-            Some(ticket) if stands && dialed.negotiated.transport => ticket.keep_spare(dialed),
-            _ => dialed.into_line(&self.config, None).disconnect(),
+            Some(ticket) if usable => ticket.keep_spare(dialed),
+            _ => {
+                self.has_no_spare();
+                dialed.into_line(&self.config, None).disconnect();
+            }
         }
     }
 

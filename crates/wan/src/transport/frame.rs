@@ -111,6 +111,11 @@ impl Priority {
     pub fn level(self) -> usize {
         usize::from(self.0)
     }
+
+    /// Whether a guest waits for it; the rest makes use of what room the path has.
+    pub fn is_waited_for(self) -> bool {
+        self <= Self::REST
+    }
 }
 
 /// Why bytes are no frame. Nothing that follows on this connection can be believed.

@@ -4,6 +4,11 @@
 /// to wait behind. At 10 Mbit/s that is 52 ms, at 1 Gbit/s half of one.
 pub const QUANTUM_BYTES: u32 = 64 << 10;
 
+/// The most of what nobody waits for that a sender of ours puts into one frame. It goes whenever there is room for it
+/// on the path, so the shorter it is the shorter may the queue be that keeps the path full; compressed in pieces
+/// of half of this, a disk is a hundredth longer.
+pub const BULK_BYTES: u32 = 32 << 10;
+
 /// How much longer than what it was made of compressed data may be: what a stream puts around bytes
 /// that do not compress.
 pub const PACKED_EXTRA_BYTES: u32 = 1 << 10;

@@ -73,6 +73,15 @@ impl Packing {
         }
     }
 
+    /// What comes nearest to it and is no part of the connection's stream.
+    #[must_use]
+    pub fn outside_of_stream(self) -> Self {
+        match self {
+            Self::Auto | Self::Lz4 => Self::Lz4,
+            Self::Zstd(_) | Self::None => Self::None,
+        }
+    }
+
     /// The flags of a request, read; `None` for those that none has.
     pub fn from_flags(flags: u16) -> Option<Self> {
         let level = u8::try_from(flags >> LEVEL_SHIFT & 0x1f).ok()?;

@@ -202,6 +202,9 @@ impl Scheduler {
         let job = self.jobs.get(&id)?;
         let left = u32::try_from(job.end - job.at).unwrap_or(u32::MAX);
         let len = match job.work {
+            Work::Wish(Wish::Read { .. }) if !job.priority.is_waited_for() => {
+                left.min(limits::BULK_BYTES)
+            }
             Work::Wish(Wish::Read { .. } | Wish::Hash { .. }) => left.min(limits::QUANTUM_BYTES),
             Work::Wish(Wish::Extents) | Work::Flush | Work::End => left,
         };

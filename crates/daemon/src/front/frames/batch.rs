@@ -70,6 +70,13 @@ impl Batch {
         self.parts.is_empty()
     }
 
+    /// How long it is on the wire.
+    pub fn wire_bytes(&self) -> u64 {
+        let parts = self.parts.iter();
+        let bytes: usize = parts.map(|part| bytes_of(part, &self.buffer).len()).sum();
+        bytes as u64
+    }
+
     /// Room to read `len` bytes to, if there is so much.
     pub fn room(&mut self, len: usize) -> Option<&mut [u8]> {
         self.buffer.get_mut(self.used..)?.get_mut(..len)

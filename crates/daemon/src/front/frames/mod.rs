@@ -7,6 +7,7 @@
 
 mod backlog;
 mod batch;
+mod held;
 mod pace;
 mod post;
 
@@ -36,6 +37,7 @@ use crate::volume::guest::{ReadNow, read_error};
 use crate::volume::relocation::{ReadEnd, Relocation};
 use backlog::Backlog;
 use batch::{Batch, Bytes, Place};
+use held::Held;
 use pace::Pace;
 use post::{Letter, Outcome, Post};
 
@@ -88,6 +90,8 @@ pub(super) struct FrameSession {
     decoder: Decoder,
     scheduler: Scheduler,
     batch: Batch,
+    /// What goes when the path has room.
+    held: Held,
     post: Arc<Post>,
     ready: HashMap<u64, Ready>,
     /// Bytes that are being read elsewhere, or wait in `ready`.
@@ -124,6 +128,7 @@ impl FrameSession {
             refused: false,
             decoder,
             batch: Batch::new(),
+            held: Held::new(),
             post: Arc::new(Post::new()?),
             ready: HashMap::new(),
             fetched_bytes: 0,
@@ -154,10 +159,8 @@ impl FrameSession {
             // Only the kernel knows whether there is room for more, and it is asked at the same
             // time as for what is new, so that this is seen before the next quantum is chosen.
             let asked_at = Instant::now();
-            let next = self.scheduler.peek();
-            let held_back = self.batch.is_empty()
-                && next.is_some_and(|step| !self.may_go(step.priority, asked_at));
-            let sending = !held_back && (!self.batch.is_empty() || next.is_some());
+            let held_back = self.held_back(asked_at);
+            let sending = held_back.is_none() && self.has_something();
             let seen = self.wait(sending, held_back)?;
             let woken_at = Instant::now();
             if seen.letters {
@@ -176,7 +179,7 @@ impl FrameSession {
             }
             if seen.room || !sending {
                 if self.batch.is_empty() {
-                    self.fill();
+                    self.choose(sending);
                     // Looked at after reading: a fence is lifted before the first write behind it.
                     if !self.volume.still_serves(&self.bound) {
                         return Ok(());
@@ -188,17 +191,52 @@ impl FrameSession {
                     return self.see_off();
                 }
             }
+            if self.batch.is_empty() && self.held.is_empty() {
+                self.hold();
+            }
             self.packer.note(woken_at - asked_at, woken_at.elapsed());
         }
     }
 
-    /// Whether a step may go now: whatever a guest waits for, and the rest while the path has room.
-    fn may_go(&self, priority: Priority, now: Instant) -> bool {
-        let waited_for = priority.level() <= Priority::REST.level();
-        waited_for || self.pace.as_ref().is_none_or(|pace| pace.admits(now))
+    /// The next step that a guest waits for.
+    fn next_waited_for(&self) -> Option<Step> {
+        let next = self.scheduler.peek();
+        next.filter(|step| step.priority.is_waited_for())
     }
 
-    fn wait(&self, sending: bool, held_back: bool) -> io::Result<Seen> {
+    fn has_something(&self) -> bool {
+        !self.batch.is_empty() || !self.held.is_empty() || self.scheduler.peek().is_some()
+    }
+
+    /// If all that could be sent has to wait for room on the path, how long until it is to ask again.
+    fn held_back(&self, now: Instant) -> Option<Duration> {
+        let urgent = self.held.is_urgent() || self.next_waited_for().is_some();
+        if urgent || !self.batch.is_empty() || self.held.is_empty() {
+            return None;
+        }
+        let pace = self.pace.as_ref()?;
+        pace.admit(now, self.held.wire_bytes()).err()
+    }
+
+    /// Puts into the batch what goes now: what a guest waits for, or else what is held, if there is
+    /// room for it.
+    fn choose(&mut self, room: bool) {
+        let next = self.next_waited_for();
+        let in_order = next.is_some_and(|step| self.held.has(step.id));
+        if self.held.is_urgent() || in_order || (room && next.is_none()) {
+            self.held.release(&mut self.batch);
+        } else {
+            self.fill(true);
+        }
+    }
+
+    /// Makes ready what goes when there is room for it.
+    fn hold(&mut self) {
+        self.fill(false);
+        self.held.put(&mut self.batch);
+    }
+
+    fn wait(&self, sending: bool, held_back: Option<Duration>) -> io::Result<Seen> {
         let mut wanted = PollFlags::empty();
         if !self.scheduler.is_full() && !self.telling {
             wanted |= PollFlags::IN;
@@ -211,10 +249,7 @@ impl FrameSession {
         } else {
             Backlog::Short
         };
-        let patience = match held_back {
-            true => self.pace.as_ref().map(Pace::look_again),
-            false => backlog.patience(),
-        };
+        let patience = held_back.or_else(|| backlog.patience());
         let patience = patience.map(|wait| Timespec {
             tv_sec: 0,
             tv_nsec: wait.subsec_nanos().into(),
@@ -279,6 +314,9 @@ impl FrameSession {
                 continue;
             }
             let request = Request::parse(&frame).map_err(io::Error::other)?;
+            if let Request::Promote(id, priority) = request {
+                self.held.promote(id, priority);
+            }
             self.scheduler.submit(request).map_err(io::Error::other)?;
         }
         Ok(())
@@ -330,23 +368,29 @@ impl FrameSession {
 
     // Answers
 
-    /// Fills the batch with what is most urgent. Bounded in what it does, not only in what it
-    /// sends: hashing takes its time, too.
-    fn fill(&mut self) {
+    /// Fills the batch with what is most urgent, if it is of the kind that a guest waits for, or of the other.
+    /// Bounded in what it does, not only in what it sends: hashing takes its time, too.
+    fn fill(&mut self, waited_for: bool) {
+        let most = match waited_for {
+            true => limits::QUANTUM_BYTES,
+            false => limits::BULK_BYTES,
+        };
         let mut spent = 0;
-        let now = Instant::now();
         while let Some(step) = self.scheduler.peek() {
-            if !self.may_go(step.priority, now) {
+            if step.priority.is_waited_for() != waited_for || self.held.has(step.id) && waited_for {
                 return;
             }
             let cost = match step.work {
                 Work::Wish(Wish::Extents) => EXTENTS_COST,
                 _ => step.len,
             };
-            if spent > 0 && spent + cost > limits::QUANTUM_BYTES {
+            if spent > 0 && spent + cost > most {
                 return;
             }
             spent += cost;
+            if !waited_for {
+                self.held.belongs_to(step.id);
+            }
             self.produce(&step);
         }
     }
@@ -375,7 +419,10 @@ impl FrameSession {
                         offset,
                         last,
                     };
-                    let packing = self.volume.packing_towards(packing);
+                    let mut packing = self.volume.packing_towards(packing);
+                    if !self.held.is_empty() {
+                        packing = packing.outside_of_stream();
+                    }
                     self.batch.data(place, &bytes, &mut self.packer, packing);
                     if last && !self.remote.contains(&id) {
                         self.volume.count_read(false);

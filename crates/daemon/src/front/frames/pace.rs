@@ -18,22 +18,28 @@ use socket2::Socket;
 
 use super::backlog::unacknowledged;
 
-/// How long until a connection that was held back looks again: nobody tells it. Where they are more than
-/// [`FEW`], each waits longer, so that all together look no more often.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// A connection that was held back asks again when there should be room, but not sooner than this, and not
+/// later. Where they are more than [`FEW`], each waits longer, so that all together ask no more often.
+const SOONEST: Duration = Duration::from_micros(50);
+const LATEST: Duration = Duration::from_millis(1);
 const FEW: usize = 8;
 
 /// What was found on its way is believed for so long, for each connection that has to be asked.
-const BELIEVED: Duration = Duration::from_micros(10);
+const BELIEVED: Duration = Duration::from_micros(5);
 
-/// What is sent between two looks, at least, must be on its way besides what fills the path.
-const SLACK_TIME: Duration = Duration::from_millis(2);
+/// What must be on its way besides what fills the path, or it runs dry while whoever sends next wakes up: so
+/// much time's worth, and what is sent at once.
+const SLACK_TIME: Duration = Duration::from_micros(250);
+const SLACK_BYTES: u64 = limits::BULK_BYTES as u64 * 3 / 2;
 
 /// Over a short way the product says little: so much may always be on its way.
-const LEAST_BYTES: u64 = 256 << 10;
+const LEAST_BYTES: u64 = 64 << 10;
 
 /// For how long the window may send at once at the rate of the path.
-const LEAST_TIME: Duration = Duration::from_millis(4);
+const LEAST_TIME: Duration = Duration::from_millis(1);
+
+/// A round trip that is longer than the shortest by a sixteenth and this has waited in a queue.
+const QUEUE_TIME: Duration = Duration::from_millis(2);
 
 /// A connection on which something is on its way and nothing was acknowledged for so long, and some round
 /// trips, does not count: its client stands still or has vanished, and what it was sent is on no path.
@@ -63,7 +69,7 @@ struct State {
     held_back: bool,
     /// When the connections were asked what is on its way.
     asked_at: Option<Instant>,
-    /// That, and a quantum for each time that somebody was admitted since.
+    /// That, and what was admitted since.
     on_their_way: u64,
 }
 
@@ -88,9 +94,11 @@ impl Pace {
     /// A connection, which begins. `None`: it is not TCP, or the kernel tells nothing of it.
     pub fn of(socket: &Socket) -> Option<Self> {
         let peer = socket.peer_addr().ok()?.as_socket()?.ip();
+        let told = told(socket)?;
+        let base = told.shortest_round_trip.unwrap_or(Duration::ZERO);
         let seat = Seat {
             socket: socket.try_clone().ok()?,
-            acknowledged: told(socket)?.acknowledged,
+            acknowledged: told.acknowledged,
             heard_at: Instant::now(),
         };
         let path = {
@@ -102,9 +110,9 @@ impl Pace {
                     state: Mutex::new(State {
                         seats: BTreeMap::new(),
                         next_seat: 0,
-                        window: Window::default(),
+                        window: Window::across(base),
                         round_started: Instant::now(),
-                        base: Duration::ZERO,
+                        base,
                         left_bytes: 0,
                         held_back: false,
                         asked_at: None,
@@ -123,32 +131,38 @@ impl Pace {
         Some(Self { path, seat: number })
     }
 
-    /// Whether more of what nobody waits for may be sent now. It is taken for granted that there is some.
-    pub fn admits(&self, now: Instant) -> bool {
+    /// Takes room for so many bytes that nobody waits for, which are sent at once.
+    ///
+    /// # Errors
+    /// There is none now; after so long there should be.
+    pub fn admit(&self, now: Instant, bytes: u64) -> Result<(), Duration> {
         let mut state = lock(&self.path.state);
         if now.saturating_duration_since(state.round_started) >= MIN_ROUND {
             state.look(now);
         }
-        let least = bytes_in(state.window.rate(), LEAST_TIME).max(LEAST_BYTES);
-        let window = state.window.bytes().max(least);
-        let believed = BELIEVED * u32::try_from(state.seats.len()).unwrap_or(u32::MAX);
+        let rate = state.window.rate();
+        let window = state.window.bytes();
+        let window = window.max(bytes_in(rate, LEAST_TIME)).max(LEAST_BYTES);
+        let seats = state.seats.len();
+        let believed = BELIEVED * u32::try_from(seats).unwrap_or(u32::MAX);
         let asked = state.asked_at;
         if asked.is_none_or(|at| now.saturating_duration_since(at) >= believed) {
             state.ask(now);
         }
-        let admitted = state.on_their_way < window;
-        if admitted {
-            state.on_their_way += u64::from(limits::QUANTUM_BYTES);
+        let wanted = state.on_their_way + bytes;
+        if wanted <= window || state.on_their_way == 0 {
+            state.on_their_way = wanted;
+            return Ok(());
         }
-        state.held_back |= !admitted;
-        admitted
+        state.held_back = true;
+        let often = u32::try_from(seats.div_ceil(FEW)).unwrap_or(1).max(1);
+        Err(time_of(wanted - window, rate).clamp(SOONEST, LATEST) * often)
     }
+}
 
-    /// How long a connection that was held back waits until it looks again.
-    pub fn look_again(&self) -> Duration {
-        let seats = lock(&self.path.state).seats.len();
-        LOOK_AGAIN * u32::try_from(seats.div_ceil(FEW)).unwrap_or(1).max(1)
-    }
+/// How long so many bytes take at a rate, in bytes per second.
+fn time_of(bytes: u64, rate: u64) -> Duration {
+    Duration::from_micros(bytes.saturating_mul(1_000_000) / rate.max(1))
 }
 
 impl Drop for Pace {
@@ -212,7 +226,7 @@ impl State {
             full: self.held_back,
             queue: trip.is_some_and(|trip| is_queue(trip, base)),
             base,
-            slack_bytes: between + u64::from(limits::QUANTUM_BYTES),
+            slack_bytes: between + SLACK_BYTES,
         });
         self.round_started = now;
         self.held_back = false;
@@ -222,7 +236,7 @@ impl State {
 /// Whether a round trip as long as this shows that more is on its way than fills the path, whoever let
 /// it go: TCP, whose window may still be the smaller one when it has outgrown the path, makes a queue of its own.
 fn is_queue(trip: Duration, base: Duration) -> bool {
-    trip > base + base / 16 + SLACK_TIME
+    trip > base + base / 16 + QUEUE_TIME
 }
 
 /// What TCP tells of a connection.
@@ -299,7 +313,9 @@ mod tests {
                 (there, here, pace)
             })
             .collect();
-        assert!(ends.iter().all(|(_, _, pace)| pace.admits(Instant::now())));
+        let piece_bytes = u64::from(limits::BULK_BYTES);
+        let admits = |pace: &Pace, at: Instant| pace.admit(at, piece_bytes).is_ok();
+        assert!(ends.iter().all(|(_, _, pace)| admits(pace, Instant::now())));
         let piece = vec![7; 64 << 10];
         let mut sent = 0_usize;
         let sender = &mut ends[0];
@@ -316,18 +332,21 @@ mod tests {
         assert!(waiting > 0 && waiting <= first);
         if waiting >= 1 << 20 {
             let now = Instant::now();
-            assert!(ends.iter().all(|(_, _, pace)| !pace.admits(now)));
+            for (_, _, pace) in &ends {
+                let wait = pace.admit(now, piece_bytes).unwrap_err();
+                assert!((SOONEST..=LATEST).contains(&wait), "{wait:?}");
+            }
             // A client that goes on reading nothing holds the other one back no longer.
             let later = (1..1000).map(|n| now + MIN_ROUND * n);
             let admitted = later
-                .map(|at| ends[1].2.admits(at))
+                .map(|at| admits(&ends[1].2, at))
                 .position(|admits| admits);
             let rounds = admitted.expect("it is held back for ever");
             assert!(MIN_ROUND * u32::try_from(rounds + 1).unwrap() >= SILENCE);
         }
         let mut rest = vec![0; sent];
         ends[0].1.read_exact(&mut rest).unwrap();
-        while !ends[1].2.admits(Instant::now()) {
+        while !admits(&ends[1].2, Instant::now()) {
             std::thread::yield_now();
         }
     }
@@ -344,13 +363,16 @@ mod tests {
             })
             .collect();
         let now = Instant::now();
-        let admitted = ends.iter().filter(|(_, pace)| pace.admits(now)).count();
-        let window = Window::default().bytes().max(LEAST_BYTES);
-        let quanta = window / u64::from(limits::QUANTUM_BYTES);
-        assert_eq!(u64::try_from(admitted).unwrap(), quanta);
-        assert_eq!(ends[0].1.look_again(), LOOK_AGAIN * 3);
+        let window = Window::across(Duration::ZERO).bytes().max(LEAST_BYTES);
+        let twelfth = window / 12;
+        let answers = ends.iter().map(|(_, pace)| pace.admit(now, twelfth));
+        let (admitted, held_back): (Vec<_>, Vec<_>) = answers.partition(Result::is_ok);
+        assert_eq!(admitted.len(), 12);
+        // Nobody knows the rate yet.
+        assert!(held_back.iter().all(|answer| *answer == Err(LATEST * 3)));
         // Nothing was sent, which is seen when they are asked again.
-        assert!(ends[19].1.admits(now + BELIEVED * 20));
+        let later = now + BELIEVED * 20;
+        assert_eq!(ends[19].1.admit(later, twelfth), Ok(()));
     }
 
     #[test]

@@ -42,8 +42,26 @@ pub trait Exports {
     /// none. Called once an option has named it, never before; must not wait for anything.
     fn find(&self, name: &str) -> Option<ExportInfo>;
 
+    /// Whether there is an export of this name that cannot be served yet, so that [`Exports::find`]
+    /// does not have it. As above, it must not wait.
+    fn is_awaited(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
     /// Names and descriptions (which may be empty) of the exports that clients may see.
     fn list(&self) -> Vec<(String, String)>;
+}
+
+/// The export that a client names, or what it is told in its place.
+fn find(exports: &dyn Exports, name: &str) -> Result<ExportInfo, Refusal> {
+    exports.find(name).ok_or_else(|| {
+        if exports.is_awaited(name) {
+            NOT_SERVED_YET
+        } else {
+            UNKNOWN_EXPORT
+        }
+    })
 }
 
 /// What a server tells of an export.
@@ -92,6 +110,9 @@ pub struct Session {
     pub structured: bool,
     /// The contexts that a BLOCK_STATUS reports, in order of id.
     pub contexts: Vec<Context>,
+    /// What the client has said in frames already: it comes before all that follows. Empty unless
+    /// [`Session::speaks_frames`].
+    pub opening: Vec<u8>,
     /// The largest payload to accept: the export's if the client was told, otherwise at least
     /// what the protocol lets it assume.
     pub max_payload_bytes: u32,
@@ -138,8 +159,17 @@ pub struct Handshake {
     fixed_newstyle: bool,
     no_zeroes: bool,
     structured: bool,
-    /// The last SET_META_CONTEXT that succeeded: the export's name as given, and what was chosen.
-    chosen: Option<(String, Vec<Context>)>,
+    /// The last SET_META_CONTEXT that succeeded.
+    chosen: Option<Chosen>,
+}
+
+/// What a SET_META_CONTEXT has led to.
+#[derive(Debug)]
+struct Chosen {
+    /// The export's name as given.
+    export: String,
+    contexts: Vec<Context>,
+    opening: Vec<u8>,
 }
 
 /// What the next bytes are.
@@ -374,6 +404,7 @@ impl Handshake {
         let mut session = self.session(name, info, false);
         // A client that wants frames uses GO.
         session.contexts.retain(|c| c.name != wire::TRANSPORT);
+        session.opening.clear();
         self.output.export_name(
             session.export.size_bytes,
             session.export.flags,
@@ -398,7 +429,7 @@ impl Handshake {
         exports: &dyn Exports,
     ) -> Result<(String, ExportInfo, bool), Refusal> {
         let named = Named::parse(payload)?;
-        let found = exports.find(named.name).ok_or(UNKNOWN_EXPORT)?;
+        let found = find(exports, named.name)?;
         let told_block_size = named.asks_for(info::BLOCK_SIZE);
         let sizes = [found.min_block, found.preferred_block, found.max_payload];
         if found.block_size_required && !told_block_size {
@@ -424,7 +455,7 @@ impl Handshake {
 
     fn list_contexts(&mut self, payload: &[u8], exports: &dyn Exports) -> Result<(), Refusal> {
         let query = MetaQuery::parse(payload)?;
-        let found = exports.find(query.name).ok_or(UNKNOWN_EXPORT)?;
+        let found = find(exports, query.name)?;
         for name in found.contexts {
             // A client that chooses whatever is listed must not end up without NBD.
             if name != wire::TRANSPORT && query.lists(name) {
@@ -441,16 +472,28 @@ impl Handshake {
             return Err(STRUCTURED_FIRST);
         }
         let query = MetaQuery::parse(payload)?;
-        let found = exports.find(query.name).ok_or(UNKNOWN_EXPORT)?;
-        let chosen: Vec<Context> = (1..)
+        let found = find(exports, query.name)?;
+        let contexts: Vec<Context> = (1..)
             .zip(found.contexts)
             .map(|(id, name)| Context { id, name })
             .filter(|context| query.selects(context.name))
             .collect();
-        for context in &chosen {
+        for context in &contexts {
             self.output.meta_context(opt::SET_META_CONTEXT, *context);
         }
-        self.chosen = Some((query.name.to_owned(), chosen));
+        let frames = contexts.iter().find(|c| c.name == wire::TRANSPORT);
+        let opening = frames.and_then(|frames| Some((frames.id, query.opening()?)));
+        if let Some((id, _)) = opening {
+            // Like the frames themselves it reports nothing, and needs no id of its own.
+            let name = wire::OPENING;
+            self.output
+                .meta_context(opt::SET_META_CONTEXT, Context { id, name });
+        }
+        self.chosen = Some(Chosen {
+            export: query.name.to_owned(),
+            contexts,
+            opening: opening.map(|(_, opening)| opening).unwrap_or_default(),
+        });
         Ok(())
     }
 
@@ -463,10 +506,9 @@ impl Handshake {
     fn session(&mut self, name: &str, mut export: ExportInfo, told_block_size: bool) -> Session {
         export.flags = self.told_flags(&export);
         // Contexts are chosen for one export, by the name as sent; they say nothing of another.
-        let contexts = match self.chosen.take() {
-            Some((chosen_for, contexts)) if chosen_for == name => contexts,
-            _ => Vec::new(),
-        };
+        let chosen = self.chosen.take().filter(|chosen| chosen.export == name);
+        let (contexts, opening) =
+            chosen.map_or_else(Default::default, |chosen| (chosen.contexts, chosen.opening));
         let max_payload_bytes = if told_block_size {
             export.max_payload
         } else {
@@ -477,6 +519,7 @@ impl Handshake {
             export,
             structured: self.structured,
             contexts,
+            opening,
             max_payload_bytes,
         }
     }
@@ -525,6 +568,12 @@ const TOO_LONG: Refusal = Refusal {
 const UNKNOWN_EXPORT: Refusal = Refusal {
     code: reply::ERR_UNKNOWN,
     text: "no such export",
+};
+/// Not "unknown", after which a client may take it for a mistake in the name.
+const NOT_SERVED_YET: Refusal = Refusal {
+    code: reply::ERR_POLICY,
+    text: "this export is not served yet: try again; hikkoshi status, at the server, says what it \
+           waits for",
 };
 const BLOCK_SIZE_REQUIRED: Refusal = Refusal {
     code: reply::ERR_BLOCK_SIZE_REQD,

@@ -118,6 +118,21 @@ impl<'a> MetaQuery<'a> {
         self.any(|query| query == context.as_bytes())
     }
 
+    /// What the client has to say first in frames; nothing if it says that more than once, since
+    /// nobody could tell which it meant.
+    pub fn opening(&self) -> Option<Vec<u8>> {
+        let mut fields = self.queries;
+        let mut found = None;
+        while let Ok(query) = fields.string(QUERY_TOO_LONG) {
+            if let Some(opening) = wire::opening_of(query)
+                && found.replace(opening).is_some()
+            {
+                return None;
+            }
+        }
+        found
+    }
+
     fn any(&self, matches: impl Fn(&[u8]) -> bool) -> bool {
         let mut fields = self.queries;
         while let Ok(query) = fields.string(QUERY_TOO_LONG) {

@@ -44,6 +44,10 @@ impl Exports for TwoExports {
         })
     }
 
+    fn is_awaited(&self, name: &str) -> bool {
+        name == "later"
+    }
+
     fn list(&self) -> Vec<(String, String)> {
         ["disk", "other"]
             .map(|name| (name.to_owned(), "a disk".to_owned()))

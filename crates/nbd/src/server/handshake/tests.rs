@@ -165,18 +165,17 @@ fn size_and_flags_are_told_unasked() {
 }
 
 #[test]
-fn an_unknown_export_is_refused_and_the_handshake_goes_on() {
+fn an_export_that_is_unknown_or_not_served_yet_is_refused_and_the_handshake_goes_on() {
     let mut talk = Talk::new();
-    for option in [opt::INFO, opt::GO] {
+    for (name, code) in [("nosuch", reply::ERR_UNKNOWN), ("later", reply::ERR_POLICY)] {
+        for option in [opt::INFO, opt::GO] {
+            assert_eq!(talk.kind_of(option, &named(name, &[])), code);
+        }
         assert_eq!(
-            talk.kind_of(option, &named("nosuch", &[])),
-            reply::ERR_UNKNOWN
+            talk.kind_of(opt::LIST_META_CONTEXT, &queries(name, &[])),
+            code
         );
     }
-    assert_eq!(
-        talk.kind_of(opt::LIST_META_CONTEXT, &queries("nosuch", &[])),
-        reply::ERR_UNKNOWN
-    );
     talk.go("other", &[]);
 }
 
@@ -397,6 +396,46 @@ fn frames_are_for_those_who_name_them_and_never_listed() {
         panic!("{progress:?}");
     };
     assert!(!session.speaks_frames() && session.contexts.len() == 1);
+}
+
+/// What a client says first in frames is taken with the question for them, if it gets them.
+#[test]
+fn an_opening_is_taken_by_who_grants_frames() {
+    let opening = wire::opening_query(b"HKF and more");
+    let ask = |export: &str, names: &[&str]| {
+        let mut talk = Talk::new();
+        talk.ask(opt::STRUCTURED_REPLY, &[]);
+        let replies = talk.ask(opt::SET_META_CONTEXT, &queries(export, names));
+        let told = |r: &Reply| r.payload.ends_with(wire::OPENING.as_bytes());
+        (talk, replies.iter().any(told))
+    };
+    let (mut talk, told) = ask("disk", &[wire::TRANSPORT, &opening]);
+    assert!(told);
+    let (session, _) = talk.go("disk", &[]);
+    assert!(session.speaks_frames() && session.contexts.len() == 1);
+    assert_eq!(session.opening, b"HKF and more");
+    // Not without frames, not twice, and nothing but what makes sense.
+    let bad = format!("{}:0x", wire::OPENING);
+    for names in [
+        &[BASE_ALLOCATION, &opening][..],
+        &[wire::TRANSPORT, &opening, &opening],
+        &[wire::TRANSPORT, &bad],
+        &[wire::TRANSPORT, wire::OPENING],
+        &[wire::TRANSPORT],
+    ] {
+        let (mut talk, told) = ask("disk", names);
+        assert!(!told, "{names:?}");
+        assert_eq!(talk.go("disk", &[]).0.opening, b"", "{names:?}");
+    }
+    // A choice for another export, or discarded by another one, says nothing.
+    let (mut talk, _) = ask("other", &[wire::TRANSPORT, &opening]);
+    assert_eq!(talk.go("disk", &[]).0.opening, b"");
+    let (mut talk, _) = ask("disk", &[wire::TRANSPORT, &opening]);
+    talk.ask(opt::SET_META_CONTEXT, &queries("disk", &[wire::TRANSPORT]));
+    assert_eq!(talk.go("disk", &[]).0.opening, b"");
+    let (mut talk, _) = ask("disk", &[wire::TRANSPORT, &opening]);
+    let progress = talk.input(&option(opt::EXPORT_NAME, b"disk"));
+    assert!(matches!(progress.outcome, Outcome::Begin(session) if session.opening.is_empty()));
 }
 
 #[test]

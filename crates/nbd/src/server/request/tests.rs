@@ -35,6 +35,7 @@ fn session(flags: u16) -> Session {
             id: 1,
             name: BASE_ALLOCATION,
         }],
+        opening: Vec::new(),
         max_payload_bytes: MAX_PAYLOAD_BYTES,
     }
 }
