@@ -321,9 +321,9 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "last changes dropped",
         file: ARRIVAL,
         edits: &[(
-            "                state.precopy.changed(ranges.into_iter().map(covering));\n                \
+            "                state.precopy.changed(changes.blocks.iter().copied());\n                \
              state.precopy.finish()\n",
-            "                let _ = ranges.into_iter().map(covering);\n                \
+            "                let _ = changes.blocks.iter().copied();\n                \
              state.precopy.finish()\n",
         )],
     },
@@ -339,10 +339,9 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "first write before the source has answered",
         file: GUEST,
         edits: &[(
-            "            let takeover = self.take_over(arrival)?;\n            \
-             if self.record_handoff(Some(takeover))? {\n",
-            "            self.record_handoff(None)?;\n            \
-             self.take_over(arrival)?;\n            if true {\n",
+            "        let mut takeover = self.take_over(arrival)?;\n",
+            "        self.record_handoff(None)?;\n        \
+             let mut takeover = self.take_over(arrival)?;\n",
         )],
     },
     Mutation {

@@ -93,8 +93,8 @@ fn what_was_passed_over_before_the_index_came_is_looked_for_again() {
     let mixed = seed(&dir, "mixed", &shuffled(&data(), 9));
     let mut w = world(in_memory(), Path::new(ELSEWHERE), &[mixed]);
     w.begin();
-    // All but what the background copy has asked for until then, and waits for.
-    w.answer_hashes_until("most is found", || w.seeded() > DISK / 4 * 3);
+    // All but what the background copy has asked for until then, and waits for: four of the first windows.
+    w.answer_hashes_until("most is found", || w.seeded() > DISK / 2);
     assert!(w.volume.seeding.index.is_wanted());
     w.finish();
     assert!(w.image() == data());
