@@ -232,6 +232,31 @@ pub fn open_map(
     open_map_in(state, &place, random()?, sync_data)
 }
 
+/// Whether [`open_map`] would find the memory of a killed process. Once it has returned, the next process
+/// finds its memory: what follows from there having been none must be durable before it is called.
+///
+/// # Errors
+/// It is there and cannot be had.
+pub fn has_survived(
+    state: &StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+) -> Result<bool, StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    has_survived_in(state, &place)
+}
+
+/// [`has_survived`] with memory from anywhere.
+///
+/// # Errors
+/// As [`has_survived`].
+pub fn has_survived_in<P: LivePlace>(state: &StateDir, place: &P) -> Result<bool, StateError> {
+    Ok(place.find(state.identity())?.is_some())
+}
+
 /// [`open_map`] with memory from anywhere. `incarnation` is one that no memory has carried.
 ///
 /// # Errors

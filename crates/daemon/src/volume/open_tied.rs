@@ -20,7 +20,7 @@ use super::open::{
     open_plain, open_seeds, refuse, say_that_it_is_off, seed, set_tag, settle_image,
     tell_rewritten,
 };
-use super::ties::{Course, DAMAGED, Returning, course_of, old_copy, settle_record};
+use super::ties::{Course, DAMAGED, Returning, course_of, old_copy, settle_doubt, settle_record};
 use super::wayback::NoSource;
 use crate::config::{ExportConfig, HandoffPolicy, SourceConfig};
 use crate::events::EventKind;
@@ -61,7 +61,7 @@ type ItsMap = Result<(OpenedMap, FileStore), StateDir>;
 
 fn open_its_map(
     store: FileStore,
-    state: StateDir,
+    mut state: StateDir,
     state_path: &Path,
 ) -> Result<(ItsMap, Option<&'static str>), OpenError> {
     let identity = state.identity().clone();
@@ -73,6 +73,10 @@ fn open_its_map(
     if !state.has_map() {
         return Ok((Err(state), Some(DAMAGED)));
     }
+    let survived = live::has_survived(&state, state_path, &live::default_dir())?;
+    if let Some(why) = settle_doubt(&mut state, &store, survived)? {
+        return Ok((Err(state), Some(why)));
+    }
     let mut sync = || store.sync();
     let map = live::open_map(state, state_path, &live::default_dir(), &mut sync);
     let mut map = match map {
@@ -82,7 +86,7 @@ fn open_its_map(
         }
         Err(error) => return Err(error.into()),
     };
-    Ok(match settle_record(&mut map, &store)? {
+    Ok(match settle_record(&mut map)? {
         Some(why) => {
             map.live.remove();
             (Err(map.state), Some(why))

@@ -9,7 +9,7 @@ use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::journal::VolumeId;
 use hikkoshi_engine::residency::{BlockState, Residency};
 use hikkoshi_store::Store;
-use hikkoshi_store::live::{OpenedMap, Recovered};
+use hikkoshi_store::live::OpenedMap;
 use hikkoshi_store::state::{Departure, Identity, Life, StateDir, StateError, Ties};
 use hikkoshi_wan::transport::session::{Attached, OldCopy};
 
@@ -28,10 +28,6 @@ fn modified(store: &dyn Store) -> Result<Option<i64>, OpenError> {
     })
 }
 
-fn survived<L>(map: &OpenedMap<L>) -> bool {
-    map.recovered == Recovered::AfterKill
-}
-
 /// Where a move begins. `now`: nobody uses the disk at the source any more; a source that keeps a
 /// fence has to agree first all the same.
 pub(super) fn first_life(now: bool, fenced_source: bool) -> Life {
@@ -42,54 +38,60 @@ pub(super) fn first_life(now: bool, fenced_source: bool) -> Life {
     }
 }
 
-/// For a complete image whose changes are recorded: why the record is not to be relied on any more,
-/// if so. Otherwise the recording goes on from here.
+/// Ends the recording of what changes, if what was recorded is not to be relied on, and gives the reason.
+/// `survived`: the memory of a killed process is there.
+///
+/// Before [`open_map`](hikkoshi_store::live::open_map), whose memory the next start would find: killed in
+/// between, this one would leave nothing that tells of the power cut.
 ///
 /// # Errors
 /// The medium fails.
-pub fn settle_record<L>(
-    map: &mut OpenedMap<L>,
+pub fn settle_doubt(
+    state: &mut StateDir,
     store: &dyn Store,
+    survived: bool,
 ) -> Result<Option<&'static str>, OpenError> {
-    if map.residency.missing_blocks() > 0 {
-        return Ok(Some(DAMAGED));
-    }
-    let doubt = wayback::doubt(&map.state, modified(store)?, survived(map));
-    if doubt.is_none() {
-        // Also durable from here on, if it was recorded by a process that was killed then.
-        map.state
-            .change(|identity| identity.ties.closed_at = None)?;
+    let doubt = wayback::doubt(state, modified(store)?, survived);
+    if doubt.is_some() {
+        state.end_way_back()?;
     }
     Ok(doubt)
 }
 
-/// For a move that goes on: whether what was recorded for the way back still holds. Gives the reason
-/// why it was ended.
+/// For a complete image whose changes are recorded, after [`settle_doubt`]: why the record is not to be
+/// relied on all the same, if so. Otherwise the recording goes on from here.
 ///
 /// # Errors
 /// The medium fails.
-pub fn settle_way_back<L>(
-    map: &mut OpenedMap<L>,
-    store: &dyn Store,
-    wanted: &SourceConfig,
-) -> Result<Option<&'static str>, OpenError> {
-    let doubt = wayback::doubt(&map.state, modified(store)?, survived(map));
+pub fn settle_record<L>(map: &mut OpenedMap<L>) -> Result<Option<&'static str>, OpenError> {
+    if map.residency.missing_blocks() > 0 {
+        return Ok(Some(DAMAGED));
+    }
+    // Also durable from here on, if it was recorded by a process that was killed then.
+    map.state
+        .change(|identity| identity.ties.closed_at = None)?;
+    Ok(None)
+}
+
+/// For a move that goes on, after [`settle_doubt`]: the recording goes on from here, or begins.
+///
+/// # Errors
+/// The medium fails.
+pub fn settle_way_back<L>(map: &mut OpenedMap<L>, wanted: &SourceConfig) -> Result<(), OpenError> {
     let ties = &map.state.identity().ties;
     let before = map.state.identity().life == Life::Standby;
     if ties.only_here && before {
         // The time that the old copy was written last stays, since it is not.
-        return Ok(None);
+        return Ok(());
     }
-    if doubt.is_some() {
-        map.state.end_way_back()?;
-    } else if ties.closed_at.is_some() || (wanted.way_back && before && !ties.way_back) {
+    if ties.closed_at.is_some() || (wanted.way_back && before && !ties.way_back) {
         map.state.change(|identity| {
             identity.ties.closed_at = None;
             // Later something may have been written that was not recorded.
             identity.ties.way_back |= wanted.way_back && before;
         })?;
     }
-    Ok(doubt)
+    Ok(())
 }
 
 /// For a disk that has come back over the old copy of which its source did not have all: what was

@@ -11,14 +11,16 @@ use hikkoshi_daemon::volume::arrival::Arrival;
 use hikkoshi_daemon::volume::assemble::{Moving, Parts};
 use hikkoshi_daemon::volume::open::OpenError;
 use hikkoshi_daemon::volume::ties::{
-    Course, Returning, course_of, old_copy, overwritten_of, settle_base, settle_lacking,
-    settle_record, settle_way_back,
+    Course, Returning, course_of, old_copy, overwritten_of, settle_base, settle_doubt,
+    settle_lacking, settle_record, settle_way_back,
 };
 use hikkoshi_daemon::volume::wayback::NoSource;
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::witness::Witnesses;
 use hikkoshi_store::Store;
-use hikkoshi_store::live::{OpenedMap, open_complete_in, open_map_in, return_map_in};
+use hikkoshi_store::live::{
+    OpenedMap, has_survived_in, open_complete_in, open_map_in, return_map_in,
+};
 use hikkoshi_store::state::{Identity, Life, StateDir, StateError};
 use hikkoshi_wan::transport::session::{Stance, Tell};
 use hikkoshi_wan::{MoveLink, SourceErrorKind, Ticket};
@@ -189,9 +191,11 @@ impl Opening {
         let source = self.reach(&ticket);
         let incarnation = self.draw();
         let witnesses = state.witnesses(self.seed())?;
+        let survived = has_survived_in(&state, &self.memory)?;
+        settle_doubt(&mut state, &*self.store, survived)?;
         let mut map = open_map_in(state, &self.memory, incarnation, &mut self.sync())?;
         settle_lacking(&map.state, &map.residency)?;
-        settle_way_back(&mut map, &*self.store, &self.wanted.source)?;
+        settle_way_back(&mut map, &self.wanted.source)?;
         Ok(self.move_in(map, ticket, source, witnesses))
     }
 
@@ -263,9 +267,13 @@ impl Opening {
     }
 
     /// One whose changes are recorded for the way back.
-    fn open_recorded(&self, state: StateDir) -> Result<Stage, OpenError> {
+    fn open_recorded(&self, mut state: StateDir) -> Result<Stage, OpenError> {
+        let survived = has_survived_in(&state, &self.memory)?;
+        if settle_doubt(&mut state, &*self.store, survived)?.is_some() {
+            return self.open_plain(state);
+        }
         let mut map = open_map_in(state, &self.memory, self.draw(), &mut self.sync())?;
-        if settle_record(&mut map, &*self.store)?.is_some() {
+        if settle_record(&mut map)?.is_some() {
             map.live.remove();
             let mut state = map.state;
             state.end_way_back()?;
