@@ -3,6 +3,8 @@
 
 #[path = "site/guest.rs"]
 mod guest;
+#[path = "site/late.rs"]
+mod late;
 mod site;
 #[path = "../../wan/tests/support/mod.rs"]
 mod support;
@@ -12,6 +14,8 @@ use std::time::Duration;
 use guest::Guest;
 use hikkoshi_daemon::config::{HandoffPolicy, SourceLoss};
 use hikkoshi_daemon::status::LifeState;
+use hikkoshi_store::state::StateDir;
+use hikkoshi_wan::SourceErrorKind;
 use site::{On, Site, Wanted};
 use support::{pattern, wait_until};
 use tempfile::TempDir;
@@ -243,6 +247,30 @@ fn a_return_that_is_given_up_leaves_all_as_it_was() {
         assert!(moved.a().contents() == pattern(SIZE));
         all_arrives_at_b(moved);
     }
+}
+
+/// A return was given up while its source was away, and that is to be told at the next start. There the
+/// disk was to come back once more, from the source's new address, and that it was to be told was
+/// forgotten: a handoff of the first return that came late closed the fence for nobody, and no site took
+/// writes.
+#[test]
+fn the_source_hears_of_a_return_that_was_given_up_before_the_next_one_begins() {
+    let mut moved = Moved::new(true);
+    moved.begin_return();
+    let state = moved.dir.path().join("a.hikkoshi");
+    let id = StateDir::whose(&state).unwrap().unwrap().volume_id;
+    let mut elsewhere = lazily(moved.a(), true);
+    elsewhere.on = On::Tcp;
+    moved.b.take().unwrap().stop();
+    moved.a().export().abort().unwrap();
+    moved.a.take().unwrap().stop();
+    assert!(StateDir::whose(&state).unwrap().unwrap().ties.gave_up);
+    moved.b = Some(Site::start(moved.dir.path(), "b", elsewhere));
+    moved.start_return();
+    let error = late::handoff_to(moved.b(), id).expect_err("the disk was handed over");
+    assert_eq!(error.kind, SourceErrorKind::Refused, "{error}");
+    moved.a().export().handoff().unwrap();
+    moved.finish();
 }
 
 #[test]

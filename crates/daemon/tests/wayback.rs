@@ -227,6 +227,41 @@ fn a_difference_ends_when_something_else_writes_the_image() {
     assert!(refused.contains("--overwrite"), "{refused}");
 }
 
+/// Simulator, seed 13835058055282166843: the power was cut, and the next start failed after it had made its
+/// memory and before it had recorded that the way back is closed. The start after that found that memory,
+/// as after a kill, and believed what had been recorded.
+#[test]
+fn a_start_that_fails_after_a_power_cut_does_not_keep_the_way_back() {
+    for all in [true, false] {
+        let dir = TempDir::new().unwrap();
+        let a = Site::with(dir.path(), "a", &pattern(SIZE), On::Unix);
+        let wanted = || {
+            let mut wanted = recording(&a);
+            wanted.source().background = all;
+            wanted
+        };
+        let b = Site::start(dir.path(), "b", wanted());
+        Guest::connect(&b.address()).write(0, &[0x91; 4096]);
+        wait_until("every block is here", || !all || b.is_local());
+        assert!(b.status().way_back.kept);
+        // What a power cut leaves: no word of a close, and no memory.
+        let path = dir.path().join("b.hikkoshi");
+        let state = std::fs::read(path.join("volume")).unwrap();
+        b.stop();
+        std::fs::write(path.join("volume"), state).unwrap();
+        // The snapshot cannot be written.
+        let in_the_way = path.join("map.new");
+        std::fs::create_dir(&in_the_way).unwrap();
+        if let Ok(started) = Site::try_start(dir.path(), "b", wanted()) {
+            assert!(all, "without a snapshot");
+            started.stop();
+        }
+        std::fs::remove_dir(&in_the_way).unwrap();
+        let b = Site::start(dir.path(), "b", wanted());
+        assert!(!b.status().way_back.kept, "all: {all}");
+    }
+}
+
 #[test]
 fn a_released_way_back_is_recorded_no_more() {
     let dir = TempDir::new().unwrap();

@@ -71,6 +71,16 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// Lets some time pass, to look again at what nobody tells of. A scheduler has its own time, and may
+/// return sooner.
+#[cfg(not(loom))]
+pub fn pause_for(most: std::time::Duration) {
+    match SCHEDULER.get() {
+        Some(scheduler) => (scheduler.instead_of_waiting)(),
+        None => std::thread::sleep(most),
+    }
+}
+
 /// Waits for `changed` with `mutex`, whose guard is given and given back. Returns in vain as well.
 #[cfg_attr(loom, allow(unused_variables))]
 pub fn wait<'a, T>(

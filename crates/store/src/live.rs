@@ -196,10 +196,22 @@ pub fn return_map(
         live_dir,
         state_dir,
     };
+    return_map_in(state, &place, identity)
+}
+
+/// [`return_map`] with memory from anywhere.
+///
+/// # Errors
+/// As [`return_map`].
+pub fn return_map_in<P: LivePlace>(
+    state: StateDir,
+    place: &P,
+    identity: Identity,
+) -> Result<OpenedMap<P::Handle>, StateError> {
     let old = state.identity().clone();
     let state = state.begin_return(identity)?;
     place.discard(&old);
-    create_map_in(state, &place)
+    create_map_in(state, place)
 }
 
 /// The state and the memory of a volume that was opened before and is not complete. Everything it
@@ -218,6 +230,31 @@ pub fn open_map(
         state_dir,
     };
     open_map_in(state, &place, random()?, sync_data)
+}
+
+/// Whether [`open_map`] would find the memory of a killed process. Once it has returned, the next process
+/// finds its memory: what follows from there having been none must be durable before it is called.
+///
+/// # Errors
+/// It is there and cannot be had.
+pub fn has_survived(
+    state: &StateDir,
+    state_dir: &Path,
+    live_dir: &Path,
+) -> Result<bool, StateError> {
+    let place = SharedMemory {
+        live_dir,
+        state_dir,
+    };
+    has_survived_in(state, &place)
+}
+
+/// [`has_survived`] with memory from anywhere.
+///
+/// # Errors
+/// As [`has_survived`].
+pub fn has_survived_in<P: LivePlace>(state: &StateDir, place: &P) -> Result<bool, StateError> {
+    Ok(place.find(state.identity())?.is_some())
 }
 
 /// [`open_map`] with memory from anywhere. `incarnation` is one that no memory has carried.

@@ -6,12 +6,13 @@
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hikkoshi_store::suspect::{self, Mark};
 use hikkoshi_store::{Extent, MemoryStore, ReadDone, Store, ZeroMode};
 
 use crate::plan::SECTOR;
+use crate::rng::mix;
 use crate::sim::{News, Sim};
 
 /// Errors of the medium.
@@ -34,6 +35,47 @@ pub struct Disk {
     sim: Arc<Sim>,
     ailing: Arc<Mutex<Ailing>>,
     mark: SimMark,
+    modified: Mutex<Modified>,
+}
+
+/// When it was written last, as its file system tells. No sync of the data makes that durable.
+#[derive(Clone, Debug)]
+struct Modified {
+    /// The times that a power cut may leave, the last of which counts now.
+    times: Vec<i64>,
+    /// No time is ever told twice.
+    next: i64,
+}
+
+/// So many times at most may come back.
+const KEPT_TIMES: usize = 64;
+
+/// In one of so many power cuts an older time comes back.
+const OLDER_TIME: usize = 8;
+
+impl Modified {
+    /// Asks no chance of the world: which time is left depends on what was written.
+    fn after_power_cut(&self) -> Self {
+        let drawn = usize::try_from(mix(self.next.unsigned_abs()) >> 33).unwrap_or(0);
+        let last = self.times.len() - 1;
+        let left = if drawn.is_multiple_of(OLDER_TIME) {
+            drawn / OLDER_TIME % self.times.len()
+        } else {
+            last
+        };
+        Self {
+            times: vec![self.times[left]],
+            next: self.next,
+        }
+    }
+
+    fn touch(&mut self) {
+        if self.times.len() >= KEPT_TIMES {
+            self.times.remove(0);
+        }
+        self.times.push(self.next);
+        self.next += 1;
+    }
 }
 
 /// The mark of a failed sync: it outlives the process, and not the boot.
@@ -64,7 +106,33 @@ impl Disk {
             sim: Arc::clone(sim),
             ailing: Arc::default(),
             mark: SimMark::default(),
+            modified: Mutex::new(Modified {
+                times: vec![1],
+                next: 2,
+            }),
         })
+    }
+
+    fn times(&self) -> MutexGuard<'_, Modified> {
+        self.modified.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Somebody sets the time.
+    pub fn set_modified(&self, time: Option<i64>) {
+        if let Some(time) = time {
+            self.times().times = vec![time];
+        }
+    }
+
+    /// Somebody else writes into it, and makes that durable.
+    pub fn tamper(&self, offset: u64, data: &[u8]) {
+        let written = self.inner.write(offset, data);
+        let made = written.and_then(|()| self.inner.sync());
+        made.expect("within the image, which nobody has taken away");
+        let mut modified = self.times();
+        modified.touch();
+        let before = modified.times.len() - 1;
+        modified.times.drain(..before);
     }
 
     /// What is wrong with it.
@@ -85,20 +153,27 @@ impl Disk {
     /// What the end of the process leaves.
     pub fn kill(&self) -> Arc<Self> {
         let marked = self.mark.0.load(Ordering::Acquire);
-        self.succeed(self.inner.kill(), SimMark(AtomicBool::new(marked)))
+        let modified = self.times().clone();
+        self.succeed(
+            self.inner.kill(),
+            SimMark(AtomicBool::new(marked)),
+            modified,
+        )
     }
 
     /// What the end of the boot leaves.
     pub fn power_cut(&self, choose: &mut dyn FnMut(u32) -> u32) -> Arc<Self> {
-        self.succeed(self.inner.power_cut(choose), SimMark::default())
+        let modified = self.times().after_power_cut();
+        self.succeed(self.inner.power_cut(choose), SimMark::default(), modified)
     }
 
-    fn succeed(&self, inner: MemoryStore, mark: SimMark) -> Arc<Self> {
+    fn succeed(&self, inner: MemoryStore, mark: SimMark, modified: Modified) -> Arc<Self> {
         Arc::new(Self {
             inner,
             sim: Arc::clone(&self.sim),
             ailing: Arc::clone(&self.ailing),
             mark,
+            modified: Mutex::new(modified),
         })
     }
 
@@ -147,6 +222,7 @@ impl Disk {
         write: impl Fn(u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         self.sim.take_time();
+        self.times().touch();
         let first = self.cut(offset, len).min(len);
         match self.write_error(offset, len) {
             Some(error) => {
@@ -162,6 +238,7 @@ impl Disk {
         }
         self.sim.take_time();
         if first < len {
+            self.times().touch();
             write(offset + first, len - first)?;
             self.sim.take_time();
         }
@@ -237,6 +314,10 @@ impl Store for Disk {
         // What comes from here on until it is told is not covered.
         self.sim.take_time();
         Ok(())
+    }
+
+    fn modified(&self) -> io::Result<Option<i64>> {
+        Ok(self.times().times.last().copied())
     }
 
     fn extents(&self, offset: u64, len: u64, max: usize) -> io::Result<Vec<Extent>> {

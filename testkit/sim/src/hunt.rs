@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::pair::PAIR;
+use crate::pair::{BACK, PAIR};
 use crate::world::{Options, Outcome, Tally, play};
 
 /// Seeds that failed once, each with a line of why. Always played first.
@@ -78,8 +78,13 @@ pub fn hunt(range: Range, threads: usize, options: Options) -> Catch {
         {
             let n = n - n_old;
             let seed = range.first.wrapping_add(n);
-            // Every third world is one of two sites; all are where such a one was asked for.
-            Some(if n % 3 == 2 { seed | PAIR } else { seed })
+            // A quarter each are of two sites, and of two between which the disk comes back; all are
+            // where such a one was asked for.
+            Some(match n % 4 {
+                2 => seed | PAIR,
+                3 => seed | PAIR | BACK,
+                _ => seed,
+            })
         } else {
             None
         }

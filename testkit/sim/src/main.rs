@@ -162,7 +162,8 @@ fn print_summary(caught: &Catch) {
     );
     println!(
         "{} requests answered ({} with an error), {} kills, {} power cuts, {} closings, {} failed \
-         openings, {} handoffs, {} moves given up",
+         openings, {} handoffs, {} moves given up, {} returns ({} refused, {} late \
+         and {} early took the disk)",
         t.answered,
         t.failed,
         t.kills,
@@ -170,6 +171,10 @@ fn print_summary(caught: &Catch) {
         t.closes,
         t.failed_opens,
         t.handoffs,
-        t.given_up
+        t.given_up,
+        t.returns,
+        t.refused,
+        t.late_takeovers,
+        t.early_takeovers
     );
 }

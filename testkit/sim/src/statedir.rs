@@ -116,6 +116,13 @@ impl SimDirectory {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What a file holds, for the world: nobody takes time for it.
+    pub fn peek(&self, name: &str) -> Option<Vec<u8>> {
+        let names = self.names();
+        let content = names.get(name)?.now.as_ref()?;
+        Some(content.bytes())
+    }
+
     /// What is wrong with its medium.
     pub fn ailing(&self) -> &Mutex<Ailing> {
         &self.ailing

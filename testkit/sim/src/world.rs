@@ -44,6 +44,14 @@ pub struct Tally {
     pub handoffs: u64,
     /// Moves to another site that were given up.
     pub given_up: u64,
+    /// Times that a disk was to come back into its old copy.
+    pub returns: u64,
+    /// Of these, those that were refused.
+    pub refused: u64,
+    /// Those by which the disk came back, after all of it had been at the other site.
+    pub late_takeovers: u64,
+    /// The same before that.
+    pub early_takeovers: u64,
 }
 
 impl Tally {
@@ -58,6 +66,10 @@ impl Tally {
         self.failed_opens += other.failed_opens;
         self.handoffs += other.handoffs;
         self.given_up += other.given_up;
+        self.returns += other.returns;
+        self.refused += other.refused;
+        self.late_takeovers += other.late_takeovers;
+        self.early_takeovers += other.early_takeovers;
     }
 }
 

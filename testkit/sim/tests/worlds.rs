@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 
 use hikkoshi_sim::hunt::{Range, failed_seeds, hunt};
-use hikkoshi_sim::pair::PAIR;
+use hikkoshi_sim::pair::{BACK, PAIR};
 use hikkoshi_sim::{Options, play};
 
 /// A world must not depend on anything but its seed: not on the order of a hash map, not on
 /// another thread, not on the time of day.
 #[test]
 fn a_seed_is_a_world() {
-    for seed in (300..324).chain(300 | PAIR..316 | PAIR) {
+    let back = (300..316).map(|n| n | PAIR | BACK);
+    for seed in (300..324).chain(300 | PAIR..316 | PAIR).chain(back) {
         let first = play(seed, Options::default());
         let second = std::thread::spawn(move || play(seed, Options::default()));
         let second = second.join().expect("a failure is told, not thrown");
@@ -32,7 +33,11 @@ const PARTED: [u64; 10] = [316, 587, 925, 952, 1588, 1855, 2237, 2246, 2313, 247
 #[test]
 fn a_world_of_two_sites_is_the_same_in_every_thread() {
     const THREADS: usize = 5;
-    let seeds = || PARTED.into_iter().chain(3000..3040).map(|n| n | PAIR);
+    let back = || (3000..3040).map(|n| n | PAIR | BACK);
+    let seeds = || {
+        let pairs = PARTED.into_iter().chain(3000..3020).map(|n| n | PAIR);
+        pairs.chain(back())
+    };
     let play_all = || -> Vec<_> {
         let outcomes = seeds().map(|seed| play(seed, Options::default()));
         outcomes.map(|o| (o.hash, o.events, o.failure)).collect()
@@ -105,4 +110,26 @@ fn a_disk_moves_between_two_sites() {
         "{t:?}"
     );
     assert!(t.answered > 1000 && t.failed * 4 < t.answered, "{t:?}");
+}
+
+/// The same of worlds in which the disk comes back: into a copy of which all had come to the other site, and
+/// while that was still fetched from.
+#[test]
+fn a_disk_comes_back_into_its_old_copy() {
+    let range = Range {
+        first: 1000 | PAIR | BACK,
+        count: Some(200),
+        limit: None,
+    };
+    let caught = hunt(range, 2, Options::default());
+    assert_eq!(caught.failed, None);
+    let t = caught.tally;
+    assert!(
+        t.kills > 0 && t.power_cuts > 0 && t.closes > 0 && t.given_up > 5,
+        "{t:?}"
+    );
+    assert!(
+        t.early_takeovers > 5 && t.late_takeovers > 5 && t.refused > 0,
+        "{t:?}"
+    );
 }

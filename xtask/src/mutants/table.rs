@@ -24,6 +24,8 @@ const RELOCATION: &str = "crates/daemon/src/volume/relocation.rs";
 const VOLUME: &str = "crates/daemon/src/volume/mod.rs";
 const STATE: &str = "crates/store/src/state/mod.rs";
 const SUSPECT: &str = "crates/store/src/suspect.rs";
+const TIES: &str = "crates/daemon/src/volume/ties.rs";
+const WAYBACK: &str = "crates/daemon/src/volume/wayback.rs";
 const LIVE: &str = "crates/store/src/live.rs";
 const RESIDENCY: &str = "crates/engine/src/residency/mod.rs";
 
@@ -375,5 +377,89 @@ pub const MUTATIONS: &[Mutation] = &[
             "            identity.ties.source_flush_owed = source_flush_owed;\n",
             "            identity.ties.source_flush_owed = source_flush_owed && false;\n",
         )],
+    },
+    // The way back.
+    Mutation {
+        name: "way back: what changed after the first handoff not told",
+        file: DEPARTURE,
+        edits: &[(
+            "                for run in runs {\n                    session.map.mark(run);\n                }\n",
+            "                drop(runs);\n",
+        )],
+    },
+    Mutation {
+        name: "way back: what is told to differ is not copied",
+        file: ARRIVAL,
+        edits: &[(
+            "                    for range in ranges {\n                        \
+             state.precopy.differs(range);\n                    }\n",
+            "                    drop(ranges);\n",
+        )],
+    },
+    Mutation {
+        name: "way back: record believed after a power cut",
+        file: WAYBACK,
+        edits: &[(
+            "        None if survived => None,\n",
+            "        None => None,\n",
+        )],
+    },
+    Mutation {
+        name: "way back: old copy believed whoever wrote into it",
+        file: TIES,
+        edits: &[(
+            "    if departure.image_mtime != modified || !same_file {\n",
+            "    if !same_file {\n",
+        )],
+    },
+    Mutation {
+        name: "way back: what is written to a whole disk not recorded",
+        file: GUEST,
+        edits: &[(
+            "                if relocation.residency.all_resident(blocks) {\n                    \
+             relocation.own(blocks);\n",
+            "                if relocation.residency.all_resident(blocks) {\n                    \
+             if !self.is_local() {\n                        relocation.own(blocks);\n                    }\n",
+        )],
+    },
+    Mutation {
+        name: "way back: what was copied ahead changes after the handoff",
+        file: ARRIVAL,
+        edits: &[(
+            "        arrival.installing.close();\n        let mut state = arrival.state();\n",
+            "        let mut state = arrival.state();\n",
+        )],
+    },
+    Mutation {
+        name: "early return: copied ahead into an old copy that is needed",
+        file: ARRIVAL,
+        edits: &[
+            (
+                "        self.prepare = Prepare::None;\n        self.installing.close();\n",
+                "",
+            ),
+            (
+                "        if arrival.only_here {\n            return Err(io::Error::other(\"the old copy is needed as it is\"));\n        }\n",
+                "",
+            ),
+            (
+                "            let has_base = arrival.has_base && !arrival.only_here;\n",
+                "            let has_base = arrival.has_base;\n",
+            ),
+        ],
+    },
+    Mutation {
+        name: "early return: rests of blocks not waited for",
+        file: DEPARTURE,
+        edits: &[
+            (
+                "                if session.needed\n                    && let Err(why) = self.complete_partials(REST_LIMIT)\n                {\n                    self.departures.gate.open();\n                    return Err(why);\n                }\n",
+                "",
+            ),
+            (
+                "                    let _ = self.complete_partials(REST_LIMIT);\n",
+                "",
+            ),
+        ],
     },
 ];

@@ -9,12 +9,13 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hikkoshi_crashpoint::crash_point;
 use hikkoshi_engine::changes::{ChangeMap, coarsened};
 use hikkoshi_engine::geometry::{BlockRange, ByteRange, Geometry};
 use hikkoshi_engine::handover::{self, Handoff, Refusal};
+use hikkoshi_engine::sync::pause_for;
 use hikkoshi_store::state::{Departure, StateDir, StateError};
 use hikkoshi_wan::transport::limits;
 use hikkoshi_wan::transport::session::{Attached, HandedOver, MoveId, OldCopy, Stance, Tell, Told};
@@ -761,13 +762,13 @@ impl Volume {
         let Some(relocation) = self.unfinished() else {
             return Ok(());
         };
-        let begun = Instant::now();
+        let begun = self.now();
         loop {
             let partials = relocation.residency.partials();
             if partials.is_empty() {
                 return Ok(());
             }
-            if begun.elapsed() >= limit {
+            if self.now().saturating_sub(begun) >= limit {
                 return Err(format!(
                     "{} blocks that were written in part still wait for their rest from the old \
                      copy ({}), and the disk cannot go back before they have it",
@@ -781,7 +782,7 @@ impl Volume {
             }
             let blocks: Vec<_> = partials.into_iter().map(|(block, _)| block).collect();
             relocation.drive(|m, now, out| m.partial(now, blocks, &relocation.residency, out));
-            std::thread::sleep(REST_BEAT);
+            pause_for(REST_BEAT);
         }
     }
 

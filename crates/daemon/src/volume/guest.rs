@@ -6,7 +6,9 @@
 //!   needed, since nobody installs into what is here.
 //! - into blocks of which some are missing: under the lock of the range, (1) write, (2) mark the
 //!   whole blocks owned and the sectors of partly written ones valid, and leave the records. The
-//!   marks are in memory that outlives the process before the write is answered.
+//!   marks are in memory that outlives the process before the write is answered. Those among them
+//!   that are here are marked before (1), as above: a kill in between would leave bytes of the write in a
+//!   block that passes for a copy of the source's, which no way back would copy.
 //!
 //! A mark and its record are one step ([`hikkoshi_engine::journal::Pending`]): a write that finds
 //! nothing left to mark may count on the record.
@@ -333,6 +335,7 @@ impl Relocation {
                 Some(edges) => edges,
                 None => return Ok(false),
             };
+            self.own_those_here(blocks);
             // 1. the data
             change.apply(&*self.store, bytes)?;
             crash_point!("change.written");
@@ -359,6 +362,15 @@ impl Relocation {
         }
         self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));
         Ok(true)
+    }
+
+    /// Takes as owned what is here of `blocks`. Under their lock: nothing else of them comes meanwhile.
+    fn own_those_here(&self, blocks: BlockRange) {
+        for (run, state) in self.residency.runs(blocks) {
+            if state == BlockState::Clean {
+                self.own(run);
+            }
+        }
     }
 
     /// Counts what is about to be whole here without the source. Under the lock of the range.

@@ -46,6 +46,7 @@ mod space;
 pub mod storage;
 #[cfg(test)]
 mod tests;
+pub mod ties;
 pub mod verify;
 pub mod wayback;
 #[cfg(test)]

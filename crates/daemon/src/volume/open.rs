@@ -29,12 +29,12 @@ use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::departure::MakeState;
 use super::last_word::{self, LastWord};
-use super::open_tied::{
-    check_for_return, open_recorded, open_return, overwritten_of, settle_base, settle_lacking,
-    settle_way_back, tell_doubt,
-};
+use super::open_tied::{check_for_return, open_recorded, open_return, tell_doubt};
 use super::seeding::SeedImage;
 use super::storage::{self, ImageAddress};
+use super::ties::{
+    first_life, overwritten_of, settle_base, settle_doubt, settle_lacking, settle_way_back,
+};
 use super::{Volume, system_clock};
 use crate::config::{
     Engine, ExportConfig, HandoffPolicy, MAX_SEED_IMAGES, SourceConfig, SourceLoss, Transport,
@@ -536,10 +536,12 @@ fn open_known(config: &ExportConfig, state_path: &Path) -> Result<Running, OpenE
     let witnesses = state.witnesses(seed()?)?;
     forget_what_a_failed_sync_lost(config, &store, &state, state_path)?;
     let rewritten = settle_image(config, &store)?;
+    let survived = live::has_survived(&state, state_path, &live::default_dir())?;
+    let doubt = settle_doubt(&mut state, &store, survived)?;
     let mut sync = || store.sync();
     let mut map = live::open_map(state, state_path, &live::default_dir(), &mut sync)?;
     settle_lacking(&map.state, &map.residency)?;
-    let doubt = settle_way_back(&mut map, &store, &wanted)?;
+    settle_way_back(&mut map, &wanted)?;
     set_tag(&store, &identity.volume_id)?;
     crash_point!("open.tagged");
     let kept = (map, witnesses, seeds);
@@ -656,16 +658,6 @@ pub(super) fn say_that_it_is_off(
         // It has moved on by another move, or is another disk: nothing is fenced for this one.
         Err(error) if error.kind == SourceErrorKind::Untrusted => Ok(false),
         told => told.map(|_| true),
-    }
-}
-
-/// Where a move begins. `now`: nobody uses the disk at the source any more; a source that keeps a
-/// fence has to agree first all the same.
-pub(super) fn first_life(now: bool, fenced_source: bool) -> Life {
-    if now && !fenced_source {
-        Life::Arriving
-    } else {
-        Life::Standby
     }
 }
 

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use hikkoshi_engine::sync::pause_for;
 use hikkoshi_wan::{SourceError, SourceErrorKind};
 
 use super::commit::FlushDone;
@@ -289,16 +290,16 @@ impl Volume {
     /// # Errors
     /// It is still owed; the text says why.
     pub(super) fn await_nothing_owed(&self) -> Result<(), String> {
-        let begun = std::time::Instant::now();
+        let begun = self.now();
         while self.life() == LifeState::Arriving && self.source_has_a_part() {
-            if begun.elapsed() >= OWED_LIMIT {
+            if self.now().saturating_sub(begun) >= OWED_LIMIT {
                 return Err(
                     "the source of this disk has not made durable yet what was written there, so \
                      the disk cannot move on; see whether it can be reached"
                         .to_owned(),
                 );
             }
-            std::thread::sleep(OWED_BEAT);
+            pause_for(OWED_BEAT);
         }
         Ok(())
     }

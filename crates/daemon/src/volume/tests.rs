@@ -481,9 +481,9 @@ impl World {
     }
 }
 
-fn assemble(
+pub(super) fn assemble<S: Store + 'static>(
     config: &ExportConfig,
-    store: &Arc<MemoryStore>,
+    store: &Arc<S>,
     source: &Arc<MemorySource>,
     state: StateDir,
     residency: Residency,

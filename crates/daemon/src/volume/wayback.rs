@@ -302,7 +302,9 @@ pub fn doubt(state: &StateDir, modified: Option<i64>, survived: bool) -> Option<
 }
 
 /// The source of a volume that needs none.
-pub(super) struct NoSource {
+#[derive(Debug)]
+pub struct NoSource {
+    /// Of the disk.
     pub size_bytes: u64,
 }
 

@@ -5,18 +5,24 @@
     reason = "a disk of a few hundred KiB"
 )]
 
+use std::sync::Arc;
+
 use hikkoshi_engine::blocks::BlockSet;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange, ByteRange};
-use hikkoshi_store::Store as _;
-use hikkoshi_store::state::Ties;
+use hikkoshi_engine::residency::Residency;
+use hikkoshi_store::state::{StateDir, Ties};
+use hikkoshi_store::{Fault, FaultyStore, MemoryStore, Store as _, StoreOp, ZeroMode};
 
-use super::tests::{DISK, World};
+use super::tests::{DISK, World, assemble, words};
 use crate::config::HandoffPolicy;
 use crate::verification::VerifyState;
 
 /// The id of the world's volume, and so of the move that brought the disk.
 const OWN: [u8; 16] = [1; 16];
 const OLDER: [u8; 16] = [3; 16];
+
+/// The first block.
+const FIRST: BlockRange = BlockRange { start: 0, end: 1 };
 
 fn recording() -> World {
     let ties = Ties {
@@ -141,6 +147,67 @@ fn differences_that_were_accepted_end_the_recording() {
     assert_eq!(world.volume.since(OWN), None);
     world.finish();
     assert!(world.volume.is_plain());
+}
+
+/// A world in which block 0 is clean and all else absent, over a store that can be told to fail.
+fn one_clean() -> (World, Arc<FaultyStore<MemoryStore>>) {
+    let mut world = recording();
+    let store = Arc::new(FaultyStore::new(MemoryStore::new(DISK)));
+    store.write(0, &world.original[..4096]).unwrap();
+    world.dir = world.dir.kill();
+    let state = StateDir::open_in(Box::new(world.dir.clone()), None).unwrap();
+    let residency = Residency::new(world.geometry, Box::new(words(world.geometry)));
+    residency.mark_clean(FIRST);
+    let (config, source, clock) = (&world.config, &world.source, &world.clock_ms);
+    world.volume = assemble(config, &store, source, state, residency, clock);
+    assert_eq!(world.volume.since(OWN), Some(Vec::new()));
+    (world, store)
+}
+
+/// Simulator, seed 13835058055283003724: a write over a block that was here and one that was not changed the
+/// first before it was marked. The process was killed there; the next one served what had been written, and
+/// the disk came back to the old copy with what had been there before.
+#[test]
+fn what_is_here_is_marked_before_it_changes_also_beside_what_is_missing() {
+    for zeroes in [false, true] {
+        let (world, store) = one_clean();
+        let (volume, relocation) = (&world.volume, world.relocation());
+        let op = if zeroes {
+            StoreOp::WriteZeroes
+        } else {
+            StoreOp::Write
+        };
+        store.hold(op);
+        let told = std::thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                if zeroes {
+                    volume.zero(relocation.as_ref(), 0, 8192, ZeroMode::MayPunch)
+                } else {
+                    volume.write(relocation.as_ref(), 0, &[7; 8192])
+                }
+            });
+            store.wait_held(op, 1);
+            let told = volume.since(OWN);
+            store.release(op);
+            writing.join().unwrap().unwrap();
+            told
+        });
+        assert_eq!(told, Some(vec![FIRST]), "zeroes: {zeroes}");
+        assert_eq!(volume.since(OWN), Some(vec![BlockRange::new(0, 2)]));
+    }
+}
+
+/// The same without a kill: a write that fails half way, as on a disk that becomes full.
+#[test]
+fn what_a_failed_write_has_changed_is_told() {
+    let (world, store) = one_clean();
+    let (bytes, errno) = (4096, 28);
+    store.fail_next(StoreOp::Write, Fault::Torn { bytes, errno });
+    let relocation = world.relocation();
+    let failed = world.volume.write(relocation.as_ref(), 0, &[7; 8192]);
+    assert_eq!(failed.unwrap_err().raw_os_error(), Some(errno));
+    assert_eq!(store.inner().content()[..4096], [7; 4096]);
+    assert_eq!(world.volume.since(OWN), Some(vec![FIRST]));
 }
 
 #[test]

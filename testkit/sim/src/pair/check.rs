@@ -11,8 +11,9 @@ use crate::client::{Answer, Ask};
 use crate::plan::{SECTOR, Trouble};
 
 use super::events::sectors;
-use super::side::{Side, Stage};
-use super::{A, B, PairWorld, index};
+use super::opening::Stage;
+use super::side::Side;
+use super::{A, B, PairWorld, Request, index};
 
 /// EPERM.
 const REFUSED: i32 = 1;
@@ -22,6 +23,9 @@ const MAX_STEPS: u64 = 300_000;
 
 /// The handoff is commanded so often until it succeeds.
 const HANDOFFS: u32 = 10;
+
+/// A process that is to tell of a return that was given up is started so often.
+const STARTS: u32 = 10;
 
 /// The whole disk is read so often until all of it is here, and so much later each time.
 const READINGS: u32 = 20;
@@ -45,11 +49,20 @@ impl PairWorld {
         Ok(())
     }
 
+    /// The disk does not come back into what is there.
+    fn is_refused(&mut self, site: usize) {
+        self.sims[site].note("is refused", 0, 0);
+        self.tally.refused += 1;
+        self.given_up = true;
+        self.comes_back[site] = None;
+    }
+
     fn is_given_up(&mut self) {
         if !self.given_up {
             self.tally.given_up += 1;
         }
         self.given_up = true;
+        self.comes_back[self.other()] = None;
     }
 
     /// The other site has the disk from here on.
@@ -58,10 +71,33 @@ impl PairWorld {
             return Err("a site takes writes to which the disk does not move".into());
         }
         self.sims[self.other()].note("takes over", self.now, 0);
+        // Where it was down at that moment, it was fenced before.
+        self.old_copy = self.sides[self.owner].was_whole();
+        if self.returning && self.old_copy {
+            self.tally.late_takeovers += 1;
+        } else if self.returning {
+            self.tally.early_takeovers += 1;
+        }
+        self.forsake_reads();
         self.tally.handoffs += 1;
         self.owner = self.other();
         self.moving = false;
+        self.comes_back[self.owner] = None;
         Ok(())
+    }
+
+    /// Where the disk goes back before all of it was there, whoever reads there still may wait until all
+    /// of it is at the new site, for what is nowhere else any more.
+    fn forsake_reads(&mut self) {
+        let site = self.owner;
+        if self.old_copy {
+            return;
+        }
+        let waits = |r: &Request| r.site == site && matches!(r.ask, Ask::Read(_));
+        let waiting = self.requests.iter().filter(|(_, r)| waits(r));
+        self.forsaken.extend(waiting.map(|(id, _)| *id));
+        self.requests.retain(|_, r| !waits(r));
+        self.set_oldest_read();
     }
 
     // Openings
@@ -77,6 +113,10 @@ impl PairWorld {
         };
         match stage {
             Stage::Opened(volume) => {
+                if self.comes_back[site].is_some() && volume.has_departed() {
+                    // A power cut has taken away that it was whole.
+                    self.is_refused(site);
+                }
                 self.sides[site].volume = Some(Arc::clone(&volume));
                 let had_it = site == self.owner;
                 self.look_at_writers()?;
@@ -89,7 +129,24 @@ impl PairWorld {
                 Err("a move that was taken over is given up".into())
             }
             Stage::GivenUp => {
+                self.sides[site].rests = true;
                 self.is_given_up();
+                Ok(())
+            }
+            Stage::Spoilt | Stage::Refused if site == self.owner => {
+                Err("the disk is taken for an old copy".into())
+            }
+            Stage::Spoilt => {
+                self.sides[site].rests = true;
+                Ok(())
+            }
+            Stage::Refused => {
+                self.is_refused(site);
+                self.restart(site, false);
+                Ok(())
+            }
+            Stage::Closed => {
+                self.restart(site, false);
                 Ok(())
             }
             Stage::Failed(why) => Err(format!("its own state was refused: {why}")),
@@ -105,7 +162,8 @@ impl PairWorld {
         had_it: bool,
     ) -> Result<(), String> {
         let standby = volume.life() == LifeState::Standby;
-        if site == self.owner && standby {
+        let has_gone = !self.moving && volume.has_departed();
+        if site == self.owner && (standby || has_gone) {
             return Err("a handoff that was answered is forgotten".into());
         }
         if site != self.owner && standby && self.given_up {
@@ -177,6 +235,9 @@ impl PairWorld {
 
     pub fn answered(&mut self, id: u64, answer: Answer) -> Result<(), String> {
         let now = self.tick();
+        if self.forsaken.remove(&id) {
+            return Ok(());
+        }
         let Some(request) = self.requests.remove(&id) else {
             return Err(format!("request {id} was answered twice"));
         };
@@ -267,7 +328,7 @@ impl PairWorld {
         }
         self.net.set_up(true);
         self.live_until("a site never serves", |w| {
-            w.both_serve() || w.given_up && w.volume(w.owner).is_some()
+            w.all_stand() || w.given_up && !w.returning && w.volume(w.owner).is_some()
         })?;
         self.live_until("a command never ends", |w| {
             Arc::strong_count(&w.controls) == 1
@@ -289,6 +350,12 @@ impl PairWorld {
             return Err("the handoff fails although nothing is wrong".into());
         }
         self.live_until("a request is never answered", |w| w.requests.is_empty())?;
+        for _ in 0..STARTS {
+            if self.is_unheard() {
+                self.restart(self.other(), false);
+                self.live_until("a site never serves", Self::all_stand)?;
+            }
+        }
         // What is on its way still may close a fence, and is followed by what opens it again.
         self.live_until("the source never hears that the move was given up", |w| {
             let hears = |side: &Side| side.fibers.iter().any(|f| f.name == "hears");

@@ -10,7 +10,7 @@ use hikkoshi_daemon::volume::Volume;
 use hikkoshi_engine::geometry::ByteRange;
 
 use crate::client::{self, Ask};
-use crate::fiber::{self, Wait};
+use crate::fiber::{self, Fiber, Wait};
 use crate::oracle::{NEVER, Time};
 use crate::plan::SECTOR;
 use crate::world::sector_of;
@@ -37,6 +37,8 @@ impl PairWorld {
         let is_owner = self.at == self.owner;
         let by_command = self.policy == HandoffPolicy::Command;
         let when = |yes: bool, weight: u64| if yes { weight } else { 0 };
+        // A disk that may come back mostly does.
+        let anew = if self.may_come_back { 4 } else { 20 };
         let may_command = standby && Arc::strong_count(&self.commands) == 1;
         let weights = [
             when(serves && room && self.may_ask(), 350),
@@ -47,12 +49,16 @@ impl PairWorld {
             // Mostly by a script that has brought the VM there, and now and then by mistake.
             when(may_command, if by_command && !is_owner { 30 } else { 1 }),
             when(standby && is_owner && room, 15),
-            when(self.may_begin_anew() && self.moves < MAX_MOVES, 20),
+            when(self.may_begin_anew() && self.moves < MAX_MOVES, anew),
             when(standby, t.control),
             t.kill,
             t.power_cut,
             t.reset,
             t.reset / 3,
+            when(self.may_return() && self.moves < MAX_MOVES, 30),
+            when(self.is_unheard(), 20),
+            when(self.may_come_back && self.may_tamper(), 6),
+            t.close,
         ];
         let mut n = self.below(weights.iter().sum());
         let mut event = 0;
@@ -83,10 +89,14 @@ impl PairWorld {
                 let up = self.net.is_up();
                 self.net.set_up(up);
             }
-            _ => {
+            11 => {
                 let up = !self.net.is_up();
                 self.net.set_up(up);
             }
+            12 => self.begin_return(),
+            13 => self.restart(self.other(), false),
+            14 => self.tamper(),
+            _ => self.close(site),
         }
         self.follow();
     }
@@ -98,11 +108,76 @@ impl PairWorld {
         self.given_up && heard
     }
 
+    /// Whether all of the disk is where it is, and nobody has fenced it.
+    fn is_whole(&self) -> bool {
+        let is_whole = |v: &Arc<Volume>| v.is_local() && !v.has_departed();
+        self.volume(self.owner).is_some_and(is_whole)
+    }
+
     /// Whether nobody needs what is at the other site: the move there was given up, or all has come from
     /// there.
     fn may_begin_anew(&self) -> bool {
-        let is_whole = |v: &Arc<Volume>| v.is_local() && !v.has_departed();
-        self.was_given_up() || !self.moving && self.volume(self.owner).is_some_and(is_whole)
+        if self.returning && self.moving {
+            // There is the old copy, which may be needed.
+            return self.was_given_up() && self.is_whole();
+        }
+        self.was_given_up() || !self.moving && self.is_whole()
+    }
+
+    /// Whether the other site has the old copy, and nobody brings the disk back into it yet.
+    fn may_return(&self) -> bool {
+        let has_old_copy = !self.moving && self.old_copy || self.returning && self.given_up;
+        let now = self.volume(self.owner).is_some() && (self.is_whole() || !self.patient);
+        self.may_come_back && has_old_copy && now && self.sides[self.other()].was_whole()
+    }
+
+    /// Whether a return was given up of which the source is told by nobody, before the next start.
+    pub fn is_unheard(&self) -> bool {
+        let side = &self.sides[self.other()];
+        let tells = |f: &Fiber| ["abort", "open", "close"].contains(&f.name);
+        self.given_up && self.returning && !self.was_given_up() && !side.fibers.iter().any(tells)
+    }
+
+    /// Whether nobody needs the old copy that is at the other site, and nobody is at it.
+    fn may_tamper(&self) -> bool {
+        self.is_whole() && (!self.moving || self.returning && self.was_given_up())
+    }
+
+    /// Somebody uses the old copy for something else.
+    fn tamper(&mut self) {
+        let site = self.other();
+        let Ask::Write(offset, data, _) = self.write(self.some_bytes()) else {
+            return;
+        };
+        self.sims[site].note("tampers", offset, data.len() as u64);
+        self.sides[site].disk.tamper(offset, &data);
+    }
+
+    /// The process of a site is ended in good order, if nobody is at it, and begun again.
+    fn close(&mut self, site: usize) {
+        let asks = |r: &Request| r.site == site;
+        if !self.sides[site].is_quiet() || self.requests.values().any(asks) {
+            return;
+        }
+        self.sims[site].note("closes", self.now, site as u64);
+        self.tally.closes += 1;
+        self.net.serve(site, None);
+        self.sides[site].close();
+    }
+
+    /// The process at the other site is ended, and begun so that the disk comes back into its old copy.
+    fn begin_return(&mut self) {
+        let site = self.other();
+        self.moves += 1;
+        self.given_up = false;
+        self.moving = true;
+        self.returning = true;
+        let overwrite = self.below(2) == 0;
+        self.comes_back[site] = Some(overwrite);
+        self.tally.returns += 1;
+        let early = !self.is_whole();
+        self.sims[site].note("goes back", self.moves.into(), early.into());
+        self.restart(site, false);
     }
 
     /// Whether the VM is where it may run.
@@ -172,13 +247,17 @@ impl PairWorld {
         self.moves += 1;
         self.given_up = false;
         self.moving = true;
+        self.returning = false;
+        self.comes_back[site] = None;
         self.unsettled[site] = None;
         let now = self.tick();
         self.sides[site].crash(false);
         self.net.serve(site, None);
         self.end_requests(site, false, now);
         self.sims[site].note("begins anew", self.moves.into(), 0);
-        self.sides[site] = Side::new(&self.sims[site], self.plan.geometry, self.moves, true);
+        let way_back = self.plan.config.source.as_ref().is_some_and(|s| s.way_back);
+        let (sim, geometry) = (&self.sims[site], self.plan.geometry);
+        self.sides[site] = Side::new(sim, geometry, self.moves, true, way_back);
         self.start(site);
     }
 
@@ -211,6 +290,11 @@ impl PairWorld {
         } else {
             self.tally.kills += 1;
         }
+        self.restart(site, power);
+    }
+
+    /// The same, whoever wanted it.
+    pub fn restart(&mut self, site: usize, power: bool) {
         let now = self.tick();
         self.sides[site].crash(power);
         self.net.serve(site, None);

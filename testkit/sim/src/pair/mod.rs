@@ -4,14 +4,19 @@
 //! own thread and the source's answers; simulated are the media of both sites, the link, the VM and
 //! time. One oracle knows what the VM was promised, wherever it ran. What must hold at every moment:
 //! never do both accept writes. And when trouble ends: what the status names ends the move.
+//!
+//! In half of these worlds ([`BACK`]) the disk also comes back into its old copy, by what differs, and
+//! before all of it was at the other site; processes are ended in good order; and somebody writes into
+//! old copies that nobody needs.
 
 mod check;
 mod events;
 mod link;
+mod opening;
 mod side;
 mod source;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -29,10 +34,14 @@ use crate::sim::{News, Sim};
 use crate::world::{Options, Outcome, Tally, original, text_of};
 
 use link::Net;
-use side::{Side, Wanted};
+use opening::Wanted;
+use side::Side;
 
 /// Seeds with this bit are worlds of two sites.
 pub const PAIR: u64 = 1 << 63;
+
+/// Those of them with this bit are worlds in which the disk comes back.
+pub const BACK: u64 = 1 << 62;
 
 const A: usize = 0;
 const B: usize = 1;
@@ -64,12 +73,25 @@ struct PairWorld {
     progress: u64,
     next_id: u64,
     requests: BTreeMap<u64, Request>,
+    /// Reads that nobody waits for any more.
+    forsaken: BTreeSet<u64>,
     /// Where the disk is: who accepted writes last, which is durable.
     owner: usize,
     /// A move from there to the other site has begun.
     moving: bool,
     /// It was given up, which is durable.
     given_up: bool,
+    /// That move is one back: the other site has the old copy.
+    returning: bool,
+    /// What is at the other site once was all of the disk, so that it can come back into it.
+    old_copy: bool,
+    /// Where a process is begun so that the disk comes back, and whether also over what is no old copy
+    /// any more.
+    comes_back: [Option<bool>; 2],
+    /// The disk comes back at all in this world.
+    may_come_back: bool,
+    /// But not before all of it is at the other site.
+    patient: bool,
     /// Moves that were begun.
     moves: u8,
     /// Where the VM runs.
@@ -122,6 +144,18 @@ const CALM: u64 = 450;
 /// So many of a thousand worlds copy without being asked.
 const BACKGROUND: u64 = 850;
 
+/// So many of a thousand worlds in which the disk comes back record what is written for that.
+const RECORDS: u64 = 800;
+
+/// So many wait with that until all of the disk is at the other site.
+const PATIENT: u64 = 500;
+
+/// So many of the others copy slowly, or only what is read.
+const SLOW: u64 = 800;
+
+/// So often a process is ended in good order there.
+const CLOSES: u64 = 4;
+
 /// Media do not fail here; worlds of one volume are for that.
 fn trouble_of(plan: &Plan, is_calm: bool) -> Trouble {
     let t = plan.trouble;
@@ -154,10 +188,25 @@ impl PairWorld {
         source.handoff = policy;
         source.background = rng.permille(BACKGROUND);
         source.prepare = rng.pick(&[Prepare::None, Prepare::Ahead, Prepare::Ahead, Prepare::Full]);
+        let may_come_back = seed & BACK != 0;
+        let patient = may_come_back && rng.permille(PATIENT);
+        if may_come_back {
+            source.way_back = rng.permille(RECORDS);
+            plan.trouble.close = CLOSES;
+        }
+        if patient {
+            // The record of what is written ends with the first power cut.
+            plan.trouble.power_cut /= 2;
+        } else if may_come_back && rng.permille(SLOW) {
+            // So that most is still missing when it comes back.
+            source.background = rng.permille(200);
+            source.max_rate = Some(rng.within(4, 64) << 10);
+        }
+        let way_back = source.way_back;
         let geometry = plan.geometry;
         let disk = original(geometry.size_bytes(), &mut rng);
         let sims = [A, B].map(|_| Sim::new(Rng::new(rng.any()), Trouble::NONE, options.shown));
-        let sides = [A, B].map(|n| Side::new(&sims[n], geometry, 1, n == B));
+        let sides = [A, B].map(|n| Side::new(&sims[n], geometry, 1, n == B, way_back));
         let image = sides[A].disk.inner();
         let made = image.write(0, &disk).and_then(|()| image.sync());
         made.expect("nothing is wrong yet");
@@ -172,9 +221,15 @@ impl PairWorld {
             progress: 0,
             next_id: 1,
             requests: BTreeMap::new(),
+            forsaken: BTreeSet::new(),
             owner: A,
             moving: true,
             given_up: false,
+            returning: false,
+            old_copy: false,
+            patient,
+            comes_back: [None, None],
+            may_come_back,
             moves: 1,
             at: A,
             leaves: false,
@@ -248,11 +303,19 @@ impl PairWorld {
         self.sides.iter().all(|side| side.volume.is_some())
     }
 
+    /// Whether nobody is about to begin or to end.
+    fn all_stand(&self) -> bool {
+        self.sides.iter().all(|s| s.volume.is_some() || s.rests)
+    }
+
     /// A process begins.
     fn start(&mut self, site: usize) {
         let source = self.plan.config.source.clone();
+        let mut source = source.expect("every plan has one");
+        source.comes_back = self.comes_back[site].is_some();
+        source.overwrite = self.comes_back[site] == Some(true);
         let wanted = Wanted {
-            source: source.expect("every plan has one"),
+            source,
             net: Arc::clone(&self.net),
             to: 1 - site,
             there: Arc::clone(&self.sims[1 - site]),

@@ -4,17 +4,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use hikkoshi_daemon::config::{ExportConfig, SourceConfig};
+use hikkoshi_daemon::config::ExportConfig;
 use hikkoshi_daemon::volume::Volume;
-use hikkoshi_daemon::volume::arrival::Arrival;
-use hikkoshi_daemon::volume::assemble::{Moving, Parts};
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::mover::Mover;
-use hikkoshi_store::Store;
-use hikkoshi_store::live::{OpenedMap, open_complete_in, open_map_in};
-use hikkoshi_store::state::{Identity, Life, StateDir, StateError, Ties};
-use hikkoshi_wan::transport::session::{Stance, Tell};
-use hikkoshi_wan::{MoveLink, SourceErrorKind, Ticket};
+use hikkoshi_store::state::{Identity, Life, StateDir, Ties};
 
 use crate::crash;
 use crate::disk::Disk;
@@ -22,25 +16,11 @@ use crate::fiber::{self, Fiber, Wait};
 use crate::sim::Sim;
 use crate::statedir::{SimDirectory, SimMemory};
 
-use super::link::{End, Net, SimLink};
+use super::opening::{Opening, Stage, Wanted};
 use super::source::PairSource;
 
-/// How often a move that was given up is told of.
-const TELL_AFTER_US: u64 = 200_000;
-
-/// How far the process is.
-#[derive(Default)]
-pub enum Stage {
-    #[default]
-    Opening,
-    Opened(Arc<Volume>),
-    /// The move was given up: it is not served, and the source is told.
-    GivenUp,
-    /// It could not be opened.
-    Failed(StateError),
-    /// The world has looked.
-    Known,
-}
+/// How often the time is told to a volume that only records for the way back.
+const QUIET_BEAT_US: u64 = 100_000;
 
 /// A site.
 pub struct Side {
@@ -53,24 +33,26 @@ pub struct Side {
     pub stage: Arc<Mutex<Stage>>,
     /// The source has heard that the move was given up.
     pub has_told: Arc<AtomicBool>,
+    /// Nobody serves it, and nobody is about to.
+    pub rests: bool,
+    /// What is being closed in good order.
+    closing: Option<Arc<Volume>>,
+    /// Held by the threads of the process, which end when it is set.
+    ending: Arc<AtomicBool>,
     source: Arc<Mutex<Option<Arc<PairSource>>>>,
     geometry: Geometry,
 }
 
-/// What a process of the destination knows of its source.
-#[derive(Clone)]
-pub struct Wanted {
-    pub source: SourceConfig,
-    pub net: Arc<Net>,
-    /// The source's site.
-    pub to: usize,
-    pub there: Arc<Sim>,
-}
-
 impl Side {
     /// A site with a blank image and the state of a new volume: the destination of move `number`, or
-    /// its source.
-    pub fn new(sim: &Arc<Sim>, geometry: Geometry, number: u8, destination: bool) -> Self {
+    /// its source. `way_back`: what is written there is recorded for it.
+    pub fn new(
+        sim: &Arc<Sim>,
+        geometry: Geometry,
+        number: u8,
+        destination: bool,
+        way_back: bool,
+    ) -> Self {
         let dir = SimDirectory::new(sim);
         let identity = Identity {
             volume_id: [2 * number + u8::from(destination); 16],
@@ -86,6 +68,7 @@ impl Side {
             image_inode: None,
             ties: Ties {
                 fenced_source: destination,
+                way_back: way_back && destination,
                 ..Ties::default()
             },
         };
@@ -97,6 +80,9 @@ impl Side {
             volume: None,
             stage: Arc::default(),
             has_told: Arc::default(),
+            rests: false,
+            closing: None,
+            ending: Arc::default(),
             source: Arc::default(),
             sim: Arc::clone(sim),
             dir,
@@ -123,7 +109,8 @@ impl Side {
             source.die();
         }
         self.fibers.clear();
-        if let Some(volume) = self.volume.take() {
+        let volumes = [self.volume.take(), self.closing.take()];
+        for volume in volumes.into_iter().flatten() {
             volume.stop();
             volume.run_committer();
         }
@@ -139,6 +126,8 @@ impl Side {
     pub fn start(&mut self, config: &ExportConfig, wanted: Wanted, log_limit: u64) {
         self.stage = Arc::default();
         self.has_told = Arc::default();
+        self.rests = false;
+        self.ending = Arc::default();
         self.source = Arc::default();
         let opening = Opening {
             sim: Arc::clone(&self.sim),
@@ -155,7 +144,7 @@ impl Side {
         };
         let stage = Arc::clone(&self.stage);
         let open = move || {
-            let outcome = opening.run().unwrap_or_else(Stage::Failed);
+            let outcome = opening.open();
             *stage.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
         };
         self.sim.spawn("open", Box::new(open));
@@ -165,135 +154,75 @@ impl Side {
     pub fn serve(&mut self, volume: &Arc<Volume>) {
         self.volume = Some(Arc::clone(volume));
         let committing = Arc::clone(volume);
-        self.sim
-            .spawn("commit", Box::new(move || committing.run_committer()));
+        self.thread("commit", move || committing.run_committer());
         let Some(relocation) = volume.relocation() else {
             return;
         };
-        relocation.start();
+        if !volume.is_local() {
+            relocation.start();
+        }
         let (timed, sim) = (Arc::clone(volume), Arc::clone(&self.sim));
+        let ending = Arc::clone(&self.ending);
         let tick = move || {
-            let tick = u64::try_from(Mover::<()>::TICK.as_micros()).unwrap_or(1);
             let mut committed = Duration::ZERO;
-            while timed.keep_time(&mut committed) {
-                fiber::pause(Wait::Until(sim.now_us() + tick));
+            while !ending.load(Ordering::Acquire) && timed.keep_time(&mut committed) {
+                let beat = if timed.is_local() {
+                    QUIET_BEAT_US
+                } else {
+                    u64::try_from(Mover::<()>::TICK.as_micros()).unwrap_or(1)
+                };
+                fiber::pause(Wait::Until(sim.now_us() + beat));
             }
         };
-        self.sim.spawn("tick", Box::new(tick));
+        self.thread("tick", tick);
         let moved = Arc::clone(volume);
-        self.sim.spawn("move", Box::new(move || moved.keep_move()));
-    }
-}
-
-struct Opening {
-    sim: Arc<Sim>,
-    dir: SimDirectory,
-    memory: SimMemory,
-    store: Arc<Disk>,
-    geometry: Geometry,
-    config: ExportConfig,
-    source: Arc<Mutex<Option<Arc<PairSource>>>>,
-    has_told: Arc<AtomicBool>,
-    wanted: Wanted,
-    log_limit: u64,
-    began_us: u64,
-}
-
-impl Opening {
-    fn parts(&self, state: StateDir, had_source: bool) -> Parts<'_> {
-        Parts {
-            config: &self.config,
-            geometry: self.geometry,
-            store: Arc::clone(&self.store) as Arc<dyn Store>,
-            state: Some(state),
-            had_source,
-            clock: self.clock(),
-            heat_place: None,
-            make_state: None,
-        }
+        self.thread("move", move || moved.keep_move());
     }
 
-    /// The time of a process begins with it.
-    fn clock(&self) -> Arc<dyn Fn() -> Duration + Send + Sync> {
-        let (sim, began) = (Arc::clone(&self.sim), self.began_us);
-        Arc::new(move || Duration::from_micros(sim.now_us() - began))
-    }
-
-    fn end(&self, ticket: Arc<Ticket>) -> End {
-        End {
-            net: Arc::clone(&self.wanted.net),
-            to: self.wanted.to,
-            here: Arc::clone(&self.sim),
-            there: Arc::clone(&self.wanted.there),
-            ticket,
-        }
-    }
-
-    /// As the product opens: by what the durable state says.
-    fn run(&self) -> Result<Stage, StateError> {
-        let mut state = StateDir::open_in(Box::new(self.dir.clone()), None)?;
-        state.limit_log(self.log_limit);
-        let identity = state.identity().clone();
-        let stance = match identity.life {
-            Life::GivenUp => {
-                state.confirm()?;
-                self.say_that_it_was_given_up(&identity);
-                return Ok(Stage::GivenUp);
-            }
-            Life::Local => {
-                open_complete_in(&mut state, &self.memory)?;
-                let had_source = !identity.source_uri.is_empty();
-                return Ok(Stage::Opened(self.parts(state, had_source).plain()));
-            }
-            Life::Standby => Stance::Standby,
-            Life::Arriving => Stance::Arriving,
+    /// Begins one that the end in good order waits for.
+    fn thread(&self, name: &'static str, body: impl FnOnce() + Send + 'static) {
+        let ending = Arc::clone(&self.ending);
+        let run = move || {
+            body();
+            drop(ending);
         };
-        let ticket = Ticket::new(identity.volume_id, None, stance, true);
-        let end = self.end(Arc::clone(&ticket));
-        let source = PairSource::new(end.clone(), self.geometry.size_bytes());
-        *self.source.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&source));
-        let draw = self.sim.chance(|rng| [rng.any(), rng.any()]);
-        let mut incarnation = [0; 16];
-        incarnation[..8].copy_from_slice(&draw[0].to_le_bytes());
-        incarnation[8..].copy_from_slice(&draw[1].to_le_bytes());
-        let witnesses = state.witnesses(draw[0])?;
-        let mut sync = || self.store.sync();
-        let OpenedMap {
-            residency,
-            state,
-            live,
-            ..
-        } = open_map_in(state, &self.memory, incarnation, &mut sync)?;
-        let wanted = &self.wanted.source;
-        let arrival = Arrival::new(ticket, SimLink::new(end), wanted, self.geometry);
-        let moving = Moving {
-            arrival: Some(arrival),
-            wanted,
-            source,
-            residency,
-            witnesses,
-            at_completion: Box::new(|| ()),
-            at_release: Box::new(move || live.remove()),
-        };
-        Ok(Stage::Opened(self.parts(state, true).moving(moving)))
+        self.sim.spawn(name, Box::new(run));
     }
 
-    /// What a start does that refuses to serve, again and again until it has been heard.
-    fn say_that_it_was_given_up(&self, identity: &Identity) {
-        let id = identity.volume_id;
-        let ticket = Ticket::new(id, None, Stance::Standby, true);
-        let (link, sim) = (SimLink::new(self.end(ticket)), Arc::clone(&self.sim));
-        let has_told = Arc::clone(&self.has_told);
-        let say = move || {
-            while let Err(error) = link.tell(&Tell::Abort { id }, Duration::from_secs(5)) {
-                // It has moved on by another move, or has it in writing.
-                if error.kind == SourceErrorKind::Untrusted {
-                    break;
-                }
-                fiber::pause(Wait::Until(sim.now_us() + TELL_AFTER_US));
-            }
-            has_told.store(true, Ordering::Release);
+    /// Whether its state says that all of the disk is here.
+    pub fn was_whole(&self) -> bool {
+        let identity = self.dir.peek("volume");
+        let identity = identity.and_then(|content| Identity::decode(&content).ok());
+        identity.is_some_and(|identity| identity.life == Life::Local)
+    }
+
+    /// Whether nobody but the process itself is at its volume.
+    pub fn is_quiet(&self) -> bool {
+        let own = |fiber: &Fiber| ["commit", "tick", "move", "keeper"].contains(&fiber.name);
+        self.volume.is_some() && self.fibers.iter().all(own)
+    }
+
+    /// The daemon is stopped in good order: makes everything durable, and says so.
+    pub fn close(&mut self) {
+        let Some(volume) = self.volume.take() else {
+            return;
         };
-        self.sim.spawn("says", Box::new(say));
+        let (memory, stage) = (self.memory.clone(), Arc::clone(&self.stage));
+        let ending = Arc::clone(&self.ending);
+        self.closing = Some(Arc::clone(&volume));
+        ending.store(true, Ordering::Release);
+        let close = move || {
+            volume.stop();
+            // Its own, and this site's.
+            while Arc::strong_count(&ending) > 2 {
+                fiber::pause(Wait::Others);
+            }
+            if volume.settle().is_ok() {
+                // Only now: while it is there, it is what a restart believes.
+                memory.remove();
+            }
+            *stage.lock().unwrap_or_else(PoisonError::into_inner) = Stage::Closed;
+        };
+        self.sim.spawn("close", Box::new(close));
     }
 }
