@@ -21,6 +21,8 @@ const GO: u32 = 7;
 /// NBD_REP_ACK.
 const ACK: u32 = 1;
 const FRAME_MAGIC: &[u8] = b"HKF5";
+/// What comes before the digits of a frame that is said while hands are shaken.
+const OPENING: &[u8] = b"x-hikkoshi:opening-5:";
 const FRAME_HEADER: usize = 40;
 const TELL: u8 = 0x10;
 const TOLD: u8 = 0x90;
@@ -344,6 +346,19 @@ enum Next {
     Raw,
 }
 
+/// What is said within an option: a metadata context that holds a frame, in hexadecimal.
+fn opening(option: &[u8]) -> Option<What> {
+    let at = option
+        .windows(OPENING.len())
+        .position(|name| name == OPENING)?;
+    // Behind the frame's header.
+    let digits = option
+        .get(at + OPENING.len() + 2 * FRAME_HEADER..)?
+        .get(..2)?;
+    let message = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16);
+    message.ok().map(What::Message)
+}
+
 /// Cuts a stream into what belongs together.
 struct Units {
     way: Way,
@@ -367,7 +382,10 @@ impl Units {
                 };
                 Some((What::Other, exactly(from, len)?))
             }
-            Next::Option => Some((What::Other, self.option(from)?)),
+            Next::Option => {
+                let bytes = self.option(from)?;
+                Some((opening(&bytes).unwrap_or(What::Other), bytes))
+            }
             Next::Frame => self.frame(from),
             Next::Raw => {
                 let mut bytes = vec![0; 65536];
