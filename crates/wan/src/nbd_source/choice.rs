@@ -22,7 +22,7 @@ const NEAR_BYTES: u64 = 512 << 10;
 /// Since when nobody has demanded anything.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
-    /// The last demand. Before the first one nobody may be here, and bulk is to get going.
+    /// The last demand, or the first bulk if there was none before.
     since: Option<Instant>,
 }
 
@@ -33,8 +33,8 @@ impl Quiet {
             self.since = Some(now);
             return false;
         }
-        let quiet = |since| now.saturating_duration_since(since) >= LEND_AFTER;
-        self.since.is_none_or(quiet)
+        let since = *self.since.get_or_insert(now);
+        now.saturating_duration_since(since) >= LEND_AFTER
     }
 }
 
@@ -75,8 +75,9 @@ mod tests {
     fn a_connection_is_lent_after_a_quiet_time_and_taken_back_at_once() {
         let (mut quiet, start) = (Quiet::default(), Instant::now());
         let ms = |n| start + Duration::from_millis(n);
-        assert!(quiet.note(Lane::Bulk, ms(0)));
-        assert!(quiet.note(Lane::Ahead, ms(1)));
+        assert!(!quiet.note(Lane::Bulk, ms(0)));
+        assert!(!quiet.note(Lane::Ahead, ms(499)));
+        assert!(quiet.note(Lane::Bulk, ms(500)));
         assert!(!quiet.note(Lane::Demand, ms(600)));
         assert!(!quiet.note(Lane::Bulk, ms(700)));
         assert!(!quiet.note(Lane::Rest, ms(1099)));
