@@ -67,13 +67,11 @@ impl<W> Mover<W> {
         if !matches!(self.phase, Phase::HandingOver | Phase::Arriving) {
             return;
         }
-        if residency.missing_blocks() == 0 && self.phase == Phase::HandingOver {
-            return;
-        }
         if residency.missing_blocks() == 0 {
             // Readers whose blocks a guest's writes completed need no fetch any more; those that
             // are under way still land and wake them.
-            if self.waiters.is_empty() && !self.flights.any_zeroing() {
+            let over = self.phase == Phase::Arriving && self.waiters.is_empty();
+            if over && !self.flights.any_zeroing() {
                 self.phase = Phase::Complete;
                 out.push(Action::Complete);
             }
