@@ -208,6 +208,12 @@ pub fn bytes_in(rate: u64, time: Duration) -> u64 {
     u64::try_from(u128::from(rate) * time.as_nanos() / 1_000_000_000).unwrap_or(u64::MAX)
 }
 
+/// How long so many bytes take at `rate` bytes per second: for ever, nearly, where that is not known.
+pub fn time_of(bytes: u64, rate: u64) -> Duration {
+    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;

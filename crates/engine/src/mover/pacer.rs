@@ -241,7 +241,7 @@ mod tests {
     use std::collections::VecDeque;
 
     use super::*;
-    use crate::window::MIN_WINDOW_BYTES;
+    use crate::window::{MIN_WINDOW_BYTES, time_of};
 
     /// A link that carries one chunk after the other, and a source that always has something.
     struct Link {
@@ -296,10 +296,6 @@ mod tests {
             free_at: Duration::ZERO,
             packed_16th: 16,
         }
-    }
-
-    fn time_of(bytes: u64, rate: u64) -> Duration {
-        Duration::from_nanos(bytes * 1_000_000_000 / rate)
     }
 
     /// From 10 to 200 ms, from 20 Mbit/s to 1 Gbit/s: the link is full and the queue short.

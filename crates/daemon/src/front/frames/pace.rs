@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use hikkoshi_engine::window::{MIN_ROUND, Round, Window, bytes_in};
+use hikkoshi_engine::window::{MIN_ROUND, Round, Window, bytes_in, time_of};
 use hikkoshi_wan::transport::limits;
 use socket2::Socket;
 
@@ -160,11 +160,6 @@ impl Pace {
     }
 }
 
-/// How long so many bytes take at a rate, in bytes per second.
-fn time_of(bytes: u64, rate: u64) -> Duration {
-    Duration::from_micros(bytes.saturating_mul(1_000_000) / rate.max(1))
-}
-
 impl Drop for Pace {
     fn drop(&mut self) {
         let mut state = lock(&self.path.state);
@@ -293,19 +288,28 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::io::{ErrorKind, Read, Write};
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
+
+    use socket2::{Domain, Type};
 
     use super::*;
+
+    /// A path is that to the host of the client, and whoever tests at the same time is not to be on it.
+    fn connect_from(host: [u8; 4], to: &TcpListener) -> TcpStream {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from((host, 0)).into()).unwrap();
+        socket.connect(&to.local_addr().unwrap().into()).unwrap();
+        socket.into()
+    }
 
     /// Over a socket of which nothing is read and acknowledged, more is admitted until the window is full,
     /// by one connection for all; what is acknowledged makes room again.
     #[test]
     fn what_is_unacknowledged_over_all_connections_is_bounded() {
-        // An address that no other test connects to.
-        let listener = TcpListener::bind("127.77.0.1:0").unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut ends: Vec<(TcpStream, TcpStream, Pace)> = (0..2)
             .map(|_| {
-                let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let here = connect_from([127, 77, 0, 1], &listener);
                 let (there, _) = listener.accept().unwrap();
                 // The one that serves is the one that sends.
                 there.set_nonblocking(true).unwrap();
@@ -354,10 +358,10 @@ mod tests {
     /// However many look at the same moment, no more is admitted than fits; and more connections look less often.
     #[test]
     fn many_connections_are_admitted_what_one_would_be() {
-        let listener = TcpListener::bind("127.77.0.2:0").unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ends: Vec<(TcpStream, Pace)> = (0..20)
             .map(|_| {
-                let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                let here = connect_from([127, 77, 0, 2], &listener);
                 let (there, _) = listener.accept().unwrap();
                 (here, Pace::of(&Socket::from(there)).unwrap())
             })
