@@ -2,7 +2,6 @@
 //! said what changed, and of that nothing but what did not.
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,9 +18,9 @@ use hikkoshi_wan::{MemorySource, MoveLink, Source, SourceError, SourceErrorKind,
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
 use super::relocation::ReadEnd;
-use super::tests::{DISK, original, words};
+use super::tests::{DISK, config, original, words};
 use super::{Volume, lock};
-use crate::config::{Engine, ExportConfig, HandoffPolicy, SourceConfig, Transport};
+use crate::config::HandoffPolicy;
 use crate::status::LifeState;
 
 const BLOCK: u64 = 4096;
@@ -93,21 +92,8 @@ impl Start {
         };
         let dir = Box::new(MemoryDirectory::default());
         let state = StateDir::create_in(dir, identity, None).unwrap();
-        let wanted = SourceConfig {
-            handoff: HandoffPolicy::Now,
-            ..SourceConfig::new("memory")
-        };
-        let config = ExportConfig {
-            name: String::new(),
-            image: PathBuf::from("memory"),
-            state_dir: None,
-            block_bytes: 4096,
-            read_only: false,
-            engine: Engine::Auto,
-            transport: Transport::Auto,
-            compress: crate::config::Packing::Auto,
-            source: Some(wanted.clone()),
-        };
+        let config = config(HandoffPolicy::Now);
+        let wanted = config.source.clone().unwrap();
         let ticket = Ticket::new([1; 16], None, Stance::Standby, true);
         ticket.was_told(attached(epoch));
         let script = Arc::new(Script::default());

@@ -136,7 +136,7 @@ pub(super) struct World {
     pub(super) granularity: Option<u32>,
 }
 
-fn config(handoff: HandoffPolicy) -> ExportConfig {
+pub(super) fn config(handoff: HandoffPolicy) -> ExportConfig {
     ExportConfig {
         name: String::new(),
         image: PathBuf::from("memory"),
