@@ -6,11 +6,12 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+use crate::behind::{Behind, OpenFile};
 use crate::extent_cache::ExtentCache;
 use crate::image::{Image, Medium};
 use crate::live;
@@ -32,8 +33,18 @@ pub struct FileStore {
     zeroer: Zeroer,
     gate: SyncGate,
     /// Left by a failed sync, for the process after this one.
-    mark: MarkFile,
+    mark: Arc<MarkFile>,
+    behind: Mutex<WriteBehind>,
     extents: ExtentCache,
+}
+
+/// What brings to the medium what was written behind.
+enum WriteBehind {
+    /// Nothing was yet.
+    Unused,
+    /// There is nothing to it, or it cannot be done.
+    None,
+    On(Arc<Behind>),
 }
 
 #[derive(Clone, Copy)]
@@ -81,7 +92,8 @@ impl FileStore {
             created,
             zeroer: Zeroer::new(logical_block_bytes),
             gate: SyncGate::default(),
-            mark: MarkFile::new(&live::default_dir(), identity),
+            mark: Arc::new(MarkFile::new(&live::default_dir(), identity)),
+            behind: Mutex::new(WriteBehind::Unused),
             extents,
         };
         tracing::debug!(image = %path.display(), engine = store.engine_name(), created, "image open");
@@ -117,7 +129,25 @@ impl FileStore {
 
     /// One sync at a time; one that fails is the last, and leaves the mark.
     pub(crate) fn run_sync(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        self.gate.run(|| suspect::guarded(&self.mark, sync))
+        self.gate.run(|| suspect::guarded(&*self.mark, sync))
+    }
+
+    fn write_behind_of(&self) -> Option<Arc<Behind>> {
+        let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*behind, WriteBehind::Unused) {
+            let wanted = self.image.medium != Medium::RegularInMemory;
+            let opened = wanted.then(|| OpenFile::of(&self.image.file));
+            *behind = match opened.and_then(Result::ok) {
+                Some(file) => {
+                    WriteBehind::On(Behind::new(Box::new(file), Arc::clone(&self.mark) as _))
+                }
+                None => WriteBehind::None,
+            };
+        }
+        match &*behind {
+            WriteBehind::On(behind) => Some(Arc::clone(behind)),
+            WriteBehind::Unused | WriteBehind::None => None,
+        }
     }
 
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -206,6 +236,19 @@ impl Store for FileStore {
         self.image.write_all(offset, data)
     }
 
+    fn write_behind(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(offset, data)?;
+        if let Some(behind) = self.write_behind_of() {
+            behind.wrote(offset..offset + len_u64(data.len()));
+        }
+        Ok(())
+    }
+
+    fn is_far_behind(&self) -> bool {
+        let behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(&*behind, WriteBehind::On(behind) if behind.is_far())
+    }
+
     fn write_zeroes(&self, offset: u64, len: u64, mode: ZeroMode) -> io::Result<()> {
         self.check(offset, len)?;
         self.check_writable()?;
@@ -228,7 +271,9 @@ impl Store for FileStore {
     }
 
     fn let_go(&self) -> io::Result<()> {
-        self.image.let_go()
+        self.image.let_go()?;
+        *self.behind.lock().unwrap_or_else(PoisonError::into_inner) = WriteBehind::None;
+        Ok(())
     }
 
     fn modified(&self) -> io::Result<Option<i64>> {

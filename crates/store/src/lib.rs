@@ -3,6 +3,7 @@
 //! [`Store`] is the seam: bytes at offsets, with holes and a way to make them durable. It knows
 //! nothing of sources or residency.
 
+mod behind;
 mod blockdev;
 mod extent_cache;
 mod faulty;
@@ -115,6 +116,20 @@ pub trait Store: Send + Sync + 'static {
     /// # Errors
     /// The error of the medium.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// The same for what nobody has asked for yet: it is brought to the medium soon, so that a sync finds
+    /// little of it to write. It is no more durable than what is written otherwise.
+    ///
+    /// # Errors
+    /// The error of the medium.
+    fn write_behind(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(offset, data)
+    }
+
+    /// Whether the medium is so far behind that [`Store::write_behind`] should rest for a while.
+    fn is_far_behind(&self) -> bool {
+        false
+    }
 
     /// Makes a range read as zeroes.
     ///

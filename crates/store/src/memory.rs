@@ -39,6 +39,7 @@ pub struct MemoryStore {
 #[derive(Debug, Default)]
 struct State {
     full: bool,
+    far_behind: bool,
     /// What a read sees.
     now: Vec<u8>,
     /// What is on the medium for sure.
@@ -145,6 +146,11 @@ impl MemoryStore {
     /// Whether the medium has no space left: writes into holes fail, those over data do not.
     pub fn set_full(&self, full: bool) {
         self.write_lock().full = full;
+    }
+
+    /// Whether what is written behind should rest.
+    pub fn set_far_behind(&self, far: bool) {
+        self.write_lock().far_behind = far;
     }
 
     /// Writes that no sync has covered yet.
@@ -338,6 +344,10 @@ impl Store for MemoryStore {
             data: Data::Bytes(data.into()),
         });
         Ok(())
+    }
+
+    fn is_far_behind(&self) -> bool {
+        self.write_lock().far_behind
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, mode: ZeroMode) -> io::Result<()> {

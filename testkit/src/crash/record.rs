@@ -307,6 +307,8 @@ fn parse(text: &str, outcome: &str, root: &Path) -> Result<Option<Change>> {
         },
         // Killed on its way into a call, before anybody could see which: it was not made.
         "???" if outcome.starts_with('?') => return Ok(None),
+        // It begins or awaits what the kernel would write anyway, and promises nothing of it.
+        "sync_file_range" => return Ok(None),
         // From an image to a socket; sockets are no business of ours.
         "sendfile" | "writev" if word(0)?.descriptor().is_none() => return Ok(None),
         other => bail!("a call that nobody thought of: {other}"),

@@ -602,6 +602,7 @@ impl Volume {
             let now = self.now();
             while now >= state.rests_until
                 && !paused
+                && !relocation.is_store_behind()
                 && state.precopy.in_flight() < MAX_COPIES
                 && let Some(wanted) = state.precopy.next_paced(now)
             {
@@ -768,7 +769,7 @@ impl Volume {
                     let len = piece.len() as u64;
                     self.store.write_zeroes(offset, len, ZeroMode::MayPunch)?;
                 } else {
-                    self.store.write(offset, piece)?;
+                    self.store.write_behind(offset, piece)?;
                 }
             }
             Ok(())

@@ -110,3 +110,40 @@ fn a_handoff_and_a_completion_without_space_wait() {
     world.volume.complete().unwrap();
     world.finish();
 }
+
+/// Guests' flushes would wait for all that the disk has still before it.
+#[test]
+fn the_background_waits_for_a_disk_that_is_behind_and_guests_do_not() {
+    let mut world = World::new(None, HandoffPolicy::FirstWrite);
+    let said = |world: &World| {
+        let notes = world.volume.status().notes;
+        notes.iter().any(|note| note.contains("copying waits"))
+    };
+    assert!(!said(&world));
+    world.store.set_far_behind(true);
+    world.pass_time(20);
+    world.write(0, &[1; 4096]);
+    let before = world.source.counters().read_bytes;
+    for _ in 0..100 {
+        world.pass_time(20);
+        answer_all(&mut world);
+    }
+    assert_eq!(world.source.counters().read_bytes, before);
+    assert!(said(&world));
+    let missing = world.relocation().map(|r| r.residency.missing_bytes());
+    assert!(missing > Some(0), "it was all here before");
+
+    let relocation = world.relocation().unwrap();
+    let absent = relocation
+        .residency
+        .next_missing(0, world.geometry.blocks())
+        .unwrap();
+    world.read(absent.start * 4096, 4096);
+    answer_all(&mut world);
+    assert!(world.waiting.is_empty(), "a guest waits for it, too");
+
+    world.store.set_far_behind(false);
+    world.pass_time(6000);
+    assert!(!said(&world));
+    world.finish();
+}

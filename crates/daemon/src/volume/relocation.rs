@@ -106,6 +106,12 @@ impl Traffic {
     }
 }
 
+/// No time.
+const NEVER: u64 = u64::MAX;
+
+/// The copy waits for a slow medium for moments at a time: for so long it is told that it does.
+const BEHIND_FOR: Duration = Duration::from_secs(5);
+
 /// A volume's move, while it lasts.
 pub struct Relocation {
     pub(super) geometry: Geometry,
@@ -129,6 +135,8 @@ pub struct Relocation {
     pub(super) trouble: Mutex<Option<SourceError>>,
     pub(super) retired: AtomicBool,
     pub(super) early: Early,
+    /// When the image's medium had too much to write last, or [`NEVER`].
+    behind_at_ms: AtomicU64,
 }
 
 impl Relocation {
@@ -157,6 +165,7 @@ impl Relocation {
             trouble: Mutex::new(None),
             retired: AtomicBool::new(false),
             early: Early::default(),
+            behind_at_ms: AtomicU64::new(NEVER),
         }
     }
 
@@ -294,7 +303,28 @@ impl Relocation {
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
-        self.drive(|m, now, out| m.tick(now, &self.residency, out));
+        let behind = self.is_store_behind();
+        self.drive(|m, now, out| {
+            m.store_is_behind(behind);
+            m.tick(now, &self.residency, out);
+        });
+    }
+
+    /// Whether the image's medium has more to write than is good for whoever flushes.
+    pub(super) fn is_store_behind(&self) -> bool {
+        let behind = self.store.is_far_behind();
+        if behind {
+            let ms = u64::try_from((self.clock)().as_millis()).unwrap_or(u64::MAX);
+            self.behind_at_ms.store(ms, Ordering::Relaxed);
+        }
+        behind
+    }
+
+    /// Whether that was so a short while ago.
+    pub(super) fn was_store_behind(&self) -> bool {
+        let at = self.behind_at_ms.load(Ordering::Relaxed);
+        let at = (at != NEVER).then(|| Duration::from_millis(at));
+        at.is_some_and(|at| (self.clock)().saturating_sub(at) < BEHIND_FOR)
     }
 
     /// Worked off in a queue and not by recursion: installing zeroes lands at once and brings
@@ -476,7 +506,11 @@ impl Relocation {
             Ok(whole) => {
                 let mut actions = Vec::new();
                 let (now, wire_bytes) = ((self.clock)(), fetched.wire_bytes);
-                lock(&self.mover).landed(now, flight, wire_bytes, &self.residency, &mut actions);
+                let behind = self.is_store_behind();
+                let mut mover = lock(&self.mover);
+                mover.store_is_behind(behind);
+                mover.landed(now, flight, wire_bytes, &self.residency, &mut actions);
+                drop(mover);
                 if whole {
                     self.answer_from(fetched, &mut actions);
                 }
@@ -683,7 +717,7 @@ impl Relocation {
                     .zero_bytes_skipped
                     .fetch_add(hole_bytes_within(fetched, offset, len), Ordering::Relaxed);
             } else {
-                self.store.write(offset, piece)?;
+                self.store.write_behind(offset, piece)?;
             }
         }
         crash_point!("install.written");

@@ -138,6 +138,13 @@ impl Volume {
                 "the source is {what} (for {down_s} s); reads of what is not here {fate}"
             ));
         }
+        if relocation.was_store_behind() {
+            notes.push(
+                "more comes over the link than the image's disk takes: copying waits for it, so that \
+                 flushes need not"
+                    .to_owned(),
+            );
+        }
         notes.extend(self.verify_note());
         notes.extend(self.seed_note());
         if let Some(trouble) = lock(&relocation.trouble).as_ref() {

@@ -128,7 +128,8 @@ impl<W> Mover<W> {
     fn pump_bulk(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         let chunk = self.blocks_in(self.pacer.chunk_bytes());
         loop {
-            if self.must_rest(now) || !self.pacer.may_send() || !self.bucket.has_room(now) {
+            let rests = self.must_rest(now) || self.store_is_behind;
+            if rests || !self.pacer.may_send() || !self.bucket.has_room(now) {
                 return;
             }
             let Some((range, turn)) = self.next_bulk(now, chunk, residency) else {

@@ -229,6 +229,8 @@ pub struct Mover<W> {
     /// The local store could not take a fetch: until when nothing is fetched that nobody waits
     /// for. After that a single fetch tries it, and only when it lands do others follow.
     store_rests_until: Option<Duration>,
+    /// The local medium has more to write than is good for whoever flushes.
+    store_is_behind: bool,
     /// What the background copy leaves alone because a seed image may have it.
     seeds: Option<Seeds>,
 }
@@ -254,6 +256,7 @@ impl<W> Mover<W> {
             rests: BTreeSet::new(),
             refused: Vec::new(),
             store_rests_until: None,
+            store_is_behind: false,
             seeds: None,
         }
     }
@@ -303,6 +306,12 @@ impl<W> Mover<W> {
     /// Whether the background rests because the local store could not take what was fetched.
     pub fn store_rests(&self) -> bool {
         self.store_rests_until.is_some()
+    }
+
+    /// Whether the local medium has so much to write that the background copy is to wait for it. To be
+    /// told before time passes and before something lands.
+    pub fn store_is_behind(&mut self, behind: bool) {
+        self.store_is_behind = behind;
     }
 
     /// Since when the source is away, while it is.

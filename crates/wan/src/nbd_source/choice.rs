@@ -11,6 +11,11 @@ use crate::source::Lane;
 /// Longer than a guest thinks between two reads of a boot, across a long link.
 const LEND_AFTER: Duration = Duration::from_millis(500);
 
+/// From this round trip on it may, before anybody has demanded anything. There TCP takes seconds to begin, and a
+/// connection that begins later is missed for as long; over a shorter way one more that begins at once
+/// only overruns the queue in front of the path, and all lose packets.
+const FAR: Duration = Duration::from_millis(150);
+
 /// What a connection of which nothing is known is taken to bring, bytes per second: the beginning of
 /// TCP's slow start over a long way.
 const LEAST_PACE: u64 = 64 << 10;
@@ -22,16 +27,28 @@ const NEAR_BYTES: u64 = 512 << 10;
 /// Since when nobody has demanded anything.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
-    /// The last demand, or the first bulk if there was none before.
+    /// The last demand. Before the first: when bulk began, or over a long way nothing.
     since: Option<Instant>,
+    is_far: bool,
 }
 
 impl Quiet {
+    /// For a source that is so far away.
+    pub fn across(round_trip: Duration) -> Self {
+        Self {
+            since: None,
+            is_far: round_trip >= FAR,
+        }
+    }
+
     /// Takes note of a request, and tells whether it is bulk that has gone on alone for a while.
     pub fn note(&mut self, lane: Lane, now: Instant) -> bool {
         if lane.is_urgent() {
             self.since = Some(now);
             return false;
+        }
+        if self.since.is_none() && self.is_far {
+            return true;
         }
         let since = *self.since.get_or_insert(now);
         now.saturating_duration_since(since) >= LEND_AFTER
@@ -83,6 +100,19 @@ mod tests {
         assert!(!quiet.note(Lane::Rest, ms(1099)));
         assert!(!quiet.note(Lane::Late, ms(1598)));
         assert!(quiet.note(Lane::Late, ms(1599)));
+    }
+
+    #[test]
+    fn over_a_long_way_it_is_lent_until_the_first_demand() {
+        let (mut quiet, start) = (Quiet::across(FAR), Instant::now());
+        let ms = |n| start + Duration::from_millis(n);
+        assert!(quiet.note(Lane::Bulk, ms(0)));
+        assert!(quiet.note(Lane::Ahead, ms(1)));
+        assert!(!quiet.note(Lane::Demand, ms(2)));
+        assert!(!quiet.note(Lane::Bulk, ms(501)));
+        assert!(quiet.note(Lane::Bulk, ms(502)));
+        let mut near = Quiet::across(FAR - Duration::from_millis(1));
+        assert!(!near.note(Lane::Bulk, ms(0)));
     }
 
     const PIECE: u64 = 64 << 10;

@@ -120,8 +120,9 @@ fn stand(
         Turn::Beside => announce(&dialed, &shared.config),
     };
     let outcome = outcome.and_then(|attaching| {
+        let round_trip = dialed.round_trip;
         let fresh = dialed.into_line(&shared.config, attaching);
-        match shared.install(slot, &fresh) {
+        match shared.install(slot, &fresh, round_trip) {
             Installed::Yes => Ok(Some(fresh)),
             Installed::Closed => Ok(None),
             Installed::Differs(error) => Err(error),
