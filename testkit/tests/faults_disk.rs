@@ -249,3 +249,43 @@ fn a_sync_of_a_plain_image_fails_once() {
     assert_eq!(here.event_kinds().unwrap(), ["opened"]);
     here.stop().unwrap();
 }
+
+/// What is copied is brought to the disk before anybody flushes, and that fails. The kernel may tell nobody
+/// else of it: a flush behind that would find nothing to do, and succeed.
+#[test]
+fn what_is_copied_does_not_get_to_the_disk() {
+    // In memory there would be nothing to bring anywhere.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = serve_old(dir.path(), 40 * MIB);
+    let image = dir.path().join("new.img");
+    let uri = source.uri();
+    let extra = ["--from", &uri, "--handoff", "now", "--max-rate", "1MB/s"];
+    let here = Daemon::start(dir.path(), "new", &image, &extra).unwrap();
+    let mut client = here.client().unwrap();
+    client.write(0, &content(NEW, 0, 8192)).unwrap();
+    client.flush().unwrap();
+    let log = dir.path().join("strace.log");
+    let failing = Injection::start(here.pid(), "sync_file_range:error=EIO", None, &log).unwrap();
+    here.command(&["limit", "none"]).unwrap();
+    // Nobody need flush.
+    here.wait_event("poisoned").unwrap();
+    assert_eq!(client.try_flush().unwrap(), Answer::EIO);
+    failing.end().unwrap();
+    assert_eq!(client.try_flush().unwrap(), Answer::EIO);
+    here.signal(rustix::process::Signal::KILL).unwrap();
+    drop((client, here));
+
+    let here = Daemon::start(dir.path(), "new", &image, &["--from", &uri]).unwrap();
+    here.wait_event("rewritten").unwrap();
+    here.command(&["wait", "--timeout", "100s"]).unwrap();
+    let mut client = here.client().unwrap();
+    assert!(
+        client.read(0, 8192).unwrap() == content(NEW, 0, 8192),
+        "flushed bytes are lost"
+    );
+    for at in (8192..40 * MIB).step_by(1 << 20) {
+        assert!(client.read(at, BLOCK).unwrap() == content(OLD, at, BLOCK.into()));
+    }
+    client.flush().unwrap();
+    here.stop().unwrap();
+}

@@ -5,21 +5,28 @@
 //! a guest's flush would wait for all of it. So the kernel is asked to begin with it at once, a batch at a
 //! time, and whoever writes more is told when it has too much still before it.
 //!
-//! Nothing here makes anything durable: only a sync does. It has an open file of its own, because the kernel
-//! tells of a failed write once per open file, and the sync must be told.
+//! Nothing here makes anything durable: only a sync does. But the kernel may tell here, and nowhere else, that
+//! something is lost. So what it is asked goes through the gate of the syncs, and where it fails it leaves the mark
+//! and ends the use of the image as a sync does. Waiting is done on an open file of its own, because the kernel
+//! tells once per open file of what it could not write, and the sync must be told.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::pool::Pool;
 use crate::suspect::{self, Mark};
+use crate::sync_gate::SyncGate;
 
 /// Begun together, or more: enough to keep a medium busy, and soon written.
 const BATCH_BYTES: u64 = 2 << 20;
+
+/// Begun in one call: while the kernel finds a place for it others wait, guests' writes for the file's
+/// records and a sync for its turn.
+const PIECE_BYTES: u64 = 256 << 10;
 
 /// Whoever writes further ahead of the medium than it takes in this time is to wait: what a flush may
 /// take longer for it.
@@ -33,12 +40,15 @@ const FIRST_BYTES: u64 = 32 << 20;
 /// Over how long it is measured how fast the medium is. It has something to do all the while.
 const ROUND: Duration = Duration::from_millis(250);
 
+/// Guests come first where there are few processors.
+const NICENESS: i32 = 5;
+
 /// What the kernel is asked, of the bytes of an open file.
 pub(crate) trait Kernel: Send + Sync {
     /// To begin to write what is dirty there.
     ///
     /// # Errors
-    /// That of the medium; [`io::ErrorKind::Unsupported`] where it cannot be asked.
+    /// That of the medium. What could not be written may be lost.
     fn begin(&self, bytes: &Range<u64>) -> io::Result<()>;
 
     /// To return once what was begun there is written.
@@ -48,11 +58,21 @@ pub(crate) trait Kernel: Send + Sync {
     fn wait(&self, bytes: &Range<u64>) -> io::Result<()>;
 }
 
+/// What a failure becomes known to.
+#[derive(Clone)]
+pub(crate) struct Witnesses {
+    /// The syncs of the image.
+    pub(crate) gate: Arc<SyncGate>,
+    /// Whoever opens it next.
+    pub(crate) mark: Arc<dyn Mark + Send + Sync>,
+}
+
 /// An image's; see the [module](self).
 pub(crate) struct Behind {
     kernel: Box<dyn Kernel>,
-    mark: Arc<dyn Mark + Send + Sync>,
+    told: Witnesses,
     state: Mutex<State>,
+    changed: Condvar,
 }
 
 #[derive(Debug)]
@@ -64,27 +84,33 @@ struct State {
     begun_bytes: u64,
     /// More than this is too much.
     most_bytes: u64,
-    /// Somebody brings it to the medium.
-    running: bool,
-    /// The file system cannot be asked, or has failed.
+    /// The kernel does it in its own time from here on.
     off: bool,
 }
 
 impl Behind {
-    /// For an open image. `mark`: left where its medium fails.
-    pub(crate) fn new(kernel: Box<dyn Kernel>, mark: Arc<dyn Mark + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self {
+    /// For an open image, with a thread that lives until [`Behind::end`].
+    ///
+    /// # Errors
+    /// The system gives no more threads.
+    pub(crate) fn new(kernel: Box<dyn Kernel>, told: Witnesses) -> io::Result<Arc<Self>> {
+        let behind = Arc::new(Self {
             kernel,
-            mark,
+            told,
             state: Mutex::new(State {
                 noted: Vec::new(),
                 noted_bytes: 0,
                 begun_bytes: 0,
                 most_bytes: FIRST_BYTES,
-                running: false,
                 off: false,
             }),
-        })
+            changed: Condvar::new(),
+        });
+        let bringing = Arc::clone(&behind);
+        thread::Builder::new()
+            .name("write-behind".into())
+            .spawn(move || bringing.bring())?;
+        Ok(behind)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -98,7 +124,7 @@ impl Behind {
     }
 
     /// A range was written.
-    pub(crate) fn wrote(self: &Arc<Self>, written: Range<u64>) {
+    pub(crate) fn wrote(&self, written: Range<u64>) {
         let mut state = self.state();
         if state.off || written.is_empty() {
             return;
@@ -108,63 +134,67 @@ impl Behind {
             Some(last) if last.end == written.start => last.end = written.end,
             _ => state.noted.push(written),
         }
-        if !state.running && state.noted_bytes >= BATCH_BYTES {
-            state.running = true;
+        if state.noted_bytes >= BATCH_BYTES {
             drop(state);
-            let this = Arc::clone(self);
-            Pool::shared().submit(Box::new(move || this.bring()));
+            self.changed.notify_all();
         }
     }
 
-    /// Brings batch after batch to the medium, until less than one is left.
+    /// The kernel does it in its own time from here on.
+    pub(crate) fn end(&self) {
+        let mut state = self.state();
+        state.off = true;
+        state.noted = Vec::new();
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Brings batch after batch to the medium, until the end.
     fn bring(&self) {
+        // For this thread alone; that it fails hurts nobody.
+        let _ = rustix::process::setpriority_process(None, NICENESS);
         let mut begun = Vec::new();
         let (mut since, mut brought) = (Instant::now(), 0);
         while let Some(batch) = self.next_batch(begun.is_empty()) {
-            let asked = || {
-                each(&batch, |range| self.kernel.begin(range))?;
-                each(&begun, |range| self.kernel.wait(range))
-            };
-            let outcome = match asked() {
-                Err(error) if error.kind() == io::ErrorKind::Unsupported => return self.end(),
-                outcome => suspect::guarded(&*self.mark, || outcome),
-            };
+            if begun.is_empty() {
+                (since, brought) = (Instant::now(), 0);
+            }
+            let outcome = batch
+                .iter()
+                .try_for_each(|range| self.begin(range))
+                .and_then(|()| begun.iter().try_for_each(|range| self.wait(range)));
+            if let Err(error) = outcome {
+                tracing::error!("what was copied could not be brought to the medium: {error}");
+                return self.end();
+            }
             let over: u64 = begun.iter().map(|range| range.end - range.start).sum();
             brought += over;
             let elapsed = since.elapsed();
-            let most = (elapsed >= ROUND).then(|| {
+            let most = (elapsed >= ROUND && brought > 0).then(|| {
                 let bytes = u128::from(brought) * MOST_TIME.as_nanos() / elapsed.as_nanos();
                 (since, brought) = (Instant::now(), 0);
                 u64::try_from(bytes).unwrap_or(MOST_BYTES)
             });
             self.brought(over, most);
-            if let Err(error) = outcome {
-                // The next sync is told of it, too, and that ends the use of the image.
-                tracing::debug!("bringing what was copied to the medium failed: {error}");
-                return self.end();
-            }
             begun = batch;
         }
     }
 
-    fn brought(&self, bytes: u64, most: Option<u64>) {
-        let mut state = self.state();
-        state.begun_bytes -= bytes;
-        if let Some(most) = most {
-            state.most_bytes = most.clamp(LEAST_BYTES, MOST_BYTES);
-        }
-    }
-
     /// What is to be begun now, in order; nothing where that is too little and something else is to be waited for.
-    /// `None`: nothing is left to do.
+    /// `None`: the end.
     fn next_batch(&self, none_begun: bool) -> Option<Vec<Range<u64>>> {
         let mut state = self.state();
+        while none_begun && !state.off && state.noted_bytes < BATCH_BYTES {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
         if state.off {
             return None;
         }
         if state.noted_bytes < BATCH_BYTES {
-            state.running = !none_begun;
-            return state.running.then(Vec::new);
+            return Some(Vec::new());
         }
         state.begun_bytes += std::mem::take(&mut state.noted_bytes);
         let mut batch = std::mem::take(&mut state.noted);
@@ -180,11 +210,29 @@ impl Behind {
         Some(batch)
     }
 
-    /// The kernel does it in its own time from here on.
-    fn end(&self) {
+    fn brought(&self, bytes: u64, most: Option<u64>) {
         let mut state = self.state();
-        state.off = true;
-        state.noted = Vec::new();
+        state.begun_bytes -= bytes;
+        if let Some(most) = most {
+            state.most_bytes = most.clamp(LEAST_BYTES, MOST_BYTES);
+        }
+    }
+
+    fn begin(&self, range: &Range<u64>) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min(at + PIECE_BYTES);
+            self.told
+                .gate
+                .begin(|| suspect::guarded(&*self.told.mark, || self.kernel.begin(&(at..end))))?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn wait(&self, range: &Range<u64>) -> io::Result<()> {
+        suspect::guarded(&*self.told.mark, || self.kernel.wait(range))
+            .inspect_err(|error| self.told.gate.fail(error))
     }
 }
 
@@ -195,9 +243,12 @@ impl OpenFile {
     /// Of an open image.
     ///
     /// # Errors
-    /// It cannot be opened once more.
+    /// It cannot be opened once more, or its file system or this kernel cannot be asked.
     pub(crate) fn of(image: &File) -> io::Result<Self> {
-        File::open(format!("/proc/self/fd/{}", image.as_raw_fd())).map(Self)
+        let file = Self(File::open(format!("/proc/self/fd/{}", image.as_raw_fd()))?);
+        // Whether it may be asked at all: nothing is done without a flag. From here on a failure is the medium's.
+        file.ask(&(0..1), 0)?;
+        Ok(file)
     }
 
     fn ask(&self, bytes: &Range<u64>, flags: libc::c_uint) -> io::Result<()> {
@@ -208,14 +259,7 @@ impl OpenFile {
         if outcome == 0 {
             return Ok(());
         }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            // What it can be asked of does not fail so.
-            Some(libc::EINVAL | libc::ENOSYS | libc::ESPIPE | libc::EOPNOTSUPP | libc::EPERM) => {
-                Err(io::ErrorKind::Unsupported.into())
-            }
-            _ => Err(error),
-        }
+        Err(io::Error::last_os_error())
     }
 }
 
@@ -227,18 +271,6 @@ impl Kernel for OpenFile {
     fn wait(&self, bytes: &Range<u64>) -> io::Result<()> {
         self.ask(bytes, libc::SYNC_FILE_RANGE_WAIT_BEFORE)
     }
-}
-
-/// Each of them, also behind one that failed.
-fn each(
-    ranges: &[Range<u64>],
-    mut ask: impl FnMut(&Range<u64>) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut outcome = Ok(());
-    for range in ranges {
-        outcome = outcome.and(ask(range));
-    }
-    outcome
 }
 
 #[cfg(test)]
@@ -253,7 +285,8 @@ mod tests {
     struct Asked {
         begun: Vec<Range<u64>>,
         waited: Vec<Range<u64>>,
-        fails: Option<io::ErrorKind>,
+        begin_fails: bool,
+        wait_fails: bool,
         /// What is begun takes until this is over.
         stuck: bool,
     }
@@ -276,21 +309,24 @@ mod tests {
             drop(self.0.1.wait_while(self.asked(), |asked| !so(asked)));
         }
 
-        fn outcome(asked: &Asked) -> io::Result<()> {
-            asked.fails.map_or(Ok(()), |kind| Err(kind.into()))
+        fn outcome(fails: bool) -> io::Result<()> {
+            match fails {
+                true => Err(io::Error::from_raw_os_error(5)),
+                false => Ok(()),
+            }
         }
     }
 
     impl Kernel for Script {
         fn begin(&self, bytes: &Range<u64>) -> io::Result<()> {
             self.change(|asked| asked.begun.push(bytes.clone()));
-            Self::outcome(&self.asked())
+            Self::outcome(self.asked().begin_fails)
         }
 
         fn wait(&self, bytes: &Range<u64>) -> io::Result<()> {
             self.until(|asked| !asked.stuck);
             self.change(|asked| asked.waited.push(bytes.clone()));
-            Self::outcome(&self.asked())
+            Self::outcome(self.asked().wait_fails)
         }
     }
 
@@ -313,25 +349,67 @@ mod tests {
         }
     }
 
-    fn world() -> (Script, Arc<Raised>, Arc<Behind>) {
-        let (script, mark) = (Script::default(), Arc::new(Raised::default()));
-        let behind = Behind::new(Box::new(script.clone()), Arc::clone(&mark) as _);
-        (script, mark, behind)
+    struct World {
+        script: Script,
+        mark: Arc<Raised>,
+        gate: Arc<SyncGate>,
+        behind: Arc<Behind>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let (script, mark, gate) = (Script::default(), Arc::default(), Arc::default());
+            let told = Witnesses {
+                gate: Arc::clone(&gate),
+                mark: Arc::clone(&mark) as _,
+            };
+            let behind = Behind::new(Box::new(script.clone()), told).unwrap();
+            Self {
+                script,
+                mark,
+                gate,
+                behind,
+            }
+        }
+
+        /// Until what was written is on the medium, but for what is too little to begin.
+        fn rest(&self) {
+            while self.behind.state().begun_bytes > 0
+                || self.behind.state().noted_bytes >= BATCH_BYTES
+            {
+                thread::yield_now();
+            }
+        }
+    }
+
+    impl Drop for World {
+        fn drop(&mut self) {
+            self.script.change(|asked| asked.stuck = false);
+            self.behind.end();
+        }
     }
 
     fn bytes_of(ranges: &[Range<u64>]) -> u64 {
         ranges.iter().map(|range| range.end - range.start).sum()
     }
 
-    fn until_idle(behind: &Behind) {
-        while behind.state().running {
-            std::thread::yield_now();
-        }
+    /// In order, neighbours joined.
+    fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+        let mut ranges = ranges.to_vec();
+        ranges.sort_unstable_by_key(|range| range.start);
+        ranges.dedup_by(|next, range| {
+            let joined = next.start == range.end;
+            if joined {
+                range.end = next.end;
+            }
+            joined
+        });
+        ranges
     }
 
     #[test]
-    fn what_is_written_is_begun_in_order_and_waited_for_once() {
-        let (script, mark, behind) = world();
+    fn what_is_written_is_begun_and_waited_for_once() {
+        let world = World::new();
         let piece = 64 << 10;
         let pieces = 40 * BATCH_BYTES / piece;
         // From both ends of what is written, as it may come.
@@ -341,73 +419,88 @@ mod tests {
             } else {
                 pieces - 1 - n / 2
             };
-            behind.wrote(at * piece..(at + 1) * piece);
-            // A piece that was not written does not count.
-            behind.wrote(0..0);
+            world.behind.wrote(at * piece..(at + 1) * piece);
+            // Nothing was written.
+            world.behind.wrote(0..0);
         }
-        until_idle(&behind);
-        let left = behind.state().noted_bytes;
+        world.rest();
+        let left = world.behind.state().noted_bytes;
         assert!(left < BATCH_BYTES, "{left} bytes are left");
-        let asked = script.asked();
+        let asked = world.script.asked();
+        // No more, so nothing twice: the parts do not overlap.
         assert_eq!(bytes_of(&asked.begun), pieces * piece - left);
-        let sorted = |ranges: &[Range<u64>]| {
-            let mut ranges = ranges.to_vec();
-            ranges.sort_unstable_by_key(|range| range.start);
-            ranges
-        };
-        let begun = sorted(&asked.begun);
-        assert_eq!(begun, sorted(&asked.waited));
-        assert!(begun.windows(2).all(|pair| pair[0].end <= pair[1].start));
-        assert!(asked.begun.len() < 40 * 3, "in {} parts", asked.begun.len());
-        assert!(!mark.is_raised().unwrap());
+        let (begun, waited) = (joined(&asked.begun), joined(&asked.waited));
+        assert_eq!(begun, waited);
+        assert!(begun.windows(2).all(|pair| pair[0].end < pair[1].start));
+        assert!(asked.waited.len() <= 40 * 3, "in {}", asked.waited.len());
+        let longest = asked
+            .begun
+            .iter()
+            .map(|range| range.end - range.start)
+            .max();
+        assert_eq!(longest, Some(PIECE_BYTES));
+        assert!(!world.mark.is_raised().unwrap());
+        world.gate.run(|| Ok(())).unwrap();
     }
 
     #[test]
     fn a_medium_that_is_slow_is_waited_for() {
-        let (script, _, behind) = world();
-        script.change(|asked| asked.stuck = true);
+        let world = World::new();
+        world.script.change(|asked| asked.stuck = true);
         let mut at = 0;
-        while !behind.is_far() {
-            behind.wrote(at..at + BATCH_BYTES);
+        while !world.behind.is_far() {
+            world.behind.wrote(at..at + BATCH_BYTES);
             at += BATCH_BYTES;
             assert!(at <= 2 * MOST_BYTES, "it never is far behind");
         }
         assert!(at > LEAST_BYTES);
-        script.change(|asked| asked.stuck = false);
-        until_idle(&behind);
-        assert!(!behind.is_far());
-        assert_eq!(bytes_of(&script.asked().waited), at);
+        world.script.change(|asked| asked.stuck = false);
+        world.rest();
+        assert!(!world.behind.is_far());
+        assert_eq!(bytes_of(&world.script.asked().waited), at);
+    }
+
+    /// Until the end, of which nobody is told otherwise.
+    fn write_until_it_fails(world: &World) {
+        let mut at = 0;
+        while !world.behind.state().off {
+            world.behind.wrote(at..at + BATCH_BYTES);
+            at += BATCH_BYTES;
+            thread::yield_now();
+        }
+        let told = world.gate.run(|| panic!("a sync that could be believed"));
+        assert_eq!(told.unwrap_err().raw_os_error(), Some(5));
+        assert!(world.mark.is_raised().unwrap());
+        assert!(!world.behind.is_far());
+        world.behind.wrote(0..MOST_BYTES * 2);
+        assert!(!world.behind.is_far(), "somebody is held up");
     }
 
     #[test]
-    fn a_medium_that_fails_leaves_the_mark_and_holds_nobody_up() {
-        let (script, mark, behind) = world();
-        script.change(|asked| asked.fails = Some(io::ErrorKind::StorageFull));
-        for n in 0..100 {
-            behind.wrote(n * BATCH_BYTES..(n + 1) * BATCH_BYTES);
-        }
-        script.until(|asked| !asked.begun.is_empty());
-        while !behind.state().off {
-            std::thread::yield_now();
-        }
-        assert!(mark.is_raised().unwrap());
-        assert!(!behind.is_far());
-        behind.wrote(0..MOST_BYTES * 2);
-        assert!(!behind.is_far());
+    fn what_cannot_begin_fails_the_syncs_and_leaves_the_mark() {
+        let world = World::new();
+        world.script.change(|asked| asked.begin_fails = true);
+        write_until_it_fails(&world);
+        assert_eq!(world.script.asked().begun.len(), 1, "it was tried again");
     }
 
     #[test]
-    fn where_the_kernel_cannot_be_asked_nothing_has_failed() {
-        let (script, mark, behind) = world();
-        script.change(|asked| asked.fails = Some(io::ErrorKind::Unsupported));
-        for n in 0..100 {
-            behind.wrote(n * BATCH_BYTES..(n + 1) * BATCH_BYTES);
+    fn what_is_not_written_fails_the_syncs_and_leaves_the_mark() {
+        let world = World::new();
+        world.script.change(|asked| asked.wait_fails = true);
+        write_until_it_fails(&world);
+        assert_eq!(world.script.asked().waited.len(), 1, "it was tried again");
+    }
+
+    #[test]
+    fn the_thread_ends_with_the_store() {
+        let world = World::new();
+        world.behind.wrote(0..BATCH_BYTES);
+        world.behind.end();
+        while Arc::strong_count(&world.behind) > 1 {
+            thread::yield_now();
         }
-        while !behind.state().off {
-            std::thread::yield_now();
-        }
-        assert!(!mark.is_raised().unwrap());
-        assert!(!behind.is_far());
+        assert!(world.gate.run(|| Ok(())).is_ok());
     }
 
     /// The kernel tells of a failed write once per open file.
@@ -424,7 +517,8 @@ mod tests {
         assert_eq!(rustix::fs::tell(&opened.0).unwrap(), 0, "one open file");
         opened.begin(&(0..1 << 20)).unwrap();
         opened.wait(&(0..1 << 20)).unwrap();
-        let nothing = opened.begin(&(u64::MAX - 1..u64::MAX)).unwrap_err();
-        assert_ne!(nothing.kind(), io::ErrorKind::Unsupported);
+        // A directory's is none, and neither is a pipe's.
+        let (pipe, _) = rustix::pipe::pipe().unwrap();
+        assert!(OpenFile::of(&File::from(pipe)).is_err());
     }
 }

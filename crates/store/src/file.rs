@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::behind::{Behind, OpenFile};
+use crate::behind::{Behind, OpenFile, Witnesses};
 use crate::extent_cache::ExtentCache;
 use crate::image::{Image, Medium};
 use crate::live;
@@ -31,7 +31,7 @@ pub struct FileStore {
     engine: Engine,
     created: bool,
     zeroer: Zeroer,
-    gate: SyncGate,
+    gate: Arc<SyncGate>,
     /// Left by a failed sync, for the process after this one.
     mark: Arc<MarkFile>,
     behind: Mutex<WriteBehind>,
@@ -91,7 +91,7 @@ impl FileStore {
             engine,
             created,
             zeroer: Zeroer::new(logical_block_bytes),
-            gate: SyncGate::default(),
+            gate: Arc::default(),
             mark: Arc::new(MarkFile::new(&live::default_dir(), identity)),
             behind: Mutex::new(WriteBehind::Unused),
             extents,
@@ -132,16 +132,34 @@ impl FileStore {
         self.gate.run(|| suspect::guarded(&*self.mark, sync))
     }
 
+    fn begin_write_behind(&self) -> io::Result<Arc<Behind>> {
+        if self.image.medium == Medium::RegularInMemory {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let file = OpenFile::of(&self.image.file)?;
+        let told = Witnesses {
+            gate: Arc::clone(&self.gate),
+            mark: Arc::clone(&self.mark) as _,
+        };
+        Behind::new(Box::new(file), told)
+    }
+
+    fn end_write_behind(&self) {
+        let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        if let WriteBehind::On(behind) = std::mem::replace(&mut *behind, WriteBehind::None) {
+            behind.end();
+        }
+    }
+
     fn write_behind_of(&self) -> Option<Arc<Behind>> {
         let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(*behind, WriteBehind::Unused) {
-            let wanted = self.image.medium != Medium::RegularInMemory;
-            let opened = wanted.then(|| OpenFile::of(&self.image.file));
-            *behind = match opened.and_then(Result::ok) {
-                Some(file) => {
-                    WriteBehind::On(Behind::new(Box::new(file), Arc::clone(&self.mark) as _))
+            *behind = match self.begin_write_behind() {
+                Ok(begun) => WriteBehind::On(begun),
+                Err(error) => {
+                    tracing::debug!("nothing is written behind: {error}");
+                    WriteBehind::None
                 }
-                None => WriteBehind::None,
             };
         }
         match &*behind {
@@ -160,6 +178,12 @@ impl FileStore {
         } else {
             Ok(())
         }
+    }
+}
+
+impl Drop for FileStore {
+    fn drop(&mut self) {
+        self.end_write_behind();
     }
 }
 
@@ -272,7 +296,7 @@ impl Store for FileStore {
 
     fn let_go(&self) -> io::Result<()> {
         self.image.let_go()?;
-        *self.behind.lock().unwrap_or_else(PoisonError::into_inner) = WriteBehind::None;
+        self.end_write_behind();
         Ok(())
     }
 

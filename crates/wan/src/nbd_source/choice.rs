@@ -15,6 +15,8 @@ const LEND_AFTER: Duration = Duration::from_millis(500);
 /// connection that begins later is missed for as long; over a shorter way one more that begins at once
 /// only overruns the queue in front of the path, and all lose packets.
 const FAR: Duration = Duration::from_millis(150);
+/// No path is as long: connecting took so long because a packet was lost.
+const LOST: Duration = Duration::from_secs(1);
 
 /// What a connection of which nothing is known is taken to bring, bytes per second: the beginning of
 /// TCP's slow start over a long way.
@@ -33,12 +35,9 @@ pub(super) struct Quiet {
 }
 
 impl Quiet {
-    /// For a source that is so far away.
-    pub fn across(round_trip: Duration) -> Self {
-        Self {
-            since: None,
-            is_far: round_trip >= FAR,
-        }
+    /// The source is so far away, as connecting has shown.
+    pub fn across(&mut self, round_trip: Duration) {
+        self.is_far = (FAR..LOST).contains(&round_trip);
     }
 
     /// Takes note of a request, and tells whether it is bulk that has gone on alone for a while.
@@ -104,15 +103,23 @@ mod tests {
 
     #[test]
     fn over_a_long_way_it_is_lent_until_the_first_demand() {
-        let (mut quiet, start) = (Quiet::across(FAR), Instant::now());
+        let (mut quiet, start) = (Quiet::default(), Instant::now());
+        quiet.across(FAR);
         let ms = |n| start + Duration::from_millis(n);
         assert!(quiet.note(Lane::Bulk, ms(0)));
         assert!(quiet.note(Lane::Ahead, ms(1)));
         assert!(!quiet.note(Lane::Demand, ms(2)));
         assert!(!quiet.note(Lane::Bulk, ms(501)));
         assert!(quiet.note(Lane::Bulk, ms(502)));
-        let mut near = Quiet::across(FAR - Duration::from_millis(1));
-        assert!(!near.note(Lane::Bulk, ms(0)));
+        // Connected anew: somebody has demanded something.
+        quiet.across(FAR);
+        assert!(!quiet.note(Lane::Demand, ms(600)));
+        assert!(!quiet.note(Lane::Bulk, ms(601)));
+        for round_trip in [FAR - Duration::from_millis(1), LOST] {
+            let mut near = Quiet::default();
+            near.across(round_trip);
+            assert!(!near.note(Lane::Bulk, ms(0)));
+        }
     }
 
     const PIECE: u64 = 64 << 10;

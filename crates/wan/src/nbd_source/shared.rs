@@ -571,7 +571,7 @@ impl Shared {
         }
         if state.standing == 0 {
             state.info = fresh;
-            state.quiet = Quiet::across(round_trip);
+            state.quiet.across(round_trip);
             state.epoch += 1;
             state.told_differs = false;
             if state.opening.take().is_none() {

@@ -173,7 +173,7 @@ impl<'a> Run<'a> {
                     continue;
                 }
                 Advice::Measure(bytes) => self.measure(bytes),
-                Advice::Look => while self.ask_next() {},
+                Advice::Look => while !self.relocation.is_store_behind() && self.ask_next() {},
             }
             let all = self.at_end && self.open.is_empty() && self.measuring.is_none();
             // What is missing is fetched meanwhile.
