@@ -40,9 +40,6 @@ const FIRST_BYTES: u64 = 32 << 20;
 /// Over how long it is measured how fast the medium is. It has something to do all the while.
 const ROUND: Duration = Duration::from_millis(250);
 
-/// Guests come first where there are few processors.
-const NICENESS: i32 = 5;
-
 /// What the kernel is asked, of the bytes of an open file.
 pub(crate) trait Kernel: Send + Sync {
     /// To begin to write what is dirty there.
@@ -151,8 +148,7 @@ impl Behind {
 
     /// Brings batch after batch to the medium, until the end.
     fn bring(&self) {
-        // For this thread alone; that it fails hurts nobody.
-        let _ = rustix::process::setpriority_process(None, NICENESS);
+        // Of the usual priority: a sync may wait for it.
         let mut begun = Vec::new();
         let (mut since, mut brought) = (Instant::now(), 0);
         while let Some(batch) = self.next_batch(begun.is_empty()) {
