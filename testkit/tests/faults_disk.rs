@@ -264,6 +264,11 @@ fn what_is_copied_does_not_get_to_the_disk() {
     let mut client = here.client().unwrap();
     client.write(0, &content(NEW, 0, 8192)).unwrap();
     client.flush().unwrap();
+    // The kernel was found to understand.
+    here.wait_status("on its way", |s| {
+        s["absent_bytes"].as_u64() < Some(39 * MIB)
+    })
+    .unwrap();
     let log = dir.path().join("strace.log");
     let failing = Injection::start(here.pid(), "sync_file_range:error=EIO", None, &log).unwrap();
     here.command(&["limit", "none"]).unwrap();

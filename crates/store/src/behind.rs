@@ -15,7 +15,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::suspect::{self, Mark};
@@ -90,7 +90,10 @@ impl Behind {
     ///
     /// # Errors
     /// The system gives no more threads.
-    pub(crate) fn new(kernel: Box<dyn Kernel>, told: Witnesses) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(
+        kernel: Box<dyn Kernel>,
+        told: Witnesses,
+    ) -> io::Result<(Arc<Self>, JoinHandle<()>)> {
         let behind = Arc::new(Self {
             kernel,
             told,
@@ -104,10 +107,10 @@ impl Behind {
             changed: Condvar::new(),
         });
         let bringing = Arc::clone(&behind);
-        thread::Builder::new()
+        let thread = thread::Builder::new()
             .name("write-behind".into())
             .spawn(move || bringing.bring())?;
-        Ok(behind)
+        Ok((behind, thread))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -159,9 +162,13 @@ impl Behind {
                 .iter()
                 .try_for_each(|range| self.begin(range))
                 .and_then(|()| begun.iter().try_for_each(|range| self.wait(range)));
-            if let Err(error) = outcome {
-                tracing::error!("what was copied could not be brought to the medium: {error}");
-                return self.end();
+            match outcome {
+                Ok(()) => {}
+                Err(Stopped::Ended) => return,
+                Err(Stopped::Failed(error)) => {
+                    tracing::error!("what was copied could not be brought to the medium: {error}");
+                    return self.end();
+                }
             }
             let over: u64 = begun.iter().map(|range| range.end - range.start).sum();
             brought += over;
@@ -214,9 +221,10 @@ impl Behind {
         }
     }
 
-    fn begin(&self, range: &Range<u64>) -> io::Result<()> {
+    fn begin(&self, range: &Range<u64>) -> Result<(), Stopped> {
         let mut at = range.start;
         while at < range.end {
+            self.check_end()?;
             let end = range.end.min(at + PIECE_BYTES);
             self.told
                 .gate
@@ -226,9 +234,30 @@ impl Behind {
         Ok(())
     }
 
-    fn wait(&self, range: &Range<u64>) -> io::Result<()> {
+    fn wait(&self, range: &Range<u64>) -> Result<(), Stopped> {
+        self.check_end()?;
         suspect::guarded(&*self.told.mark, || self.kernel.wait(range))
-            .inspect_err(|error| self.told.gate.fail(error))
+            .inspect_err(|error| self.told.gate.fail(error))?;
+        Ok(())
+    }
+
+    fn check_end(&self) -> Result<(), Stopped> {
+        match self.state().off {
+            true => Err(Stopped::Ended),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Why no more is brought to the medium.
+enum Stopped {
+    Ended,
+    Failed(io::Error),
+}
+
+impl From<io::Error> for Stopped {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
     }
 }
 
@@ -285,6 +314,8 @@ mod tests {
         wait_fails: bool,
         /// What is begun takes until this is over.
         stuck: bool,
+        /// It is waited for.
+        waits: bool,
     }
 
     #[derive(Clone, Default)]
@@ -320,6 +351,7 @@ mod tests {
         }
 
         fn wait(&self, bytes: &Range<u64>) -> io::Result<()> {
+            self.change(|asked| asked.waits = true);
             self.until(|asked| !asked.stuck);
             self.change(|asked| asked.waited.push(bytes.clone()));
             Self::outcome(self.asked().wait_fails)
@@ -350,6 +382,7 @@ mod tests {
         mark: Arc<Raised>,
         gate: Arc<SyncGate>,
         behind: Arc<Behind>,
+        thread: Option<JoinHandle<()>>,
     }
 
     impl World {
@@ -359,20 +392,23 @@ mod tests {
                 gate: Arc::clone(&gate),
                 mark: Arc::clone(&mark) as _,
             };
-            let behind = Behind::new(Box::new(script.clone()), told).unwrap();
+            let (behind, thread) = Behind::new(Box::new(script.clone()), told).unwrap();
             Self {
                 script,
                 mark,
                 gate,
                 behind,
+                thread: Some(thread),
             }
         }
 
         /// Until what was written is on the medium, but for what is too little to begin.
         fn rest(&self) {
-            while self.behind.state().begun_bytes > 0
-                || self.behind.state().noted_bytes >= BATCH_BYTES
-            {
+            let rests = || {
+                let state = self.behind.state();
+                state.begun_bytes == 0 && state.noted_bytes < BATCH_BYTES
+            };
+            while !rests() {
                 thread::yield_now();
             }
         }
@@ -382,6 +418,9 @@ mod tests {
         fn drop(&mut self) {
             self.script.change(|asked| asked.stuck = false);
             self.behind.end();
+            if let Some(thread) = self.thread.take() {
+                thread.join().unwrap();
+            }
         }
     }
 
@@ -489,14 +528,18 @@ mod tests {
     }
 
     #[test]
-    fn the_thread_ends_with_the_store() {
+    fn nothing_is_begun_once_it_has_ended() {
         let world = World::new();
+        world.script.change(|asked| asked.stuck = true);
         world.behind.wrote(0..BATCH_BYTES);
+        world.script.until(|asked| asked.waits);
+        world.behind.wrote(BATCH_BYTES..20 * BATCH_BYTES);
         world.behind.end();
-        while Arc::strong_count(&world.behind) > 1 {
-            thread::yield_now();
-        }
-        assert!(world.gate.run(|| Ok(())).is_ok());
+        let script = world.script.clone();
+        let gate = Arc::clone(&world.gate);
+        drop(world);
+        assert_eq!(bytes_of(&script.asked().begun), BATCH_BYTES);
+        assert!(gate.run(|| Ok(())).is_ok());
     }
 
     /// The kernel tells of a failed write once per open file.

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -44,7 +45,7 @@ enum WriteBehind {
     Unused,
     /// There is nothing to it, or it cannot be done.
     None,
-    On(Arc<Behind>),
+    On(Arc<Behind>, JoinHandle<()>),
 }
 
 #[derive(Clone, Copy)]
@@ -132,7 +133,7 @@ impl FileStore {
         self.gate.run(|| suspect::guarded(&*self.mark, sync))
     }
 
-    fn begin_write_behind(&self) -> io::Result<Arc<Behind>> {
+    fn begin_write_behind(&self) -> io::Result<(Arc<Behind>, JoinHandle<()>)> {
         if self.image.medium == Medium::RegularInMemory {
             return Err(io::ErrorKind::Unsupported.into());
         }
@@ -145,9 +146,13 @@ impl FileStore {
     }
 
     fn end_write_behind(&self) {
-        let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
-        if let WriteBehind::On(behind) = std::mem::replace(&mut *behind, WriteBehind::None) {
+        let mut held = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        let had = std::mem::replace(&mut *held, WriteBehind::None);
+        drop(held);
+        if let WriteBehind::On(behind, thread) = had {
             behind.end();
+            // What it may learn of a failure is to be noted before anybody else opens the image.
+            let _ = thread.join();
         }
     }
 
@@ -155,7 +160,7 @@ impl FileStore {
         let mut behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(*behind, WriteBehind::Unused) {
             *behind = match self.begin_write_behind() {
-                Ok(begun) => WriteBehind::On(begun),
+                Ok((behind, thread)) => WriteBehind::On(behind, thread),
                 Err(error) => {
                     tracing::debug!("nothing is written behind: {error}");
                     WriteBehind::None
@@ -163,7 +168,7 @@ impl FileStore {
             };
         }
         match &*behind {
-            WriteBehind::On(behind) => Some(Arc::clone(behind)),
+            WriteBehind::On(behind, _) => Some(Arc::clone(behind)),
             WriteBehind::Unused | WriteBehind::None => None,
         }
     }
@@ -270,7 +275,7 @@ impl Store for FileStore {
 
     fn is_far_behind(&self) -> bool {
         let behind = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(&*behind, WriteBehind::On(behind) if behind.is_far())
+        matches!(&*behind, WriteBehind::On(behind, _) if behind.is_far())
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, mode: ZeroMode) -> io::Result<()> {
@@ -295,9 +300,8 @@ impl Store for FileStore {
     }
 
     fn let_go(&self) -> io::Result<()> {
-        self.image.let_go()?;
         self.end_write_behind();
-        Ok(())
+        self.image.let_go()
     }
 
     fn modified(&self) -> io::Result<Option<i64>> {

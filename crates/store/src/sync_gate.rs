@@ -21,6 +21,9 @@ struct Rounds {
     beginning: bool,
     /// Somebody else who wants to has waited for a round, and goes before the next one.
     begins_next: bool,
+    /// Somebody who syncs has waited for a beginning, and goes before the next one. Never at the same time: this
+    /// is set in a beginning and ends with the start of a round, the other the other way round.
+    sync_next: bool,
     failed: Option<i32>,
 }
 
@@ -58,9 +61,11 @@ impl SyncGate {
             if !rounds.running && !rounds.beginning && !rounds.begins_next {
                 break;
             }
+            rounds.sync_next |= rounds.beginning;
             rounds = self.wait(rounds);
         }
         rounds.running = true;
+        rounds.sync_next = false;
         rounds.begun += 1;
         drop(rounds);
 
@@ -88,7 +93,8 @@ impl SyncGate {
     /// The error of `begin`, and from then on, for syncs too, the same for ever.
     pub(crate) fn begin(&self, begin: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut rounds = self.lock();
-        while rounds.running || rounds.beginning {
+        let must_wait = |rounds: &Rounds| rounds.running || rounds.beginning || rounds.sync_next;
+        while rounds.failed.is_none() && must_wait(&rounds) {
             rounds.begins_next |= rounds.running;
             rounds = self.wait(rounds);
         }
@@ -226,7 +232,7 @@ mod tests {
     #[test]
     fn syncs_and_beginnings_take_turns() {
         let gate = SyncGate::default();
-        let (busy, done) = (AtomicU32::new(0), AtomicU32::new(0));
+        let (busy, done, over) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
         let alone = || {
             assert_eq!(busy.fetch_add(1, Ordering::SeqCst), 0, "beside another");
             std::thread::yield_now();
@@ -243,6 +249,10 @@ mod tests {
                     while done.load(Ordering::SeqCst) == 0 {
                         gate.run(alone).unwrap();
                     }
+                    for _ in 0..200 {
+                        gate.run(alone).unwrap();
+                    }
+                    over.fetch_add(1, Ordering::SeqCst);
                 });
             }
             scope.spawn(|| {
@@ -250,6 +260,10 @@ mod tests {
                     gate.begin(alone).unwrap();
                 }
                 done.store(1, Ordering::SeqCst);
+                // And on, until the syncs are over.
+                while over.load(Ordering::SeqCst) < 3 {
+                    gate.begin(alone).unwrap();
+                }
             });
         });
     }
