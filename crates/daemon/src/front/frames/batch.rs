@@ -89,6 +89,20 @@ impl Batch {
         Bytes::Read(start..self.used)
     }
 
+    /// These, the last that were kept, are not sent: their room is free again.
+    pub fn give_back(&mut self, bytes: Bytes) {
+        if let Bytes::Read(place) = bytes
+            && place.end == self.used
+        {
+            self.used = place.start;
+        }
+    }
+
+    /// Whether there is as much room as there ever is, as there must be where nothing waits to be sent.
+    pub fn has_all_room(&self) -> bool {
+        self.used == 0
+    }
+
     /// The bytes themselves.
     pub fn look<'a>(&'a self, bytes: &'a Bytes) -> &'a [u8] {
         look(&self.buffer, bytes)
@@ -199,5 +213,41 @@ fn bytes_of<'a>(part: &'a Part, buffer: &'a [u8]) -> &'a [u8] {
         Part::Header(header) => header,
         Part::Payload(payload) => payload,
         Part::Data(bytes) => look(buffer, bytes),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// What was hashed and is not sent took its room with it, and after some of it a guest's read was
+    /// refused.
+    #[test]
+    fn what_is_given_back_leaves_all_the_room() {
+        let mut batch = Batch::new();
+        let most = limits::QUANTUM_BYTES as usize;
+        for _ in 0..3 {
+            for _ in 0..2 {
+                batch.room(most / 2).unwrap().fill(7);
+                let bytes = batch.keep(most / 2);
+                assert_eq!(batch.look(&bytes), vec![7; most / 2]);
+                batch.give_back(bytes);
+                assert!(batch.has_all_room());
+            }
+            assert!(batch.room(most).is_some());
+        }
+        // What came from elsewhere has none here, and what lies before something else stays.
+        let first = batch.keep(512);
+        batch.give_back(Bytes::Fetched(Arc::new(vec![1; 512]), 0..512));
+        let second = batch.keep(512);
+        batch.give_back(first);
+        assert_eq!(
+            batch.room(most - 1024).map(|room| room.len()),
+            Some(most - 1024)
+        );
+        assert!(batch.room(most - 1023).is_none());
+        batch.give_back(second);
+        assert!(batch.room(most - 512).is_some());
     }
 }

@@ -61,7 +61,7 @@ impl Held {
 
     /// Takes over what was made ready in `batch`, and leaves an empty one.
     pub fn put(&mut self, batch: &mut Batch) {
-        debug_assert!(self.is_empty());
+        debug_assert!(self.is_empty() && self.batch.has_all_room());
         std::mem::swap(batch, &mut self.batch);
         if self.is_empty() {
             self.ids.clear();
@@ -70,7 +70,7 @@ impl Held {
 
     /// Its turn has come: it goes to `batch`, which is empty.
     pub fn release(&mut self, batch: &mut Batch) {
-        debug_assert!(batch.is_empty());
+        debug_assert!(batch.is_empty() && batch.has_all_room());
         std::mem::swap(batch, &mut self.batch);
         self.ids.clear();
         self.urgent = false;

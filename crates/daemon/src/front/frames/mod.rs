@@ -433,7 +433,7 @@ impl FrameSession {
                 Got::Failed(errno, text) => self.fail(step, errno, &text),
             },
             Work::Wish(Wish::Hash { grain }) => match self.bytes(step) {
-                Got::Bytes(bytes) => self.produce_hashes(step, grain, &bytes),
+                Got::Bytes(bytes) => self.produce_hashes(step, grain, bytes),
                 Got::Parked => {}
                 Got::Failed(errno, text) => self.fail(step, errno, &text),
             },
@@ -498,8 +498,9 @@ impl FrameSession {
         self.finish(step);
     }
 
-    fn produce_hashes(&mut self, step: &Step, grain: u32, bytes: &Bytes) {
-        let fresh = message::hashes_of(self.batch.look(bytes), grain);
+    fn produce_hashes(&mut self, step: &Step, grain: u32, bytes: Bytes) {
+        let fresh = message::hashes_of(self.batch.look(&bytes), grain);
+        self.batch.give_back(bytes);
         let begun = || (step.offset, Vec::new());
         let (start, hashes) = self.hashes.entry(step.id).or_insert_with(begun);
         hashes.extend(fresh);
