@@ -200,17 +200,9 @@ impl Behind {
             return Some(Vec::new());
         }
         state.begun_bytes += std::mem::take(&mut state.noted_bytes);
-        let mut batch = std::mem::take(&mut state.noted);
+        let batch = std::mem::take(&mut state.noted);
         drop(state);
-        batch.sort_unstable_by_key(|range| range.start);
-        batch.dedup_by(|next, range| {
-            let joined = next.start == range.end;
-            if joined {
-                range.end = next.end;
-            }
-            joined
-        });
-        Some(batch)
+        Some(joined(batch))
     }
 
     fn brought(&self, bytes: u64, most: Option<u64>) {
@@ -247,6 +239,19 @@ impl Behind {
             false => Ok(()),
         }
     }
+}
+
+/// In order, neighbours joined.
+fn joined(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, range| {
+        let joined = next.start == range.end;
+        if joined {
+            range.end = next.end;
+        }
+        joined
+    });
+    ranges
 }
 
 /// Why no more is brought to the medium.
@@ -428,20 +433,6 @@ mod tests {
         ranges.iter().map(|range| range.end - range.start).sum()
     }
 
-    /// In order, neighbours joined.
-    fn joined(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
-        let mut ranges = ranges.to_vec();
-        ranges.sort_unstable_by_key(|range| range.start);
-        ranges.dedup_by(|next, range| {
-            let joined = next.start == range.end;
-            if joined {
-                range.end = next.end;
-            }
-            joined
-        });
-        ranges
-    }
-
     #[test]
     fn what_is_written_is_begun_and_waited_for_once() {
         let world = World::new();
@@ -464,7 +455,7 @@ mod tests {
         let asked = world.script.asked();
         // No more, so nothing twice: the parts do not overlap.
         assert_eq!(bytes_of(&asked.begun), pieces * piece - left);
-        let (begun, waited) = (joined(&asked.begun), joined(&asked.waited));
+        let (begun, waited) = (joined(asked.begun.clone()), joined(asked.waited.clone()));
         assert_eq!(begun, waited);
         assert!(begun.windows(2).all(|pair| pair[0].end < pair[1].start));
         assert!(asked.waited.len() <= 40 * 3, "in {}", asked.waited.len());
