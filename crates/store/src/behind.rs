@@ -307,9 +307,9 @@ impl Kernel for OpenFile {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::sync::Condvar;
-    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
+    use crate::suspect::MemoryMark;
 
     #[derive(Debug, Default)]
     struct Asked {
@@ -363,28 +363,9 @@ mod tests {
         }
     }
 
-    #[derive(Default)]
-    struct Raised(AtomicBool);
-
-    impl Mark for Raised {
-        fn raise(&self) -> io::Result<()> {
-            self.0.store(true, Ordering::Release);
-            Ok(())
-        }
-
-        fn is_raised(&self) -> io::Result<bool> {
-            Ok(self.0.load(Ordering::Acquire))
-        }
-
-        fn clear(&self) -> io::Result<()> {
-            self.0.store(false, Ordering::Release);
-            Ok(())
-        }
-    }
-
     struct World {
         script: Script,
-        mark: Arc<Raised>,
+        mark: Arc<MemoryMark>,
         gate: Arc<SyncGate>,
         behind: Arc<Behind>,
         thread: Option<JoinHandle<()>>,

@@ -13,6 +13,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::range::{len_u64, len_usize};
 use crate::{ExtentKind, ImageIdentity, Store};
@@ -42,6 +43,32 @@ pub trait Mark {
     /// # Errors
     /// It is still there.
     fn clear(&self) -> io::Result<()>;
+}
+
+/// In memory alone, for tests and simulators.
+#[derive(Debug, Default)]
+pub struct MemoryMark(AtomicBool);
+
+impl Clone for MemoryMark {
+    fn clone(&self) -> Self {
+        Self(AtomicBool::new(self.0.load(Ordering::Acquire)))
+    }
+}
+
+impl Mark for MemoryMark {
+    fn raise(&self) -> io::Result<()> {
+        self.0.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn is_raised(&self) -> io::Result<bool> {
+        Ok(self.0.load(Ordering::Acquire))
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        self.0.store(false, Ordering::Release);
+        Ok(())
+    }
 }
 
 /// A file in a memory file system, named after the image.

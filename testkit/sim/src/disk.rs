@@ -5,10 +5,9 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hikkoshi_store::suspect::{self, Mark};
+use hikkoshi_store::suspect::{self, MemoryMark};
 use hikkoshi_store::{Extent, MemoryStore, ReadDone, Store, ZeroMode};
 
 use crate::plan::SECTOR;
@@ -34,7 +33,7 @@ pub struct Disk {
     inner: MemoryStore,
     sim: Arc<Sim>,
     ailing: Arc<Mutex<Ailing>>,
-    mark: SimMark,
+    mark: MemoryMark,
     modified: Mutex<Modified>,
 }
 
@@ -78,26 +77,6 @@ impl Modified {
     }
 }
 
-/// The mark of a failed sync: it outlives the process, and not the boot.
-#[derive(Debug, Default)]
-pub struct SimMark(AtomicBool);
-
-impl Mark for SimMark {
-    fn raise(&self) -> io::Result<()> {
-        self.0.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    fn is_raised(&self) -> io::Result<bool> {
-        Ok(self.0.load(Ordering::Acquire))
-    }
-
-    fn clear(&self) -> io::Result<()> {
-        self.0.store(false, Ordering::Release);
-        Ok(())
-    }
-}
-
 impl Disk {
     /// A blank image.
     pub fn new(size_bytes: u64, sim: &Arc<Sim>) -> Arc<Self> {
@@ -105,7 +84,7 @@ impl Disk {
             inner: MemoryStore::new(size_bytes),
             sim: Arc::clone(sim),
             ailing: Arc::default(),
-            mark: SimMark::default(),
+            mark: MemoryMark::default(),
             modified: Mutex::new(Modified {
                 times: vec![1],
                 next: 2,
@@ -146,28 +125,27 @@ impl Disk {
     }
 
     /// What a failed sync leaves.
-    pub fn mark(&self) -> &SimMark {
+    pub fn mark(&self) -> &MemoryMark {
         &self.mark
     }
 
     /// What the end of the process leaves.
     pub fn kill(&self) -> Arc<Self> {
-        let marked = self.mark.0.load(Ordering::Acquire);
         let modified = self.times().clone();
-        self.succeed(
-            self.inner.kill(),
-            SimMark(AtomicBool::new(marked)),
-            modified,
-        )
+        self.succeed(self.inner.kill(), self.mark.clone(), modified)
     }
 
     /// What the end of the boot leaves.
     pub fn power_cut(&self, choose: &mut dyn FnMut(u32) -> u32) -> Arc<Self> {
         let modified = self.times().after_power_cut();
-        self.succeed(self.inner.power_cut(choose), SimMark::default(), modified)
+        self.succeed(
+            self.inner.power_cut(choose),
+            MemoryMark::default(),
+            modified,
+        )
     }
 
-    fn succeed(&self, inner: MemoryStore, mark: SimMark, modified: Modified) -> Arc<Self> {
+    fn succeed(&self, inner: MemoryStore, mark: MemoryMark, modified: Modified) -> Arc<Self> {
         Arc::new(Self {
             inner,
             sim: Arc::clone(&self.sim),
