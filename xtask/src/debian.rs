@@ -148,14 +148,32 @@ pub fn ensure(wanted: &'static [Package], install: bool) -> Result<()> {
             reasons.join("\n")
         );
     }
+    apt_get(&["update"])?;
+    apt_install(&names)?;
+    // One of them may have driven out another, which was there in a version that it cannot be beside.
+    let driven_out: Vec<&str> = missing(wanted)?.iter().map(|p| p.name).collect();
+    if driven_out.is_empty() {
+        return Ok(());
+    }
+    apt_install(&driven_out)?;
+    let still: Vec<&str> = missing(wanted)?.iter().map(|p| p.name).collect();
+    if !still.is_empty() {
+        bail!(
+            "these Debian packages cannot be installed beside the others: {}",
+            still.join(" ")
+        );
+    }
+    Ok(())
+}
+
+fn apt_install(names: &[&str]) -> Result<()> {
     println!(
         "installing {} Debian packages: {}",
         names.len(),
         names.join(" ")
     );
-    apt_get(&["update"])?;
     let mut arguments = vec!["install", "--yes", "--no-install-recommends"];
-    arguments.extend(&names);
+    arguments.extend(names);
     apt_get(&arguments)
 }
 

@@ -54,6 +54,9 @@ pub enum Lane {
 }
 
 impl Lane {
+    /// How many there are.
+    pub(crate) const COUNT: usize = Self::Late as usize + 1;
+
     /// Whether it may use what is kept free for demand. There is little of it at a time.
     pub fn is_urgent(self) -> bool {
         matches!(self, Self::Demand | Self::Rest)

@@ -39,8 +39,8 @@ pub(super) struct Line {
     bulk_max: usize,
     packing: Packing,
     dead: AtomicBool,
-    /// Bytes asked for and not answered, queued ones included.
-    load: AtomicU64,
+    /// Bytes asked for and not answered, queued ones included, by lane.
+    loads: [AtomicU64; Lane::COUNT],
     /// Of these, bulk bytes that were not sent yet.
     queued_bulk: AtomicU64,
     /// Bytes per second that it has brought lately.
@@ -104,7 +104,7 @@ impl Line {
             bulk_max,
             packing: config.packing,
             dead: AtomicBool::new(false),
-            load: AtomicU64::new(0),
+            loads: Default::default(),
             queued_bulk: AtomicU64::new(0),
             pace: AtomicU64::new(0),
             cancelled_bytes: AtomicU64::new(0),
@@ -127,14 +127,28 @@ impl Line {
         !self.dead.load(Ordering::Acquire)
     }
 
-    /// How many bytes a new request of `lane` would wait behind.
+    /// How many bytes a new request of `lane` would wait behind. What is less urgent is not among them where the
+    /// source answers what is urgent first, but for demand: that would wait behind what was sent already, too.
     pub(super) fn load(&self, lane: Lane) -> u64 {
-        let load = self.load.load(Ordering::Relaxed);
+        let until = match self.speaks_frames() && !lane.is_urgent() {
+            true => lane as usize + 1,
+            false => Lane::COUNT,
+        };
+        let loads = self.loads[..until].iter();
+        let load: u64 = loads.map(|load| load.load(Ordering::Relaxed)).sum();
         if lane.is_urgent() {
             load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed))
         } else {
             load
         }
+    }
+
+    fn takes_on(&self, job: &Job) {
+        self.loads[job.lane as usize].fetch_add(u64::from(job.len), Ordering::Relaxed);
+    }
+
+    fn is_rid_of(&self, job: &Job) {
+        self.loads[job.lane as usize].fetch_sub(u64::from(job.len), Ordering::Relaxed);
     }
 
     /// Bytes per second that it has brought lately.
@@ -151,7 +165,7 @@ impl Line {
         if state.closed || queued >= MAX_QUEUED {
             return Err(job);
         }
-        self.load.fetch_add(u64::from(job.len), Ordering::Relaxed);
+        self.takes_on(&job);
         if job.lane.is_urgent() {
             enqueue(&mut state.demand, job);
         } else {
@@ -175,7 +189,9 @@ impl Line {
         let mut stay = VecDeque::with_capacity(state.bulk.len());
         for mut job in state.bulk.drain(..) {
             if job.is_bulk_of(offset, len) {
+                self.is_rid_of(&job);
                 job.lane = Lane::Demand;
+                self.takes_on(&job);
                 self.queued_bulk
                     .fetch_sub(u64::from(job.len), Ordering::Relaxed);
                 enqueue(&mut state.demand, job);
@@ -228,7 +244,7 @@ impl Line {
             *queue = stay;
         }
         for job in &unsent {
-            self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
+            self.is_rid_of(job);
             if !job.lane.is_urgent() {
                 self.queued_bulk
                     .fetch_sub(u64::from(job.len), Ordering::Relaxed);
@@ -347,7 +363,7 @@ impl Line {
 
     /// A claimed job has its whole reply: its place goes to the next one.
     pub(super) fn answered(&self, cookie: u64, job: &Job) {
-        self.load.fetch_sub(u64::from(job.len), Ordering::Relaxed);
+        self.is_rid_of(job);
         let mut state = self.state();
         state.begun.remove(&cookie);
         // What was cancelled has not all come, and tells nothing of the pace.
@@ -431,4 +447,43 @@ impl Line {
 fn enqueue(queue: &mut VecDeque<Job>, job: Job) {
     let ahead = queue.iter().rposition(|other| other.lane <= job.lane);
     queue.insert(ahead.map_or(0, |index| index + 1), job);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::script::{Script, line_to, read};
+    use super::*;
+
+    /// Or what a guest will read next all goes to the connections that copy least, and the others copy on.
+    #[test]
+    fn read_ahead_waits_behind_nothing_that_is_copied() {
+        let line = line_to(&Arc::new(Script::default()), None);
+        let lanes = [(Lane::Bulk, 100), (Lane::Ahead, 20), (Lane::Late, 3)];
+        for (at, (lane, len)) in (0..).zip(lanes) {
+            drop(read(&line, lane, at << 12, len));
+        }
+        let loads = [Lane::Ahead, Lane::Hot, Lane::Bulk, Lane::Late].map(|lane| line.load(lane));
+        assert_eq!(loads, [20, 20, 120, 123]);
+        // Of these it is not known how much has been sent.
+        assert_eq!(line.load(Lane::Demand), 123);
+        assert!(line.cancel(Lane::Late, 2 << 12, 3).is_empty());
+        assert_eq!(line.load(Lane::Late), 123);
+    }
+
+    #[test]
+    fn what_is_promoted_before_it_is_sent_is_waited_behind_as_demand() {
+        let line = line_to(&Arc::new(Script::default()), None);
+        let bulk_max = u64::try_from(line.bulk_max).unwrap();
+        for at in 0..=bulk_max {
+            drop(read(&line, Lane::Bulk, at << 12, 10));
+        }
+        assert_eq!(line.load(Lane::Demand), bulk_max * 10);
+        assert_eq!(line.load(Lane::Ahead), 0);
+        line.promote(bulk_max << 12, 10);
+        assert_eq!(line.load(Lane::Demand), bulk_max * 10 + 10);
+        assert_eq!(line.load(Lane::Ahead), 10);
+        assert_eq!(line.load(Lane::Bulk), bulk_max * 10 + 10);
+    }
 }
