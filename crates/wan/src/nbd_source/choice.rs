@@ -11,13 +11,6 @@ use crate::source::Lane;
 /// Longer than a guest thinks between two reads of a boot, across a long link.
 const LEND_AFTER: Duration = Duration::from_millis(500);
 
-/// From this round trip on it may, before anybody has demanded anything. There TCP takes seconds to begin, and a
-/// connection that begins later is missed for as long; over a shorter way one more that begins at once
-/// only overruns the queue in front of the path, and all lose packets.
-const FAR: Duration = Duration::from_millis(150);
-/// No path is as long: connecting took so long because a packet was lost.
-const LOST: Duration = Duration::from_secs(1);
-
 /// What a connection of which nothing is known is taken to bring, bytes per second: the beginning of
 /// TCP's slow start over a long way.
 const LEAST_PACE: u64 = 64 << 10;
@@ -29,25 +22,16 @@ const NEAR_BYTES: u64 = 512 << 10;
 /// Since when nobody has demanded anything.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
-    /// The last demand. Before the first: when bulk began, or over a long way nothing.
+    /// The last demand, or the first bulk if there was none before.
     since: Option<Instant>,
-    is_far: bool,
 }
 
 impl Quiet {
-    /// The source is so far away, as connecting has shown.
-    pub fn across(&mut self, round_trip: Duration) {
-        self.is_far = (FAR..LOST).contains(&round_trip);
-    }
-
     /// Takes note of a request, and tells whether it is bulk that has gone on alone for a while.
     pub fn note(&mut self, lane: Lane, now: Instant) -> bool {
         if lane.is_urgent() {
             self.since = Some(now);
             return false;
-        }
-        if self.since.is_none() && self.is_far {
-            return true;
         }
         let since = *self.since.get_or_insert(now);
         now.saturating_duration_since(since) >= LEND_AFTER
@@ -99,27 +83,6 @@ mod tests {
         assert!(!quiet.note(Lane::Rest, ms(1099)));
         assert!(!quiet.note(Lane::Late, ms(1598)));
         assert!(quiet.note(Lane::Late, ms(1599)));
-    }
-
-    #[test]
-    fn over_a_long_way_it_is_lent_until_the_first_demand() {
-        let (mut quiet, start) = (Quiet::default(), Instant::now());
-        quiet.across(FAR);
-        let ms = |n| start + Duration::from_millis(n);
-        assert!(quiet.note(Lane::Bulk, ms(0)));
-        assert!(quiet.note(Lane::Ahead, ms(1)));
-        assert!(!quiet.note(Lane::Demand, ms(2)));
-        assert!(!quiet.note(Lane::Bulk, ms(501)));
-        assert!(quiet.note(Lane::Bulk, ms(502)));
-        // Connected anew: somebody has demanded something.
-        quiet.across(FAR);
-        assert!(!quiet.note(Lane::Demand, ms(600)));
-        assert!(!quiet.note(Lane::Bulk, ms(601)));
-        for round_trip in [FAR - Duration::from_millis(1), LOST] {
-            let mut near = Quiet::default();
-            near.across(round_trip);
-            assert!(!near.note(Lane::Bulk, ms(0)));
-        }
     }
 
     const PIECE: u64 = 64 << 10;

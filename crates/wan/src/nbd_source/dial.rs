@@ -34,8 +34,6 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Dialed {
     pub(super) socket: Arc<Socket>,
     pub(super) negotiated: Negotiated,
-    /// How long connecting took.
-    pub(super) round_trip: Duration,
 }
 
 impl Dialed {
@@ -67,13 +65,9 @@ pub(super) fn dial(
     opening: &dyn Fn() -> Vec<u8>,
 ) -> Result<Dialed, SourceError> {
     let attempt = |at_once: bool| {
-        let (socket, round_trip) = connect(config, opened).map_err(|error| (error, false))?;
+        let socket = connect(config, opened).map_err(|error| (error, false))?;
         let negotiated = shake_hands(&socket, config, at_once, opening())?;
-        Ok(Dialed {
-            socket,
-            negotiated,
-            round_trip,
-        })
+        Ok(Dialed { socket, negotiated })
     };
     let last = |(error, _): (SourceError, bool)| error;
     if manners.one_by_one.load(Ordering::Relaxed) {
@@ -93,7 +87,7 @@ pub(super) fn dial(
 fn connect(
     config: &NbdSourceConfig,
     opened: &dyn Fn(&Arc<Socket>) -> bool,
-) -> Result<(Arc<Socket>, Duration), SourceError> {
+) -> Result<Arc<Socket>, SourceError> {
     match &config.address {
         Address::Tcp { host, port } => connect_tcp(config, host, *port, opened),
         Address::Unix(path) => SockAddr::unix(path)
@@ -112,7 +106,7 @@ fn connect_tcp(
     host: &str,
     port: u16,
     opened: &dyn Fn(&Arc<Socket>) -> bool,
-) -> io::Result<(Arc<Socket>, Duration)> {
+) -> io::Result<Arc<Socket>> {
     let addresses: Vec<SocketAddr> = (host, port)
         .to_socket_addrs()?
         .take(MAX_ADDRESSES)
@@ -125,7 +119,7 @@ fn connect_tcp(
             &address.into(),
             opened,
         ) {
-            Ok(connected) => return Ok(connected),
+            Ok(socket) => return Ok(socket),
             Err(error) => last = error,
         }
     }
@@ -137,14 +131,12 @@ fn connect_one(
     domain: Domain,
     address: &SockAddr,
     opened: &dyn Fn(&Arc<Socket>) -> bool,
-) -> io::Result<(Arc<Socket>, Duration)> {
+) -> io::Result<Arc<Socket>> {
     let socket = Arc::new(Socket::new(domain, Type::STREAM, None)?);
     if !opened(&socket) {
         return Err(io::ErrorKind::Interrupted.into());
     }
-    let begun = Instant::now();
     socket.connect_timeout(address, config.connect_timeout)?;
-    let round_trip = begun.elapsed();
     socket.set_write_timeout(Some(SEND_TIMEOUT))?;
     if domain != Domain::UNIX {
         socket.set_tcp_nodelay(true)?;
@@ -159,7 +151,7 @@ fn connect_one(
         // With this set it also decides how many unanswered keepalives are the end (tcp(7)).
         socket.set_tcp_user_timeout(Some(config.dead_peer_timeout))?;
     }
-    Ok((socket, round_trip))
+    Ok(socket)
 }
 
 /// Shakes hands; with an error it tells whether sending options one by one may get further.

@@ -41,7 +41,7 @@ pub fn converse(
     let watcher = Arc::new(Mutex::new(None));
     let (herald, news) = channel();
     let shared = Shared::new(config, Some(info), Arc::clone(&watcher), herald, id);
-    let agreed = matches!(shared.install(0, &line, Duration::ZERO), Installed::Yes);
+    let agreed = matches!(shared.install(0, &line), Installed::Yes);
     assert!(agreed, "the first connection agrees with itself");
     // Else nothing could be asked before it was told that one stands.
     drop(news.try_recv());

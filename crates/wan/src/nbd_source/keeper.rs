@@ -120,9 +120,8 @@ fn stand(
         Turn::Beside => announce(&dialed, &shared.config),
     };
     let outcome = outcome.and_then(|attaching| {
-        let round_trip = dialed.round_trip;
         let fresh = dialed.into_line(&shared.config, attaching);
-        match shared.install(slot, &fresh, round_trip) {
+        match shared.install(slot, &fresh) {
             Installed::Yes => Ok(Some(fresh)),
             Installed::Closed => Ok(None),
             Installed::Differs(error) => Err(error),

@@ -541,7 +541,7 @@ impl Shared {
 
     /// Puts a fresh connection to work, if it leads to the same disk. The watcher hears of the
     /// first one, but for the very first of all.
-    pub(super) fn install(&self, slot: usize, line: &Arc<Line>, round_trip: Duration) -> Installed {
+    pub(super) fn install(&self, slot: usize, line: &Arc<Line>) -> Installed {
         let mut state = self.state();
         if state.closed {
             line.disconnect();
@@ -571,7 +571,6 @@ impl Shared {
         }
         if state.standing == 0 {
             state.info = fresh;
-            state.quiet.across(round_trip);
             state.epoch += 1;
             state.told_differs = false;
             if state.opening.take().is_none() {

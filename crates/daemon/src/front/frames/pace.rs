@@ -5,6 +5,10 @@
 //! here instead: what nobody waits for is sent while less is unacknowledged, over all connections to that host, than
 //! fills the path ([`Window`]). TCP says how much that is, which rate it was acknowledged at, and what the
 //! shortest round trip was. Demand counts, and never waits.
+//!
+//! What is let go is not to go all at once, either: TCP sends a window in bursts while it begins, takes the queue that
+//! they make in front of the link for the end of the link, and grows slowly from then on, or overruns it. So
+//! over a long way the kernel spreads what is sent over the round trip ([`spread`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -47,6 +51,9 @@ const QUEUE_TIME: Duration = Duration::from_millis(2);
 const SILENCE: Duration = Duration::from_secs(1);
 const SILENT_TRIPS: u32 = 4;
 
+/// From this round trip on what is sent is spread over it. Below, TCP has found its window before anybody notices, and timers cost.
+const SPREAD_FROM: Duration = Duration::from_millis(2);
+
 /// The hosts that are sent to.
 static PATHS: LazyLock<Mutex<HashMap<IpAddr, Weak<Path>>>> = LazyLock::new(Mutex::default);
 
@@ -81,6 +88,8 @@ struct Seat {
     acknowledged: u64,
     /// When something was acknowledged last, or nothing was on its way.
     heard_at: Instant,
+    /// What is sent over it is spread.
+    is_spread: bool,
 }
 
 /// One connection's part in it. Given back when dropped.
@@ -100,6 +109,7 @@ impl Pace {
             socket: socket.try_clone().ok()?,
             acknowledged: told.acknowledged,
             heard_at: Instant::now(),
+            is_spread: false,
         };
         let path = {
             let mut paths = lock(&PATHS);
@@ -148,6 +158,14 @@ impl Pace {
         let asked = state.asked_at;
         if asked.is_none_or(|at| now.saturating_duration_since(at) >= believed) {
             state.ask(now);
+        }
+        // Not before something is sent that nobody waits for: a guest's reads are to go at once.
+        if state.base >= SPREAD_FROM
+            && let Some(seat) = state.seats.get_mut(&self.seat)
+            && !seat.is_spread
+        {
+            spread(&seat.socket);
+            seat.is_spread = true;
         }
         let wanted = state.on_their_way + bytes;
         if wanted <= window || state.on_their_way == 0 {
@@ -279,6 +297,23 @@ fn told(socket: &Socket) -> Option<Told> {
     })
 }
 
+/// Has the kernel spread what is sent over the round trip, at the rate that its own window comes to: asked for by
+/// bounding that rate, by more than any link carries (socket(7), `SO_MAX_PACING_RATE`). Cannot be taken back.
+fn spread(socket: &Socket) {
+    let most: u64 = u64::MAX - 1;
+    let len = libc::socklen_t::try_from(size_of_val(&most)).unwrap_or_default();
+    // SAFETY: the kernel reads `len` bytes of `most`. Where it cannot, everything is as without it.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const most).cast(),
+            len,
+        );
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -300,6 +335,38 @@ mod tests {
         socket.bind(&SocketAddr::from((host, 0)).into()).unwrap();
         socket.connect(&to.local_addr().unwrap().into()).unwrap();
         socket.into()
+    }
+
+    fn is_spread(socket: &Socket) -> bool {
+        let mut most = 0_u64;
+        let mut len = libc::socklen_t::try_from(size_of_val(&most)).unwrap();
+        // SAFETY: the kernel writes at most `len` bytes to `most`, and to `len` how many.
+        let outcome = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MAX_PACING_RATE,
+                (&raw mut most).cast(),
+                &raw mut len,
+            )
+        };
+        assert_eq!(outcome, 0);
+        most != u64::MAX
+    }
+
+    /// Once what nobody waits for is sent over a long way, and not before.
+    #[test]
+    fn what_is_sent_is_spread_over_a_long_way_only() {
+        for (base, wanted) in [(SPREAD_FROM, true), (Duration::from_millis(1), false)] {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let _here = connect_from([127, 77, 0, 3], &listener);
+            let socket = Socket::from(listener.accept().unwrap().0);
+            let pace = Pace::of(&socket).unwrap();
+            lock(&pace.path.state).base = base;
+            assert!(!is_spread(&socket));
+            pace.admit(Instant::now(), 1000).unwrap();
+            assert_eq!(is_spread(&socket), wanted, "{base:?}");
+        }
     }
 
     /// Over a socket of which nothing is read and acknowledged, more is admitted until the window is full,
