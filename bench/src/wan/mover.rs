@@ -33,6 +33,8 @@ pub enum How {
         source: SourceKind,
         /// More of `hikkoshi serve`'s options at the new site.
         options: Vec<String>,
+        /// And at the old one, if that is ours.
+        source_options: Vec<String>,
         /// Whether the source has seen the guest work before, in sections where that matters.
         heat: bool,
     },
@@ -64,6 +66,7 @@ impl Mover {
             how: How::Hikkoshi {
                 source,
                 options: options.iter().map(|&option| option.to_owned()).collect(),
+                source_options: Vec::new(),
                 heat,
             },
         }
@@ -77,6 +80,16 @@ impl Mover {
     /// Ours, with any NBD server as the source.
     pub fn ours_from_nbdkit() -> Self {
         Self::hikkoshi("hikkoshi, nbdkit source", SourceKind::Nbdkit, false, &[])
+    }
+
+    /// Ours, with another congestion control of what the source sends.
+    pub fn ours_with_congestion(control: &str) -> Self {
+        let name = format!("hikkoshi, {control}");
+        let mut mover = Self::hikkoshi(&name, SourceKind::Hikkoshi, false, &[]);
+        if let How::Hikkoshi { source_options, .. } = &mut mover.how {
+            source_options.push(format!("--congestion={control}"));
+        }
+        mover
     }
 
     /// Ours, with a source that has served the guest before, and has written down where.
@@ -146,9 +159,13 @@ impl Mover {
     pub fn available(&self, help: &str) -> Result<()> {
         let tools: &[&str] = match &self.how {
             How::Hikkoshi {
-                source, options, ..
+                source,
+                options,
+                source_options,
+                ..
             } => {
-                for option in options.iter().filter(|option| option.starts_with("--")) {
+                let all = options.iter().chain(source_options);
+                for option in all.filter(|option| option.starts_with("--")) {
                     let name = option.split('=').next().unwrap_or(option);
                     let known = help
                         .split(|c: char| c.is_whitespace() || c == ',' || c == '[')
@@ -169,6 +186,14 @@ impl Mover {
             packages::require(tool)?;
         }
         Ok(())
+    }
+
+    /// Options at the old site.
+    pub fn source_options(&self) -> &[String] {
+        match &self.how {
+            How::Hikkoshi { source_options, .. } => source_options,
+            _ => &[],
+        }
     }
 
     /// What serves the old site.

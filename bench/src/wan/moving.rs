@@ -105,7 +105,7 @@ impl Mover {
         let process = match self.source() {
             SourceKind::Hikkoshi => {
                 terms.copy.reset()?;
-                let arguments = words(&[
+                let mut arguments = words(&[
                     "serve",
                     &terms.copy.0.display().to_string(),
                     "--listen",
@@ -116,6 +116,7 @@ impl Mover {
                     "--control",
                     &format!("unix:{}", source_control(terms.dir).display()),
                 ]);
+                arguments.extend_from_slice(self.source_options());
                 let program = terms.hikkoshi.display().to_string();
                 terms.sites.start_source(&program, &arguments, &log)?
             }

@@ -185,6 +185,8 @@ pub struct DaemonConfig {
     pub max_clients: usize,
     /// The cap on what all exports copy in the background together, bytes per second.
     pub max_rate_all: Option<u64>,
+    /// The congestion control of what is sent to clients over TCP; `None` for the system's own.
+    pub congestion: Option<String>,
 }
 
 /// Most seed images of an export.

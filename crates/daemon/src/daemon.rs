@@ -8,7 +8,7 @@ use hikkoshi_wan::transport::session::BootId;
 
 use crate::config::{DaemonConfig, Listen};
 use crate::control;
-use crate::front::{Front, Table};
+use crate::front::{Front, Table, congestion};
 use crate::heat::Keeper;
 use crate::registry::{CommandError, Controlled, Exports};
 use crate::slot::Slot;
@@ -216,6 +216,9 @@ pub(crate) fn check(config: &DaemonConfig) -> Result<(), DaemonError> {
     }
     if config.listen.is_empty() {
         return refuse("there is no address to listen on");
+    }
+    if let Some(name) = &config.congestion {
+        congestion::check(name).map_err(DaemonError::Config)?;
     }
     for (n, export) in config.exports.iter().enumerate() {
         for other in &config.exports[..n] {

@@ -252,12 +252,16 @@ impl Starting {
             return Err(error);
         }
         let (table, config) = (&self.table, &self.config);
-        let front = Front::start(Arc::clone(table), &config.listen, config.max_clients).map_err(
-            |(address, source)| DaemonError::Listen {
-                address: address.to_string(),
-                source,
-            },
-        )?;
+        let front = Front::start(
+            Arc::clone(table),
+            &config.listen,
+            config.max_clients,
+            config.congestion.clone(),
+        )
+        .map_err(|(address, source)| DaemonError::Listen {
+            address: address.to_string(),
+            source,
+        })?;
         let heat = match Keeper::start(table.slots.clone()) {
             Ok(keeper) => Some(keeper),
             Err(error) => {

@@ -81,6 +81,7 @@ fn all_disks_of_a_daemon_keep_to_one_cap() {
         ],
         max_clients: DEFAULT_MAX_CLIENTS,
         max_rate_all: Some(RATE),
+        congestion: None,
     })
     .unwrap();
     let exports = daemon.exports();

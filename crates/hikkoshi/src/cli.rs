@@ -328,6 +328,10 @@ pub struct Serve {
     /// Cap on the background copies of all disks of this daemon together, besides those of each
     #[arg(long, value_name = "RATE", value_parser = MaxRate::parse)]
     pub max_rate_all: Option<MaxRate>,
+    /// TCP's congestion control for what is sent to clients, e.g. bbr on a link that loses packets
+    /// [default: the system's]
+    #[arg(long, value_name = "NAME")]
+    pub congestion: Option<String>,
     /// Connections to the source
     #[arg(long, value_name = "N", requires = "from", default_value_t = DEFAULT_CONNECTIONS,
         value_parser = parse_connections)]
@@ -599,7 +603,7 @@ mod tests {
              --handoff command --block-size 64KiB --max-rate 40MB/s --connections 8 \
              --read-only --overwrite --source-moved --engine io-uring --heat boot.heat --verify \
              --transport nbd --way-back --return --seed-image a --seed-image b --seed-always --max-rate-all 1MB/s \
-             -v",
+             --congestion bbr -v",
         )
         .unwrap();
         assert_eq!(serve.listen.len(), 2);
@@ -613,6 +617,7 @@ mod tests {
         assert_eq!(serve.max_rate, Some(MaxRate(Some(40_000_000))));
         assert_eq!(serve.max_rate_all, Some(MaxRate(Some(1_000_000))));
         assert_eq!(serve.connections, 8);
+        assert_eq!(serve.congestion.as_deref(), Some("bbr"));
         assert_eq!(serve.heat, Some("boot.heat".into()));
         assert_eq!(serve.engine, EngineName::IoUring);
         assert!(serve.verify && serve.transport == TransportName::Nbd);

@@ -31,6 +31,7 @@ struct File {
     metrics: Option<String>,
     max_clients: Option<usize>,
     max_rate_all: Option<String>,
+    congestion: Option<String>,
     #[serde(rename = "export")]
     exports: Vec<Export>,
 }
@@ -124,6 +125,7 @@ pub fn parse(text: &str) -> Result<Plan, String> {
         exports,
         new_images,
         max_rate_all: value("max-rate-all", &file.max_rate_all, quantity::parse_rate)?.flatten(),
+        congestion: file.congestion,
         max_clients: file.max_clients.unwrap_or(DEFAULT_MAX_CLIENTS),
     })
 }
@@ -246,6 +248,7 @@ mod tests {
         assert_eq!(plan.listen.len(), 2);
         assert_eq!(plan.exports.len(), 3);
         assert_eq!(plan.max_rate_all, Some(80_000_000));
+        assert_eq!(plan.congestion.as_deref(), Some("bbr"));
         let web = &plan.exports[0];
         let source = web.source.as_ref().unwrap();
         assert_eq!(source.uri, "nbd://old-site.example/web");

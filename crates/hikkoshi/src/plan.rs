@@ -32,4 +32,6 @@ pub struct Plan {
     pub max_clients: usize,
     /// The cap on what all exports copy in the background together.
     pub max_rate_all: Option<u64>,
+    /// The congestion control of what is sent over TCP.
+    pub congestion: Option<String>,
 }

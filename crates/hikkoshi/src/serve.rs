@@ -36,6 +36,7 @@ pub fn run(args: Serve) -> Result<(), Failure> {
         exports: plan.exports,
         max_clients: plan.max_clients,
         max_rate_all: plan.max_rate_all,
+        congestion: plan.congestion,
     };
     let Some(daemon) = start(config, &signals)? else {
         return Ok(());
@@ -126,6 +127,7 @@ fn plan(args: Serve) -> Result<Plan, Failure> {
             metrics: None,
             max_clients: DEFAULT_MAX_CLIENTS,
             max_rate_all: None,
+            congestion: None,
             new_images: Vec::new(),
             exports: Vec::new(),
         },
@@ -141,6 +143,9 @@ fn plan(args: Serve) -> Result<Plan, Failure> {
     }
     if let Some(rate) = args.max_rate_all {
         plan.max_rate_all = rate.0;
+    }
+    if args.congestion.is_some() {
+        plan.congestion.clone_from(&args.congestion);
     }
     if args.config.is_none() {
         let (export, new_image) = one_export(args)?;

@@ -160,6 +160,16 @@ fn help_completions_and_manual_are_there() {
 }
 
 #[test]
+fn a_congestion_control_that_the_kernel_lacks_is_refused_with_what_there_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = old_disk(dir.path());
+    let output = run(&["serve", &file, "--congestion", "tortoise"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("tortoise") && text.contains("reno"), "{text}");
+}
+
+#[test]
 fn a_daemon_that_is_not_there_is_exit_status_1() {
     let dir = tempfile::tempdir().unwrap();
     let control = format!("unix:{}", path(dir.path(), "none"));

@@ -1,4 +1,4 @@
-//! A link that loses packets: nobody gets much, and ours no less than nbdcopy.
+//! A link that loses packets: nobody gets much, and ours no less than nbdcopy; but for whoever takes a loss for a loss.
 
 use std::time::Duration;
 
@@ -24,7 +24,11 @@ const IPERF_TIME: Duration = Duration::from_secs(15);
 const IPERF_START: Duration = Duration::from_secs(3);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
-    let mut ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
+    let mut ours = vec![
+        Mover::ours(),
+        Mover::ours_with_congestion("bbr"),
+        Mover::ours_from_nbdkit(),
+    ];
     for mover in &mut ours {
         if let How::Hikkoshi { options, .. } = &mut mover.how {
             options.push(format!("--connections={CONNECTIONS}"));
@@ -53,7 +57,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         section: "loss",
         title: format!("A link that loses packets: {}", sites.case.name()),
         note: format!(
-            "{} What has not ended after {} s is projected from its pace (≈). Congestion control: {}. \
+            "{} What has not ended after {} s is projected from its pace (≈). Congestion control: {}, where a column does not name another. \
              Each packet is lost by a seeded draw of its own.",
             grid.note,
             LIMIT.as_secs(),

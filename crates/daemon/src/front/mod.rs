@@ -3,6 +3,7 @@
 //! A thread per listening address and a thread per client. No thread serves two clients, so that
 //! none of them can hold up another.
 
+pub mod congestion;
 mod connection;
 mod frames;
 mod inbox;
@@ -132,6 +133,7 @@ pub struct Front {
 struct Shared {
     table: Arc<Table>,
     max_clients: usize,
+    congestion: Option<String>,
     stopping: AtomicBool,
     next_client: AtomicU64,
     /// How to hang up on each client. `None` during the handshake.
@@ -152,10 +154,12 @@ impl Front {
         table: Arc<Table>,
         listen: &[Listen],
         max_clients: usize,
+        congestion: Option<String>,
     ) -> Result<Self, (Listen, io::Error)> {
         let shared = Arc::new(Shared {
             table,
             max_clients,
+            congestion,
             stopping: AtomicBool::new(false),
             next_client: AtomicU64::new(0),
             clients: Mutex::default(),
@@ -345,6 +349,11 @@ fn serve(shared: &Shared, id: u64, socket: Socket) -> io::Result<()> {
     if socket.local_addr()?.is_ipv4() || socket.local_addr()?.is_ipv6() {
         socket.set_tcp_nodelay(true)?;
         socket.set_keepalive(true)?;
+        if let Some(name) = &shared.congestion
+            && let Err(error) = congestion::choose(&socket, name)
+        {
+            tracing::warn!("a client is served without the congestion control {name:?}: {error}");
+        }
     }
     let Some((session, early)) = shake_hands(&shared.table, &socket)? else {
         return Ok(());

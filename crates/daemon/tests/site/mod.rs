@@ -65,6 +65,33 @@ impl Wanted {
     }
 }
 
+/// A daemon that serves `image`.
+pub fn config_of(image: &Path, wanted: Wanted) -> DaemonConfig {
+    let listen = match wanted.on {
+        On::Unix => Listen::Unix(PathBuf::from(format!("{}.sock", image.display()))),
+        On::Tcp => Listen::Tcp("127.0.0.1".into(), 0),
+    };
+    DaemonConfig {
+        listen: vec![listen],
+        metrics: None,
+        control: None,
+        exports: vec![ExportConfig {
+            name: String::new(),
+            image: image.to_owned(),
+            state_dir: None,
+            block_bytes: 4096,
+            read_only: false,
+            engine: Engine::Threads,
+            transport: wanted.transport,
+            compress: wanted.compress,
+            source: wanted.source,
+        }],
+        max_clients: DEFAULT_MAX_CLIENTS,
+        max_rate_all: None,
+        congestion: None,
+    }
+}
+
 impl Site {
     /// Serves `name` in `dir`, which must exist unless the disk comes from elsewhere.
     pub fn start(dir: &Path, name: &str, wanted: Wanted) -> Self {
@@ -74,29 +101,9 @@ impl Site {
     /// The same, or what is said against it.
     pub fn try_start(dir: &Path, name: &str, wanted: Wanted) -> Result<Self, String> {
         let image = dir.join(name);
-        let listen = match wanted.on {
-            On::Unix => Listen::Unix(dir.join(format!("{name}.sock"))),
-            On::Tcp => Listen::Tcp("127.0.0.1".into(), 0),
-        };
-        let config = DaemonConfig {
-            listen: vec![listen],
-            metrics: None,
-            control: None,
-            exports: vec![ExportConfig {
-                name: String::new(),
-                image: image.clone(),
-                state_dir: None,
-                block_bytes: 4096,
-                read_only: false,
-                engine: Engine::Threads,
-                transport: wanted.transport,
-                compress: wanted.compress,
-                source: wanted.source,
-            }],
-            max_clients: DEFAULT_MAX_CLIENTS,
-            max_rate_all: None,
-        };
-        let daemon = Daemon::start_under(config, wanted.boot).map_err(|error| error.to_string())?;
+        let boot = wanted.boot;
+        let daemon = Daemon::start_under(config_of(&image, wanted), boot)
+            .map_err(|error| error.to_string())?;
         Ok(Self { daemon, image })
     }
 

@@ -281,6 +281,7 @@ fn config(listen: Vec<Listen>, image: PathBuf, source: Option<SourceConfig>) -> 
         }],
         max_clients: DEFAULT_MAX_CLIENTS,
         max_rate_all: None,
+        congestion: None,
     }
 }
 
