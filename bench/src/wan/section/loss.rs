@@ -57,8 +57,8 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         section: "loss",
         title: format!("A link that loses packets: {}", sites.case.name()),
         note: format!(
-            "{} What has not ended after {} s is projected from its pace (≈). Congestion control: {}, where a column does not name another. \
-             Each packet is lost by a seeded draw of its own.",
+            "{} What has not ended after {} s is projected from its pace (≈). Congestion control: {}, where a column \
+             does not name another. Each packet is lost by a seeded draw of its own.",
             grid.note,
             LIMIT.as_secs(),
             bench.options.congestion

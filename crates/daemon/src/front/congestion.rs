@@ -41,7 +41,8 @@ fn reason(name: &str, error: &io::Error) -> String {
             )
         }
         Some(libc::EPERM) => format!(
-            "{what}: only root may; add it to the sysctl net.ipv4.tcp_allowed_congestion_control"
+            "{what}: only root may choose it, and whoever likes once it is in the sysctl \
+             net.ipv4.tcp_allowed_congestion_control"
         ),
         _ => format!("{what}: {error}"),
     }

@@ -51,7 +51,8 @@ const QUEUE_TIME: Duration = Duration::from_millis(2);
 const SILENCE: Duration = Duration::from_secs(1);
 const SILENT_TRIPS: u32 = 4;
 
-/// From this round trip on what is sent is spread over it. Below, TCP has found its window before anybody notices, and timers cost.
+/// From this round trip on what is sent is spread over it. Below, TCP has found its window before anybody notices,
+/// and timers cost.
 const SPREAD_FROM: Duration = Duration::from_millis(2);
 
 /// The hosts that are sent to.
@@ -362,9 +363,14 @@ mod tests {
             let _here = connect_from([127, 77, 0, 3], &listener);
             let socket = Socket::from(listener.accept().unwrap().0);
             let pace = Pace::of(&socket).unwrap();
-            lock(&pace.path.state).base = base;
+            let now = {
+                let mut state = lock(&pace.path.state);
+                state.base = base;
+                // Before the round ends, and the true one is seen.
+                state.round_started
+            };
             assert!(!is_spread(&socket));
-            pace.admit(Instant::now(), 1000).unwrap();
+            pace.admit(now, 1000).unwrap();
             assert_eq!(is_spread(&socket), wanted, "{base:?}");
         }
     }
