@@ -391,6 +391,7 @@ pub fn serve_one(table: Arc<Table>, socket: Socket) -> io::Result<()> {
     let shared = Shared {
         table,
         max_clients: 1,
+        congestion: None,
         stopping: AtomicBool::new(false),
         next_client: AtomicU64::new(0),
         clients: Mutex::default(),

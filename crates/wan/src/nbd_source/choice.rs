@@ -41,7 +41,7 @@ impl Quiet {
 /// What a connection has to do, and how fast it is.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Busy {
-    /// Bytes asked for and not answered.
+    /// Bytes that it would wait behind.
     pub load: u64,
     /// Bytes per second that it has brought lately.
     pub pace: u64,

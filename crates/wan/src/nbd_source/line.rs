@@ -128,7 +128,8 @@ impl Line {
     }
 
     /// How many bytes a new request of `lane` would wait behind. What is less urgent is not among them where the
-    /// source answers what is urgent first, but for demand: that would wait behind what was sent already, too.
+    /// source answers what is urgent first, but for demand: that would wait behind what was sent already, too. (What
+    /// has become urgent since it was asked for counts as what it was.)
     pub(super) fn load(&self, lane: Lane) -> u64 {
         let until = match self.speaks_frames() && !lane.is_urgent() {
             true => lane as usize + 1,
