@@ -131,16 +131,14 @@ impl Line {
     /// source answers what is urgent first, but for demand: that would wait behind what was sent already, too. (What
     /// has become urgent since it was asked for counts as what it was.)
     pub(super) fn load(&self, lane: Lane) -> u64 {
-        let until = match self.speaks_frames() && !lane.is_urgent() {
-            true => lane as usize + 1,
-            false => Lane::COUNT,
-        };
-        let loads = self.loads[..until].iter();
-        let load: u64 = loads.map(|load| load.load(Ordering::Relaxed)).sum();
+        let sum = |loads: &[AtomicU64]| loads.iter().map(|load| load.load(Ordering::Relaxed)).sum();
+        let all: u64 = sum(&self.loads);
         if lane.is_urgent() {
-            load.saturating_sub(self.queued_bulk.load(Ordering::Relaxed))
+            all.saturating_sub(self.queued_bulk.load(Ordering::Relaxed))
+        } else if self.speaks_frames() {
+            sum(&self.loads[..=lane as usize])
         } else {
-            load
+            all
         }
     }
 
