@@ -19,6 +19,8 @@ const INTERVAL: Duration = Duration::from_millis(250);
 const COLD_PART: f64 = 0.9;
 /// Round trips in which TCP and the windows above it find the link's rate.
 const WARM_UP_ROUND_TRIPS: f64 = 10.0;
+/// The same where packets are lost: TCP begins far above the rate that it can keep there, and goes down to it loss by loss.
+pub const LOSSY_WARM_UP: Duration = Duration::from_secs(8);
 
 /// A moment of a move.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -117,7 +119,10 @@ impl Watched {
     /// When the link's rate has been found, and when the move was over or cut off.
     fn full_speed(&self, case: &LinkCase) -> (f64, f64) {
         let end = self.seconds.unwrap_or(self.watched_s);
-        let start = WARM_UP_ROUND_TRIPS * case.rtt().as_secs_f64();
+        let mut start = WARM_UP_ROUND_TRIPS * case.rtt().as_secs_f64();
+        if case.loss_percent > 0.0 {
+            start = start.max(LOSSY_WARM_UP.as_secs_f64());
+        }
         (start.min(end / 2.0), end)
     }
 
@@ -205,6 +210,27 @@ mod tests {
         );
         let (seconds, bytes, projected) = watched(Some(4.5)).until_resident(&CASE).unwrap();
         assert!(!projected && (seconds - 4.5).abs() < 1e-6 && (bytes - 20e6).abs() < 1.0);
+    }
+
+    /// The start is no measure of what follows, but it counts as what it was.
+    #[test]
+    fn where_packets_are_lost_the_start_is_not_projected() {
+        let case = LinkCase {
+            loss_percent: 0.1,
+            ..CASE
+        };
+        let mut seen = watched(None);
+        // The first eight seconds brought three fifths of the disk, and each one from then on a hundredth.
+        seen.watched_s = 20.0;
+        seen.moments = (0..=20_u32)
+            .map(|n| Moment {
+                at_s: f64::from(n),
+                wire_bytes: u64::from(n) * 1_000_000,
+                arrived: 0.1 * f64::from(n.min(6)) + 0.01 * f64::from(n.saturating_sub(8)),
+            })
+            .collect();
+        let (seconds, _, projected) = seen.until_resident(&case).unwrap();
+        assert!(projected && (seconds - 48.0).abs() < 1e-6, "{seconds}");
     }
 
     #[test]

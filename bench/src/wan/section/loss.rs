@@ -12,6 +12,7 @@ use crate::wan::disk::Disk;
 use crate::wan::grid::{Bound, Grid};
 use crate::wan::mover::{How, Mover};
 use crate::wan::site::Sites;
+use crate::wan::watch::LOSSY_WARM_UP;
 
 /// As many connections as ours has by default.
 const CONNECTIONS: usize = 4;
@@ -21,7 +22,6 @@ const DISK_MIB: u64 = 512;
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long iperf3 sends, after a start that is not counted.
 const IPERF_TIME: Duration = Duration::from_secs(15);
-const IPERF_START: Duration = Duration::from_secs(3);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let mut ours = vec![
@@ -42,7 +42,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         Section::Loss,
         &movers,
         &disk,
-        (&[CONNECTIONS], Amount::Time(IPERF_TIME, IPERF_START)),
+        (&[CONNECTIONS], Amount::Time(IPERF_TIME, LOSSY_WARM_UP)),
         LIMIT,
     )?;
     let peer = |mover: &Mover| matches!(mover.how, How::NbdcopyConnections(_));
@@ -57,10 +57,12 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         section: "loss",
         title: format!("A link that loses packets: {}", sites.case.name()),
         note: format!(
-            "{} What has not ended after {} s is projected from its pace (≈). Congestion control: {}, where a column \
+            "{} What has not ended after {} s is projected (≈) from its pace after the first {} s, in which TCP comes \
+             down to what it can keep. Congestion control: {}, where a column \
              does not name another. Each packet is lost by a seeded draw of its own.",
             grid.note,
             LIMIT.as_secs(),
+            LOSSY_WARM_UP.as_secs(),
             bench.options.congestion
         ),
         columns: grid.columns,

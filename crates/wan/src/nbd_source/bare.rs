@@ -12,6 +12,7 @@ use super::address::NbdSourceConfig;
 use super::job::Job;
 use super::line::Line;
 use super::reader;
+use super::replies::Alone;
 use super::shared::info_of;
 use super::wire::Wire;
 use crate::source::{Completion, ExtentsAnswer, Fetched, Lane, SourceError, SourceInfo};
@@ -102,7 +103,7 @@ impl BareConnection {
 
     /// Receives and answers until the connection ends; then says why it did, and what is left.
     pub fn serve(&self) -> (SourceError, Vec<Undone>) {
-        let (error, mut jobs) = match reader::read(&self.line, None) {
+        let (error, mut jobs) = match reader::read(&self.line, &Alone, None) {
             Ok(ended) => {
                 let error = SourceError::new(ended.why.kind(), ended.why.to_string());
                 (error, ended.unfinished)

@@ -19,6 +19,10 @@ const LEAST_PACE: u64 = 64 << 10;
 /// together is alike, and each connection is compressed as a stream of its own.
 const NEAR_BYTES: u64 = 512 << 10;
 
+/// What a connection would need so long for, and this many times as long as another for its own, is divided anew.
+const PATIENCE: Duration = Duration::from_millis(500);
+const UNEVEN: u128 = 4;
+
 /// Since when nobody has demanded anything.
 #[derive(Debug, Default)]
 pub(super) struct Quiet {
@@ -33,8 +37,14 @@ impl Quiet {
             self.since = Some(now);
             return false;
         }
-        let since = *self.since.get_or_insert(now);
-        now.saturating_duration_since(since) >= LEND_AFTER
+        self.since.get_or_insert(now);
+        self.is_long(now)
+    }
+
+    /// Whether bulk has gone on alone for a while.
+    pub fn is_long(&self, now: Instant) -> bool {
+        let since = self.since;
+        since.is_some_and(|at| now.saturating_duration_since(at) >= LEND_AFTER)
     }
 }
 
@@ -54,17 +64,54 @@ pub(super) struct Busy {
 /// are used are used alike.
 pub(super) fn quickest(lines: &[Busy], offset: u64, len: u32) -> Option<usize> {
     let count = u64::try_from(lines.len()).unwrap_or(u64::MAX);
-    let mean = lines.iter().map(|line| line.pace).sum::<u64>() / count.max(1);
-    let least = (mean / 4).max(LEAST_PACE);
-    let time = |index: usize| {
-        let line = &lines[index];
-        let bytes = u128::from(line.load) + u128::from(len);
-        bytes * 1_000_000_000 / u128::from(line.pace.saturating_add(least))
-    };
+    let mean = mean_pace(lines);
+    let least = least_pace(lines);
+    let time = |index: usize| lines[index].nanos(len.into(), least);
     let best = (0..lines.len()).min_by_key(|index| time(*index))?;
     let near = usize::try_from(offset / NEAR_BYTES % count).ok()?;
     let soon = time(near) <= time(best) * 2 && lines[near].pace >= mean / 2;
     Some(if soon { near } else { best })
+}
+
+/// Which connection was given so much, before it became slow, that others would be idle long before it is, and how
+/// many bytes of that they should bring instead: then all are done at the same time. `lines` are those that bulk
+/// may use.
+pub(super) fn overloaded(lines: &[Busy]) -> Option<(usize, u64)> {
+    let least = least_pace(lines);
+    let time = |index: &usize| lines[*index].nanos(0, least);
+    let slow = (0..lines.len()).max_by_key(time)?;
+    let quick = (0..lines.len()).min_by_key(time)?;
+    // At the beginning nothing is known of any.
+    if mean_pace(lines) == 0
+        || time(&slow) < PATIENCE.as_nanos()
+        || time(&slow) < time(&quick) * UNEVEN
+    {
+        return None;
+    }
+    let pace = |line: &Busy| u128::from(line.pace.saturating_add(least));
+    let all: u128 = lines.iter().map(pace).sum();
+    let load: u128 = lines.iter().map(|line| u128::from(line.load)).sum();
+    let fair = u64::try_from(load * pace(&lines[slow]) / all).unwrap_or(u64::MAX);
+    let over = lines[slow].load.saturating_sub(fair);
+    (over > 0).then_some((slow, over))
+}
+
+impl Busy {
+    /// When it would have brought `more` bytes as well, in nanoseconds.
+    fn nanos(&self, more: u64, least_pace: u64) -> u128 {
+        let bytes = u128::from(self.load) + u128::from(more);
+        bytes * 1_000_000_000 / u128::from(self.pace.saturating_add(least_pace))
+    }
+}
+
+fn mean_pace(lines: &[Busy]) -> u64 {
+    let count = u64::try_from(lines.len()).unwrap_or(u64::MAX);
+    lines.iter().map(|line| line.pace).sum::<u64>() / count.max(1)
+}
+
+/// What is reckoned with for each besides its pace.
+fn least_pace(lines: &[Busy]) -> u64 {
+    (mean_pace(lines) / 4).max(LEAST_PACE)
 }
 
 #[cfg(test)]
@@ -123,6 +170,32 @@ mod tests {
         let (shares, _) = divided(&[10 << 20, 10 << 20, 10 << 20, 1 << 20]);
         assert!(shares[3] < 40 && shares[3] > 10, "{shares:?}");
         assert_eq!(quickest(&[], 0, 1), None);
+    }
+
+    #[test]
+    fn what_a_slow_connection_has_too_much_of_is_the_others() {
+        let line = |load, pace| Busy { load, pace };
+        let idle = line(0, 9 << 20);
+        let slow = line(4 << 20, 1 << 20);
+        let (index, over) = overloaded(&[idle, slow, idle, idle]).unwrap();
+        // A mean of 7 MiB/s, so 2.75 of 35 MiB/s in all.
+        let fair = (4 << 20) / 35 * 11 / 4;
+        assert_eq!(index, 1);
+        assert!(
+            over.abs_diff((4 << 20) - fair) < 1 << 10,
+            "{over}, {fair} stay"
+        );
+        // What all have to wait for alike, what is soon done, and what nothing is known of.
+        let busy = line(9 << 20, 9 << 20);
+        for even in [
+            &[busy, line(2 << 20, 1 << 20)][..],
+            &[idle, line(1 << 19, 1 << 20)],
+            &[line(4 << 20, 0), line(0, 0)],
+            &[slow],
+            &[],
+        ] {
+            assert_eq!(overloaded(even), None, "{even:?}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use hikkoshi_nbd::wire::{Errno, REQUEST_BYTES, command};
 
 use super::job::Job;
 use super::line::Line;
+use super::replies::Alone;
 use super::script::{Script, frame, line_to};
 use super::wire::Wire;
 use super::{NbdSourceConfig, frames, reader};
@@ -42,7 +43,7 @@ fn frames_end_a_flush_or_fail_it() {
     let error = encode_error(Errno::Io, "no");
     script.says(&frame(Kind::Error, 1, 0, &error, true));
     script.says(&frame(Kind::End, 0, 0, &[], true));
-    assert_eq!(frames::read(&line, None).unwrap().answered, 2);
+    assert_eq!(frames::read(&line, &Alone, None).unwrap().answered, 2);
     assert_eq!(kind(&answers[0]), None);
     assert_eq!(kind(&answers[1]), Some(SourceErrorKind::Refused));
 }
@@ -54,7 +55,7 @@ fn data_is_no_answer_to_a_flush() {
     let line = line_to(&script, None);
     let answer = flush(&line);
     script.says(&frame(Kind::Data, 0, 0, &[1; 512], true));
-    let ended = frames::read(&line, None).unwrap();
+    let ended = frames::read(&line, &Alone, None).unwrap();
     assert_eq!(ended.why.kind(), SourceErrorKind::Untrusted);
     assert_eq!(ended.unfinished.len(), 1);
     assert!(answer.try_recv().is_err(), "it is not answered");
@@ -93,7 +94,7 @@ fn nbd_says_that_it_is_done_in_either_style() {
         style.push_error(&mut said, 1, Errno::Io, "no");
         style.push_done(&mut said, 0);
         script.says(&said);
-        assert_eq!(reader::read(&line, None).unwrap().answered, 2);
+        assert_eq!(reader::read(&line, &Alone, None).unwrap().answered, 2);
         assert_eq!(kind(&answers[0]), None);
         assert_eq!(kind(&answers[1]), Some(SourceErrorKind::Refused));
     }
@@ -105,7 +106,7 @@ fn a_hole_is_no_answer_to_a_flush() {
     let line = line_in_nbd(&script, true);
     let answer = flush(&line);
     script.says(&hole_chunk(0, 0, 512, Last::Yes));
-    let ended = reader::read(&line, None).unwrap();
+    let ended = reader::read(&line, &Alone, None).unwrap();
     assert_eq!(ended.why.kind(), SourceErrorKind::Untrusted);
     assert!(answer.try_recv().is_err(), "it is not answered");
 }

@@ -14,8 +14,8 @@ use super::coding::Coding;
 use super::job::{Answer, Job};
 use super::line::Line;
 use super::receive::{ReadError, Receiver, size, wire};
-use super::replies::{Begun, Ended, Replies};
-use crate::source::{SourceError, SourceErrorKind};
+use super::replies::{Begun, Ended, Others, Replies};
+use crate::source::{Lane, SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
 use crate::transport::pack::{Codec, Unpacker};
 use crate::transport::session::Told;
@@ -62,8 +62,12 @@ impl Begun for Active {
 }
 
 /// Receives and answers until the connection ends.
-pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
-    let mut replies = Replies::<Active>::new(line, progress_timeout, BUFFER_BYTES)?;
+pub(super) fn read(
+    line: &Line,
+    others: &dyn Others,
+    progress_timeout: Option<Duration>,
+) -> io::Result<Ended> {
+    let mut replies = Replies::<Active>::new(line, others, progress_timeout, BUFFER_BYTES)?;
     if let Some(ticket) = &line.attaching {
         // Before anything that was asked for: what follows a refusal is not even looked at.
         if let Err(error) = attached(&mut replies.receiver, ticket, line) {
@@ -135,7 +139,7 @@ fn frame(replies: &mut Replies<'_, Active>, unpacker: &mut Unpacker) -> Result<(
 /// A reply is complete: its answer goes to the caller.
 fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
     let Active {
-        job,
+        mut job,
         data,
         holes,
         extents,
@@ -150,7 +154,16 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
         Answer::Hashes { .. } => !hashes.is_empty(),
         Answer::Done => true,
     };
-    if error.is_none() && !whole && job.is_read() && replies.line.is_cancelled(id) {
+    let taken_back = error.is_none() && !whole && job.is_read();
+    if taken_back && let Some(waited_for) = replies.line.is_relieved_of(id) {
+        replies.answered(id, &job);
+        if waited_for {
+            job.lane = Lane::Demand;
+        }
+        replies.others.take(job);
+        return Ok(());
+    }
+    if taken_back && replies.line.is_cancelled(id) {
         let missing = u64::from(job.len).saturating_sub(wire(data.len()));
         replies.line.count_cancelled(missing);
         replies.answered(id, &job);

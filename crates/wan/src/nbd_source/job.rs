@@ -19,6 +19,9 @@ use crate::transport::{HEADER_BYTES, Priority, limits};
 /// minimum block, and far inside 32 bits.
 const MAX_STATUS_BYTES: u64 = 1 << 30;
 
+/// See [`Job::weight`].
+const STATUS_WEIGHT: u32 = 64 << 10;
+
 /// One request on the wire.
 pub(super) struct Job {
     pub(super) lane: Lane,
@@ -189,6 +192,15 @@ impl Job {
             len: 0,
             op: Op::Flush { done },
             come: None,
+        }
+    }
+
+    /// How many bytes of reads it takes as long as: what is asked about extents is hardly any data.
+    pub(super) fn weight(&self) -> u32 {
+        match self.op {
+            Op::Read { .. } | Op::Hash { .. } => self.len,
+            Op::Status { .. } => self.len.min(STATUS_WEIGHT),
+            Op::Flush { .. } => 0,
         }
     }
 

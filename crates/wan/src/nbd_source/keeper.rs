@@ -168,9 +168,9 @@ pub(super) fn read(shared: &Shared, slot: usize, line: &Line) -> u64 {
     let calm = catch_unwind(AssertUnwindSafe(|| {
         let patience = shared.config.progress_timeout;
         let outcome = if line.speaks_frames() {
-            frames::read(line, patience)
+            frames::read(line, shared, patience)
         } else {
-            reader::read(line, patience)
+            reader::read(line, shared, patience)
         };
         match outcome {
             Ok(ended) => {

@@ -4,6 +4,7 @@
 //! good) and who waits for which cookie. It must never call a completion: submitters and the
 //! reader hold no lock of it when they do.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,7 @@ use hikkoshi_nbd::wire::{REQUEST_BYTES, command};
 
 use super::address::NbdSourceConfig;
 use super::attach::Ticket;
+use super::choice::Busy;
 use super::coding::{Coding, Lately};
 use super::job::Job;
 use super::wire::Wire;
@@ -58,8 +60,12 @@ struct State {
     unanswered: HashMap<u64, Job>,
     /// Reads whose reply has begun: lane, offset and length.
     begun: HashMap<u64, (Lane, u64, u32)>,
+    /// Of both, what has become urgent since it was sent.
+    promoted: HashSet<u64>,
     /// Of both, what the server was told is wanted no more.
     cancelled: HashSet<u64>,
+    /// Of that, what is to go over another connection.
+    relieved: HashSet<u64>,
     in_flight: usize,
     bulk_in_flight: usize,
     demand: VecDeque<Job>,
@@ -143,16 +149,38 @@ impl Line {
     }
 
     fn takes_on(&self, job: &Job) {
-        self.loads[job.lane as usize].fetch_add(u64::from(job.len), Ordering::Relaxed);
+        self.loads[job.lane as usize].fetch_add(u64::from(job.weight()), Ordering::Relaxed);
     }
 
-    fn is_rid_of(&self, job: &Job) {
-        self.loads[job.lane as usize].fetch_sub(u64::from(job.len), Ordering::Relaxed);
+    fn is_rid_of(&self, lane: Lane, weight: u32) {
+        self.loads[lane as usize].fetch_sub(u64::from(weight), Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(super) fn brings(&self, bytes_per_s: u64) {
+        self.pace.store(bytes_per_s, Ordering::Relaxed);
     }
 
     /// Bytes per second that it has brought lately.
     pub(super) fn pace(&self) -> u64 {
         self.pace.load(Ordering::Relaxed)
+    }
+
+    /// What it has to do, and how fast it is by now: less than its pace where it has brought little since that was measured.
+    pub(super) fn busy(&self, now: Instant) -> Busy {
+        let state = self.state();
+        let since = state.brought_since.max(state.waiting_since);
+        let elapsed = since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let pace = self.pace();
+        let slower = state.waiting_since.is_some() && elapsed >= PACE_ROUND;
+        Busy {
+            load: self.load(Lane::Late),
+            pace: if slower {
+                pace.min(per_second(state.brought, elapsed))
+            } else {
+                pace
+            },
+        }
     }
 
     /// Sends or queues a job; gives it back if the connection is dead or its queue is full.
@@ -169,7 +197,7 @@ impl Line {
             enqueue(&mut state.demand, job);
         } else {
             self.queued_bulk
-                .fetch_add(u64::from(job.len), Ordering::Relaxed);
+                .fetch_add(u64::from(job.weight()), Ordering::Relaxed);
             enqueue(&mut state.bulk, job);
         }
         self.pump(&mut state);
@@ -188,7 +216,7 @@ impl Line {
         let mut stay = VecDeque::with_capacity(state.bulk.len());
         for mut job in state.bulk.drain(..) {
             if job.is_bulk_of(offset, len) {
-                self.is_rid_of(&job);
+                self.is_rid_of(job.lane, job.weight());
                 job.lane = Lane::Demand;
                 self.takes_on(&job);
                 self.queued_bulk
@@ -209,6 +237,7 @@ impl Line {
             let begun = state.begun.iter().filter(|(_, begun)| overlaps(begun));
             let mut ids: Vec<u64> = asked.map(|(id, _)| *id).collect();
             ids.extend(begun.map(|(id, _)| *id));
+            state.promoted.extend(&ids);
             ids.sort_unstable();
             let output: Vec<u8> = ids
                 .into_iter()
@@ -243,7 +272,7 @@ impl Line {
             *queue = stay;
         }
         for job in &unsent {
-            self.is_rid_of(job);
+            self.is_rid_of(job.lane, job.weight());
             if !job.lane.is_urgent() {
                 self.queued_bulk
                     .fetch_sub(u64::from(job.len), Ordering::Relaxed);
@@ -258,21 +287,88 @@ impl Line {
             };
             let asked = state.unanswered.iter();
             let asked = asked.filter(|(_, job)| job.is_within(lane, offset, len));
+            let asked = asked.map(|(id, job)| (*id, job.lane, job.len));
             let begun = state.begun.iter().filter(|(_, begun)| within(begun));
-            let mut ids: Vec<u64> = asked.map(|(id, _)| *id).collect();
-            ids.extend(begun.map(|(id, _)| *id));
-            ids.retain(|id| state.cancelled.insert(*id));
-            ids.sort_unstable();
-            let output: Vec<u8> = ids
-                .into_iter()
-                .flat_map(|id| Request::Cancel(id).encode())
-                .collect();
-            if !output.is_empty() && self.wire.send(&output).is_err() {
-                // The reader notices.
-                self.wire.hang_up();
+            let begun = begun.map(|(id, (lane, _, len))| (*id, *lane, *len));
+            let mut asked: Vec<(u64, Lane, u32)> = asked.chain(begun).collect();
+            asked.sort_unstable_by_key(|(id, ..)| *id);
+            for (id, ..) in &asked {
+                // Over no other connection either.
+                state.relieved.remove(id);
             }
+            self.take_back(state, &asked);
         }
         unsent
+    }
+
+    /// Tells the server what is wanted no more, unless it was told. Nobody waits behind that.
+    fn take_back(&self, state: &mut State, asked: &[(u64, Lane, u32)]) {
+        let mut output = Vec::new();
+        for (id, lane, len) in asked {
+            if state.cancelled.insert(*id) {
+                self.is_rid_of(*lane, *len);
+                output.extend(Request::Cancel(*id).encode());
+            }
+        }
+        if !output.is_empty() && self.wire.send(&output).is_err() {
+            // The reader notices.
+            self.wire.hang_up();
+        }
+    }
+
+    /// Of what was copied over this connection and has not begun to come, what was asked for last is to go over
+    /// another: so many bytes of it at most. Hands out what was not sent yet; of what the server has been asked for it is
+    /// told, if it speaks frames, and when that is answered, [`Self::is_relieved_of`] it. What guests wait for stays.
+    pub(super) fn relieve(&self, bytes: u64) -> Vec<Job> {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if state.closed {
+            return Vec::new();
+        }
+        let mut left = bytes;
+        let mut unsent = Vec::new();
+        let mut stay = VecDeque::with_capacity(state.bulk.len());
+        while let Some(job) = state.bulk.pop_back() {
+            if u64::from(job.len) <= left && job.is_read() {
+                left -= u64::from(job.len);
+                self.is_rid_of(job.lane, job.weight());
+                self.queued_bulk
+                    .fetch_sub(job.len.into(), Ordering::Relaxed);
+                unsent.push(job);
+            } else {
+                stay.push_front(job);
+            }
+        }
+        state.bulk = stay;
+        if self.speaks_frames() {
+            let asked = state.unanswered.iter();
+            let mut asked: Vec<(u64, Lane, u32)> = asked
+                .filter(|(id, job)| {
+                    let wanted = !state.cancelled.contains(id) && !state.promoted.contains(id);
+                    wanted && job.is_read() && !job.lane.is_urgent()
+                })
+                .map(|(id, job)| (*id, job.lane, job.len))
+                .collect();
+            asked.sort_unstable_by_key(|(id, ..)| Reverse(*id));
+            asked.retain(|(_, _, len)| {
+                let fits = u64::from(*len) <= left;
+                left -= if fits { u64::from(*len) } else { 0 };
+                fits
+            });
+            state.relieved.extend(asked.iter().map(|(id, ..)| *id));
+            self.take_back(state, &asked);
+        }
+        // In the order in which they were asked for.
+        unsent.reverse();
+        unsent
+    }
+
+    /// Whether a request that the server was told is wanted no more is to go over another connection, and
+    /// whether a guest waits for it by now.
+    pub(super) fn is_relieved_of(&self, cookie: u64) -> Option<bool> {
+        let state = self.state();
+        let relieved = state.relieved.contains(&cookie);
+        relieved.then(|| state.promoted.contains(&cookie))
     }
 
     /// Whether the server was told that this request is wanted no more.
@@ -345,7 +441,7 @@ impl Line {
         }
         let job = state.bulk.pop_front()?;
         self.queued_bulk
-            .fetch_sub(u64::from(job.len), Ordering::Relaxed);
+            .fetch_sub(u64::from(job.weight()), Ordering::Relaxed);
         Some(job)
     }
 
@@ -362,11 +458,13 @@ impl Line {
 
     /// A claimed job has its whole reply: its place goes to the next one.
     pub(super) fn answered(&self, cookie: u64, job: &Job) {
-        self.is_rid_of(job);
         let mut state = self.state();
         state.begun.remove(&cookie);
+        state.promoted.remove(&cookie);
+        state.relieved.remove(&cookie);
         // What was cancelled has not all come, and tells nothing of the pace.
         if !state.cancelled.remove(&cookie) {
+            self.is_rid_of(job.lane, job.weight());
             self.measure(&mut state, job, Instant::now());
         }
         state.in_flight -= 1;
@@ -380,7 +478,7 @@ impl Line {
     }
 
     fn measure(&self, state: &mut State, job: &Job, now: Instant) {
-        state.brought += u64::from(job.len);
+        state.brought += u64::from(job.weight());
         let since = *state.brought_since.get_or_insert_with(|| {
             state.brought = 0;
             now
@@ -390,8 +488,7 @@ impl Line {
             // There was nothing to bring.
             (state.brought, state.brought_since) = (0, Some(now));
         } else if elapsed >= PACE_ROUND {
-            let per_second = u128::from(state.brought) * 1000 / elapsed.as_millis().max(1);
-            let pace = u64::try_from(per_second).unwrap_or(u64::MAX);
+            let pace = per_second(state.brought, elapsed);
             self.pace.store(pace, Ordering::Relaxed);
             (state.brought, state.brought_since) = (0, Some(now));
         }
@@ -442,6 +539,11 @@ impl Line {
     }
 }
 
+fn per_second(bytes: u64, time: Duration) -> u64 {
+    let rate = u128::from(bytes) * 1000 / time.as_millis().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
 /// Puts a job behind those that are as urgent.
 fn enqueue(queue: &mut VecDeque<Job>, job: Job) {
     let ahead = queue.iter().rposition(|other| other.lane <= job.lane);
@@ -468,7 +570,7 @@ mod tests {
         // Of these it is not known how much has been sent.
         assert_eq!(line.load(Lane::Demand), 123);
         assert!(line.cancel(Lane::Late, 2 << 12, 3).is_empty());
-        assert_eq!(line.load(Lane::Late), 123);
+        assert_eq!(line.load(Lane::Late), 120);
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub mod fuzzing;
 mod herald;
 mod job;
 mod keeper;
+#[cfg(test)]
+mod level_tests;
 mod line;
 mod reader;
 mod receive;

@@ -12,7 +12,7 @@ use hikkoshi_nbd::wire::{CHUNK_BYTES, REQUEST_BYTES};
 use super::job::Job;
 use super::line::Line;
 use super::receive::{ReadError, size, wire};
-use super::replies::{Begun, Ended, Replies};
+use super::replies::{Begun, Ended, Others, Replies};
 use crate::source::{SourceError, SourceErrorKind};
 
 /// Bytes received at a time while looking for headers: several small replies at once, and little
@@ -48,8 +48,12 @@ impl Begun for Active {
 }
 
 /// Receives and answers until the connection ends.
-pub(super) fn read(line: &Line, progress_timeout: Option<Duration>) -> io::Result<Ended> {
-    Ok(Replies::new(line, progress_timeout, BUFFER_BYTES)?.run(reply))
+pub(super) fn read(
+    line: &Line,
+    others: &dyn Others,
+    progress_timeout: Option<Duration>,
+) -> io::Result<Ended> {
+    Ok(Replies::new(line, others, progress_timeout, BUFFER_BYTES)?.run(reply))
 }
 
 /// Receives one simple reply or one chunk.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::job::Job;
 use super::line::Line;
 use super::receive::{ReadError, Receiver};
-use crate::source::SourceErrorKind;
+use crate::source::{SourceError, SourceErrorKind};
 
 /// A reply of which something has come.
 pub(super) trait Begun {
@@ -20,9 +20,30 @@ pub(super) trait Begun {
     fn give_up(self) -> Job;
 }
 
+/// The other connections of the same source.
+pub(super) trait Others {
+    /// Something was answered here.
+    fn was_answered(&self);
+    /// This was taken back from here, for one of them.
+    fn take(&self, job: Job);
+}
+
+/// There are none.
+pub(super) struct Alone;
+
+impl Others for Alone {
+    fn was_answered(&self) {}
+
+    fn take(&self, job: Job) {
+        let message = format!("{}: taken back", job.what());
+        job.fail(SourceError::new(SourceErrorKind::Cancelled, message));
+    }
+}
+
 /// The replies under way, and where they come from.
 pub(super) struct Replies<'a, B> {
     pub(super) line: &'a Line,
+    pub(super) others: &'a dyn Others,
     pub(super) receiver: Receiver<'a>,
     begun: HashMap<u64, B>,
     /// The job whose answer broke the protocol.
@@ -42,11 +63,13 @@ pub(super) struct Ended {
 impl<'a, B: Begun> Replies<'a, B> {
     pub(super) fn new(
         line: &'a Line,
+        others: &'a dyn Others,
         progress_timeout: Option<Duration>,
         buffer_bytes: usize,
     ) -> io::Result<Self> {
         Ok(Self {
             line,
+            others,
             receiver: Receiver::new(line, progress_timeout, buffer_bytes)?,
             begun: HashMap::new(),
             broken: None,
@@ -103,6 +126,7 @@ impl<'a, B: Begun> Replies<'a, B> {
     pub(super) fn answered(&mut self, id: u64, job: &Job) {
         self.line.answered(id, job);
         self.answered += 1;
+        self.others.was_answered();
     }
 
     /// The answer to a job broke the protocol: it fails with the others when the connection ends.

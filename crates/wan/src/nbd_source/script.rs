@@ -14,7 +14,9 @@ use super::line::Line;
 use super::wire::Wire;
 use super::{NbdSourceConfig, Ticket};
 use crate::source::{Fetched, Lane, SourceError};
-use crate::transport::{Header, Kind, Priority};
+use crate::transport::frame::Side;
+use crate::transport::message::Request;
+use crate::transport::{Decoder, Header, Kind, Priority};
 
 const DISK_BYTES: u64 = 1 << 20;
 
@@ -114,6 +116,15 @@ pub(super) fn read(
         assert!(line.submit(job).is_ok());
     }
     receiver
+}
+
+/// What it was told.
+pub(super) fn requests(bytes: &[u8]) -> Vec<Request> {
+    let mut decoder = Decoder::new(Side::Client);
+    decoder.push(bytes);
+    std::iter::from_fn(|| decoder.next_frame().unwrap())
+        .map(|frame| Request::parse(&frame).unwrap())
+        .collect()
 }
 
 /// A frame of the source.

@@ -15,17 +15,21 @@ use hikkoshi_nbd::wire::export;
 use socket2::Socket;
 
 use super::address::NbdSourceConfig;
-use super::choice::{Busy, Quiet, quickest};
+use super::choice::{Busy, Quiet, overloaded, quickest};
 use super::coding::{Coding, Lately};
 use super::dial::{Dialed, Manners};
 use super::herald::{News, Untold, WatcherSlot};
 use super::job::Job;
 use super::line::Line;
+use super::replies::Others;
 use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
 
 /// How long a connection that has shaken hands waits for another that was to be the first and has not:
 /// both were dialled at the same time, but a packet may have been lost.
 const LEAD_WAIT: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether one connection has far more to bring than the others.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Shared by the source, its keepers and their connections.
 pub(super) struct Shared {
@@ -60,6 +64,8 @@ struct State {
     dialing: Vec<Option<Arc<Socket>>>,
     standing: usize,
     quiet: Quiet,
+    /// When it was looked last whether one connection has far more to bring than the others.
+    looked_at: Option<Instant>,
     /// Grows when the first connection stands and when the last is lost: whoever pauses because of
     /// how things were looks again.
     epoch: u64,
@@ -129,6 +135,12 @@ impl State {
         Some(seat)
     }
 
+    /// The connections that take requests, of those that `may`.
+    fn alive(&self, may: impl Fn(&Line) -> bool) -> Vec<&Arc<Line>> {
+        let lines = self.lines.iter().flatten();
+        lines.filter(|line| line.is_alive() && may(line)).collect()
+    }
+
     fn is_led_by(&self, keeper: usize) -> bool {
         self.lead.is_some_and(|lead| lead.keeper == keeper)
     }
@@ -181,6 +193,7 @@ impl Shared {
                 dialing: vec![None; connections + 1],
                 standing: 0,
                 quiet: Quiet::default(),
+                looked_at: None,
                 epoch: 0,
                 told_differs: false,
                 threads: 0,
@@ -466,27 +479,49 @@ impl Shared {
         }
         let lent = state.quiet.note(lane, Instant::now());
         // Looked at once: a connection may die at any time.
-        let lines = state.lines.iter().flatten();
-        let alive: Vec<&Arc<Line>> = lines
-            .filter(|line| line.is_alive() && (line.speaks_frames() || !job.needs_frames()))
-            .collect();
+        let alive = state.alive(|line| line.speaks_frames() || !job.needs_frames());
         if lane.is_urgent() {
             return alive
                 .iter()
                 .min_by_key(|line| line.load(lane))
                 .map(|line| Arc::clone(line));
         }
-        let kept = |first: &&Arc<Line>| !(lent && first.speaks_frames());
-        let spared = usize::from(alive.len() > 1 && alive.first().is_some_and(kept));
-        let busy: Vec<Busy> = alive[spared..]
+        let lines = for_bulk(&alive, lent);
+        let busy: Vec<Busy> = lines
             .iter()
             .map(|line| Busy {
                 load: line.load(lane),
                 pace: line.pace(),
             })
             .collect();
-        let index = spared + quickest(&busy, job.offset, job.len)?;
-        alive.get(index).map(|line| Arc::clone(line))
+        let index = quickest(&busy, job.offset, job.len)?;
+        lines.get(index).map(|line| Arc::clone(line))
+    }
+
+    /// A connection may have become slow, by what it lost or by what else goes its way, since much was asked for over it. Others
+    /// would be idle while it brings that: nothing more is asked for until it has come.
+    fn level(&self) {
+        let now = Instant::now();
+        let (line, bytes) = {
+            let mut state = self.state();
+            let looked = state.looked_at;
+            if looked.is_some_and(|at| now.saturating_duration_since(at) < LOOK_EVERY) {
+                return;
+            }
+            state.looked_at = Some(now);
+            let lent = state.quiet.is_long(now);
+            let alive = state.alive(|_| true);
+            let lines = for_bulk(&alive, lent);
+            let busy: Vec<Busy> = lines.iter().map(|line| line.busy(now)).collect();
+            let Some((index, bytes)) = overloaded(&busy) else {
+                return;
+            };
+            tracing::debug!(index, bytes, "one connection has become slow: {busy:?}");
+            (Arc::clone(lines[index]), bytes)
+        };
+        for job in line.relieve(bytes) {
+            self.dispatch(job);
+        }
     }
 
     /// Makes bulk reads of this range urgent, on whichever connection they are.
@@ -700,6 +735,23 @@ impl Shared {
                 .0;
         }
     }
+}
+
+impl Others for Shared {
+    fn was_answered(&self) {
+        self.level();
+    }
+
+    fn take(&self, job: Job) {
+        self.dispatch(job);
+    }
+}
+
+/// The connections that bulk may use: the first is left to demand, unless it is lent.
+fn for_bulk<'a, 'b>(alive: &'a [&'b Arc<Line>], lent: bool) -> &'a [&'b Arc<Line>] {
+    let kept = |first: &&Arc<Line>| !(lent && first.speaks_frames());
+    let spared = usize::from(alive.len() > 1 && alive.first().is_some_and(kept));
+    &alive[spared..]
 }
 
 /// Whether two handshakes can have been with the same disk.
