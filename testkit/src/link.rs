@@ -96,6 +96,10 @@ impl Counters {
 
 struct Shared {
     spec: Mutex<LinkSpec>,
+    /// What the draws of losses begin with.
+    seed: AtomicU64,
+    /// How often they have begun.
+    drawn_anew: AtomicU64,
     cut: AtomicBool,
     stop: AtomicBool,
     /// From the first site to the second, and back.
@@ -130,6 +134,8 @@ impl Link {
         let end_b = Arc::new(attach(b, address_b)?);
         let shared = Arc::new(Shared {
             spec: Mutex::new(spec),
+            seed: AtomicU64::new(0),
+            drawn_anew: AtomicU64::new(0),
             cut: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             counters: Default::default(),
@@ -152,6 +158,13 @@ impl Link {
     /// Changes what the link is like from now on; what is under way arrives as it would have.
     pub fn set(&self, spec: LinkSpec) {
         *self.shared.spec() = spec;
+    }
+
+    /// Which packets are lost at random is drawn anew from the next one on: with the same seed, the same ones of
+    /// each direction. Zero at first.
+    pub fn draw_losses(&self, seed: u64) {
+        self.shared.seed.store(seed, Ordering::Relaxed);
+        self.shared.drawn_anew.fetch_add(1, Ordering::Release);
     }
 
     /// What the link is like.
@@ -234,6 +247,11 @@ fn attach(site: &Namespace, address: Ipv4Addr) -> Result<OwnedFd> {
     Ok(fd)
 }
 
+/// The draws of a direction.
+fn draws(seed: u64, number: usize) -> Random {
+    Random::new(2 * seed + u64::from(number > 0))
+}
+
 struct Waiting {
     due: Instant,
     packet: Vec<u8>,
@@ -252,6 +270,8 @@ struct Direction {
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
     random: Random,
+    /// The count of beginnings that it belongs to.
+    drawn_anew: u64,
     cpu_noted: Instant,
 }
 
@@ -265,7 +285,8 @@ impl Direction {
             line_free: Instant::now(),
             under_way: VecDeque::new(),
             spare: Vec::new(),
-            random: Random::new(u64::from(netns::unique())),
+            random: draws(0, number),
+            drawn_anew: 0,
             cpu_noted: Instant::now(),
         }
     }
@@ -355,6 +376,11 @@ impl Direction {
         if spec.loss <= 0.0 {
             self.send(packet, burst.wire_bytes, now, spec);
             return;
+        }
+        let drawn_anew = self.shared.drawn_anew.load(Ordering::Acquire);
+        if drawn_anew != self.drawn_anew {
+            self.random = draws(self.shared.seed.load(Ordering::Relaxed), self.number);
+            self.drawn_anew = drawn_anew;
         }
         // What is left when some of its packets are lost: runs of those between them.
         let mut start = 0;

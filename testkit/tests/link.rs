@@ -5,12 +5,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use hikkoshi_testkit::link::{Link, LinkSpec};
 use hikkoshi_testkit::netns::Namespace;
 use hikkoshi_testkit::pattern;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 /// A connection from B to A across the link, both ends.
@@ -128,4 +128,43 @@ fn a_cut_link_carries_nothing_and_a_lossy_one_loses() -> Result<()> {
     server.set_read_timeout(Some(Duration::from_secs(20)))?;
     server.read_exact(&mut [0])?;
     Ok(())
+}
+
+/// Which of some packets arrive.
+fn arrivals(link: &Link, seed: u64, from: &UdpSocket, to: &UdpSocket) -> Result<Vec<u8>> {
+    link.draw_losses(seed);
+    for number in 0..200_u8 {
+        from.send(&[number])?;
+    }
+    let mut arrived = Vec::new();
+    let mut number = [0];
+    while to.recv(&mut number).is_ok() {
+        arrived.push(number[0]);
+    }
+    Ok(arrived)
+}
+
+#[test]
+fn the_same_seed_loses_the_same_packets() -> Result<()> {
+    let (a, b) = (Namespace::new("seed-a")?, Namespace::new("seed-b")?);
+    let spec = LinkSpec {
+        loss: 0.3,
+        ..LinkSpec::wan(4, 200)
+    };
+    let link = Link::new(&a, &b, spec)?;
+    let from = a.enter(|| Ok(UdpSocket::bind((link.address_a, 0))?))?;
+    let to = b.enter(|| Ok(UdpSocket::bind((link.address_b, 0))?))?;
+    from.connect(to.local_addr()?)?;
+    to.set_read_timeout(Some(Duration::from_millis(300)))?;
+    // A packet of the kernel's own may come between.
+    for _ in 0..5 {
+        let [one, again, other] = [5, 5, 6].map(|seed| arrivals(&link, seed, &from, &to));
+        let (one, again, other) = (one?, again?, other?);
+        ensure!((100..180).contains(&one.len()), "{} of 200", one.len());
+        if one == again {
+            ensure!(one != other, "another seed loses the same");
+            return Ok(());
+        }
+    }
+    bail!("the same seed loses other packets");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::iperf::{Amount, iperf3};
-use super::{Findings, Section, columns, each, movers, rows};
+use super::{Findings, Section, columns, each, movers, rows, seed_of};
 use crate::report::Role;
 use crate::wan::Bench;
 use crate::wan::disk::Disk;
@@ -84,7 +84,7 @@ pub(super) fn table(
         },
     )?;
     let mut iperf = Cell::default();
-    for _ in 0..bench.rounds() {
+    for round in 0..bench.rounds() {
         let mut best = None;
         for &streams in streams {
             bench.progress(&format!(
@@ -92,6 +92,7 @@ pub(super) fn table(
                 case.name(),
                 section.name()
             ));
+            sites.link.draw_losses(seed_of(round));
             match iperf3(bench, sites, streams, amount, limit) {
                 Ok(rate) => best = Some(rate.max(best.unwrap_or(0.0))),
                 Err(error) => bench.failed("iperf3", &error),

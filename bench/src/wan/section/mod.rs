@@ -179,6 +179,8 @@ fn each<'a>(
                 dir: bench.scratch(dir)?,
                 background,
             };
+            // The same packets are lost for all.
+            sites.link.draw_losses(seed_of(round));
             if let Err(error) = measure(index, &attempt) {
                 bench.failed(&mover.name, &error);
             }
@@ -187,6 +189,11 @@ fn each<'a>(
         }
     }
     Ok(())
+}
+
+/// What the losses of a round are drawn from.
+fn seed_of(round: usize) -> u64 {
+    u64::try_from(round).unwrap_or(u64::MAX) + 1
 }
 
 /// Waits until the link is empty: who was ended may have left bytes on it.
