@@ -134,6 +134,14 @@ impl Cores {
         })
     }
 
+    /// Cuts them into two halves, for two sites.
+    pub fn halves(&self) -> (&[usize], &[usize]) {
+        match self.all.len() {
+            1 => (&self.all, &self.all),
+            len => self.all.split_at(len / 2),
+        }
+    }
+
     /// No pinning: everybody anywhere.
     pub fn shared() -> Result<Self> {
         Ok(Self::shared_by(&Self::split()?))

@@ -86,6 +86,16 @@ struct Counters {
 }
 
 impl Counters {
+    /// The emulator's thread, once it runs.
+    fn thread(&self) -> i32 {
+        loop {
+            match self.thread.load(Ordering::Relaxed) {
+                0 => std::thread::yield_now(),
+                thread => return thread,
+            }
+        }
+    }
+
     fn read(&self) -> Traffic {
         Traffic {
             bytes: self.bytes.load(Ordering::Relaxed),
@@ -196,13 +206,23 @@ impl Link {
     /// The kernel forbids it, as containers may.
     pub fn run_first(&self) -> Result<()> {
         for counters in &self.shared.counters {
-            let mut thread = 0;
-            while thread == 0 {
-                std::thread::yield_now();
-                thread = counters.thread.load(Ordering::Relaxed);
-            }
-            process::run("chrt", ["--fifo", "--pid", "1", &thread.to_string()])
+            let thread = counters.thread().to_string();
+            process::run("chrt", ["--fifo", "--pid", "1", &thread])
                 .context("give the link's emulator real-time priority")?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the emulator's threads, and the TCP of both kernels that they run, to these cores.
+    ///
+    /// # Errors
+    /// The kernel forbids it.
+    pub fn run_on(&self, cores: &[usize]) -> Result<()> {
+        let list: Vec<String> = cores.iter().map(ToString::to_string).collect();
+        for counters in &self.shared.counters {
+            let thread = counters.thread().to_string();
+            process::run("taskset", ["--cpu-list", "--pid", &list.join(","), &thread])
+                .context("keep the link's emulator to some cores")?;
         }
         Ok(())
     }

@@ -82,6 +82,16 @@ impl Mover {
         Self::hikkoshi("hikkoshi, nbdkit source", SourceKind::Nbdkit, false, &[])
     }
 
+    /// Ours, with nothing copied but what the guest asks for.
+    pub fn ours_on_demand() -> Self {
+        Self::hikkoshi(
+            "hikkoshi, nothing copied",
+            SourceKind::Hikkoshi,
+            false,
+            &["--no-background"],
+        )
+    }
+
     /// Ours, with another congestion control of what the source sends.
     pub fn ours_with_congestion(control: &str) -> Self {
         let name = format!("hikkoshi, {control}");

@@ -1,6 +1,7 @@
 //! A guest's writes during the move, beside those to a plain local volume: one that has the machine to
 //! itself, and one beside which the same disk moves for somebody else. The latter says how much of the
-//! difference is the load, which shares processors and disk here with both sites and the link.
+//! difference is the load, and ours with nothing copied how much is the way of a write. The new site, with the guest, has
+//! processors of its own; the disk is shared.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -10,14 +11,16 @@ use hikkoshi_testkit::cache::copy_image;
 use hikkoshi_testkit::process::Process;
 use tempfile::TempDir;
 
-use super::{Findings, Section, columns, each, movers, rows};
+use super::{Attempt, Findings, Section, columns, each, movers, rows};
 use crate::client::{Endpoint, Random};
+use crate::cpu::{Cores, pin};
 use crate::report::Role;
 use crate::wan::Bench;
 use crate::wan::disk::{Disk, arrived_fully};
 use crate::wan::grid::{Better, Bound, Grid};
 use crate::wan::guest::{Guest, percentile};
 use crate::wan::mover::{How, Mover};
+use crate::wan::moving::Moving;
 use crate::wan::site::{Sites, start_server};
 
 /// As a guest would, it leaves the processor to others between its writes.
@@ -42,7 +45,13 @@ const BESIDE: &str = "plain volume, beside the same load";
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let disk = bench.files()?;
     let dir = bench.disk_dir();
-    let movers = movers(bench, vec![Mover::ours()], &[How::Stream, How::Scan]);
+    let cores = Cores::split()?;
+    let apart = Apart::new(sites, &cores)?;
+    let movers = movers(
+        bench,
+        vec![Mover::ours(), Mover::ours_on_demand()],
+        &[How::Stream, How::Scan],
+    );
     let plain = movers.len();
     let beside = plain + 1;
     // Who makes the load takes its turn like all others.
@@ -81,7 +90,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
             let volume = (turn == movers.len())
                 .then(|| PlainVolume::start(bench, &disk))
                 .transpose()?;
-            let moving = attempt.start()?;
+            let moving = apart.start(attempt)?;
             let column = if volume.is_some() { beside } else { turn };
             let endpoint = match &volume {
                 Some(volume) => &volume.endpoint,
@@ -111,7 +120,8 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         note: format!(
             "One guest writes where the disk has data, one write after the other, {:.1} s of each \
              kind (twice that with pauses); images in {}. A plain volume is hikkoshi's, of the same content: with nothing else going on, \
-             and while the same disk moves to another image in the same place. nbdkit's cow filter ignores flushes.",
+             and while the same disk moves to another image in the same place. The old site and the link have one half of the \
+             cores, the new site and the guest the other. nbdkit's cow filter ignores flushes.",
             bench.write_time().as_secs_f64(),
             if bench.options.disk.is_some() {
                 "--disk"
@@ -126,6 +136,42 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         grid,
         charts: Vec::new(),
     })
+}
+
+/// The old site and the link on one half of the cores; the new site, and this thread, on the other: neither a source nor a
+/// link takes the time of a host far away. Until dropped.
+struct Apart<'a> {
+    sites: &'a Sites,
+    cores: &'a Cores,
+}
+
+impl<'a> Apart<'a> {
+    fn new(sites: &'a Sites, cores: &'a Cores) -> Result<Self> {
+        let (old, new) = cores.halves();
+        let apart = Self { sites, cores };
+        sites.link.run_on(old)?;
+        pin(new)?;
+        Ok(apart)
+    }
+
+    fn start(&self, attempt: &Attempt<'_>) -> Result<Moving> {
+        let terms = attempt.terms();
+        let (old, new) = self.cores.halves();
+        // A process inherits the affinity of the thread that starts it.
+        pin(old)?;
+        let source = attempt.mover.start_source(&terms);
+        pin(new)?;
+        attempt.mover.start(&terms, source?)
+    }
+}
+
+impl Drop for Apart<'_> {
+    fn drop(&mut self) {
+        let all = &self.cores.all;
+        if let Err(error) = self.sites.link.run_on(all).and_then(|()| pin(all)) {
+            eprintln!("what follows is kept to some cores: {error:#}");
+        }
+    }
 }
 
 /// A volume that never moved, of the disk's content.

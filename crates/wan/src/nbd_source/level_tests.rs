@@ -128,9 +128,11 @@ fn what_was_not_sent_yet_is_handed_out_in_its_order() {
     assert!(script.heard().is_empty());
 }
 
+type Connection = (Arc<Script>, Arc<Line>);
+
 /// Three connections, the first of which is left to demand.
-fn three() -> (Arc<Shared>, Vec<(Arc<Script>, Arc<Line>)>, Receiver<News>) {
-    let lines: Vec<_> = (0..3)
+fn three() -> (Arc<Shared>, Vec<Connection>, Receiver<News>) {
+    let lines: Vec<Connection> = (0..3)
         .map(|_| {
             let script = Arc::new(Script::default());
             let line = line_to(&script, None);
