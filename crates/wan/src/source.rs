@@ -232,6 +232,9 @@ pub trait Source: Send + Sync + 'static {
         let _ = (lane, offset, len);
     }
 
+    /// Time has passed, a hundredth of a second or so.
+    fn tick(&self) {}
+
     /// Bytes that were asked for and, being cancelled, not sent.
     fn cancelled_bytes(&self) -> u64 {
         0

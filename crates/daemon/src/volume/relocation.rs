@@ -303,6 +303,7 @@ impl Relocation {
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
+        self.source().tick();
         let behind = self.is_store_behind();
         self.drive(|m, now, out| {
             m.store_is_behind(behind);

@@ -19,7 +19,7 @@ fn read_behind(told: &Told, ticket: &Arc<Ticket>) -> (Option<Vec<u8>>, SourceErr
     let line = line_to(&script, Some(ticket));
     let answer = read(&line, Lane::Demand, 4096, 512);
     assert!(line.waiting_since().is_some());
-    let ended = frames::read(&line, &Alone, None).unwrap();
+    let ended = frames::read(&line, &Alone::default(), None).unwrap();
     let data = answer.try_recv().ok().map(|answer| answer.unwrap().data);
     (data, ended.why.kind())
 }

@@ -103,7 +103,7 @@ impl BareConnection {
 
     /// Receives and answers until the connection ends; then says why it did, and what is left.
     pub fn serve(&self) -> (SourceError, Vec<Undone>) {
-        let (error, mut jobs) = match reader::read(&self.line, &Alone, None) {
+        let (error, mut jobs) = match reader::read(&self.line, &Alone::default(), None) {
             Ok(ended) => {
                 let error = SourceError::new(ended.why.kind(), ended.why.to_string());
                 (error, ended.unfinished)

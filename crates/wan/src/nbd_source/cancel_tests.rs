@@ -37,7 +37,7 @@ fn what_was_not_answered_is_taken_back_and_the_rest_is_not() {
     script.says(&frame(Kind::End, 0, 0, &[], true));
     script.says(&frame(Kind::Data, 1, 65536, &[1; 65536], true));
     script.says(&frame(Kind::Data, 2, 131_072, &[2; 65536], true));
-    let ended = frames::read(&line, &Alone, None).unwrap();
+    let ended = frames::read(&line, &Alone::default(), None).unwrap();
     assert_eq!(ended.answered, 3);
     let kinds: Vec<_> = answers
         .iter()
@@ -62,7 +62,7 @@ fn what_has_begun_is_taken_back_too() {
         assert_eq!(requests(&source.heard()), [Request::Cancel(0)]);
         source.says(&frame(Kind::End, 0, 0, &[], true));
     });
-    let ended = frames::read(&line, &Alone, None).unwrap();
+    let ended = frames::read(&line, &Alone::default(), None).unwrap();
     assert_eq!((ended.answered, ended.unfinished.len()), (1, 0));
     let error = answer.recv().unwrap().unwrap_err();
     assert_eq!(error.kind, SourceErrorKind::Cancelled);
@@ -94,7 +94,12 @@ fn what_has_begun_is_promoted_too() {
             source.says(&frame(Kind::Data, id, at, &[2; QUANTUM], true));
         }
     });
-    assert_eq!(frames::read(&line, &Alone, None).unwrap().answered, 3);
+    assert_eq!(
+        frames::read(&line, &Alone::default(), None)
+            .unwrap()
+            .answered,
+        3
+    );
     for answer in answers {
         let data = answer.recv().unwrap().unwrap().data;
         assert_eq!(data, [[1; QUANTUM], [2; QUANTUM]].concat());
@@ -109,7 +114,7 @@ fn an_answer_that_crosses_its_cancellation_is_taken() {
     let answer = read(&line, Lane::Bulk, 0, 512);
     line.cancel(Lane::Bulk, 0, 512);
     script.says(&frame(Kind::Data, 0, 0, &[1; 512], true));
-    frames::read(&line, &Alone, None).unwrap();
+    frames::read(&line, &Alone::default(), None).unwrap();
     assert_eq!(answer.recv().unwrap().unwrap().data, [1; 512]);
     assert_eq!(line.cancelled_bytes(), 0);
 }
@@ -120,7 +125,7 @@ fn the_end_of_what_was_not_cancelled_breaks_the_protocol() {
     let line = line_to(&script, None);
     let _answer = read(&line, Lane::Bulk, 0, 512);
     script.says(&frame(Kind::End, 0, 0, &[], true));
-    let ended = frames::read(&line, &Alone, None).unwrap();
+    let ended = frames::read(&line, &Alone::default(), None).unwrap();
     assert_eq!(ended.why.kind(), SourceErrorKind::Untrusted);
 }
 
@@ -130,7 +135,7 @@ fn come(says: &[u8], offset: u64, len: u32) -> Option<(u64, Vec<u8>)> {
     let line = line_to(&script, None);
     let answer = read(&line, Lane::Bulk, offset, len);
     script.says(says);
-    let ended = frames::read(&line, &Alone, None).unwrap();
+    let ended = frames::read(&line, &Alone::default(), None).unwrap();
     let error = SourceError::new(ended.why.kind(), ended.why.to_string());
     ended
         .unfinished

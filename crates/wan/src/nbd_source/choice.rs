@@ -20,7 +20,7 @@ const LEAST_PACE: u64 = 64 << 10;
 const NEAR_BYTES: u64 = 512 << 10;
 
 /// What a connection would need so long for, and this many times as long as another for its own, is divided anew.
-const PATIENCE: Duration = Duration::from_millis(500);
+const PATIENCE: Duration = Duration::from_secs(1);
 const UNEVEN: u128 = 4;
 
 /// Since when nobody has demanded anything.
@@ -53,8 +53,8 @@ impl Quiet {
 pub(super) struct Busy {
     /// Bytes that it would wait behind.
     pub load: u64,
-    /// Bytes per second that it has brought lately.
-    pub pace: u64,
+    /// Bytes per second that it has brought lately, once that is known.
+    pub pace: Option<u64>,
 }
 
 /// Where bulk of `len` bytes at `offset` goes: to the connection that has what is near it, unless that is
@@ -64,54 +64,52 @@ pub(super) struct Busy {
 /// are used are used alike.
 pub(super) fn quickest(lines: &[Busy], offset: u64, len: u32) -> Option<usize> {
     let count = u64::try_from(lines.len()).unwrap_or(u64::MAX);
-    let mean = mean_pace(lines);
-    let least = least_pace(lines);
-    let time = |index: usize| lines[index].nanos(len.into(), least);
+    let paces = lines.iter().map(|line| line.pace.unwrap_or(0));
+    let mean = paces.sum::<u64>() / count.max(1);
+    let least = (mean / 4).max(LEAST_PACE);
+    let time = |index: usize| {
+        let line = &lines[index];
+        let pace = line.pace.unwrap_or(0).saturating_add(least);
+        nanos(u128::from(line.load) + u128::from(len), pace)
+    };
     let best = (0..lines.len()).min_by_key(|index| time(*index))?;
     let near = usize::try_from(offset / NEAR_BYTES % count).ok()?;
-    let soon = time(near) <= time(best) * 2 && lines[near].pace >= mean / 2;
+    let soon = time(near) <= time(best) * 2 && lines[near].pace.unwrap_or(0) >= mean / 2;
     Some(if soon { near } else { best })
 }
 
 /// Which connection was given so much, before it became slow, that others would be idle long before it is, and how
-/// many bytes of that they should bring instead: then all are done at the same time. `lines` are those that bulk
-/// may use.
-pub(super) fn overloaded(lines: &[Busy]) -> Option<(usize, u64)> {
-    let least = least_pace(lines);
-    let time = |index: &usize| lines[*index].nanos(0, least);
-    let slow = (0..lines.len()).max_by_key(time)?;
-    let quick = (0..lines.len()).min_by_key(time)?;
-    // At the beginning nothing is known of any.
-    if mean_pace(lines) == 0
-        || time(&slow) < PATIENCE.as_nanos()
-        || time(&slow) < time(&quick) * UNEVEN
-    {
+/// many bytes of that they should bring instead: then all are done at the same time. The first `spared` ones are for
+/// nothing else than they have.
+pub(super) fn overloaded(lines: &[Busy], spared: usize) -> Option<(usize, u64)> {
+    let known = lines.iter().filter_map(|line| line.pace);
+    let count = u64::try_from(known.clone().count()).unwrap_or(u64::MAX);
+    let mean = known.sum::<u64>().checked_div(count)?;
+    // What nothing is known of is as fast as the others.
+    let pace = |line: &Busy| line.pace.unwrap_or(mean).max(LEAST_PACE);
+    let time = |line: &Busy| nanos(line.load.into(), pace(line));
+    let (_, slow) = (0..lines.len())
+        .filter(|index| lines[*index].pace.is_some())
+        .map(|index| (time(&lines[index]), index))
+        .max()?;
+    let helpers = (spared.min(lines.len())..lines.len()).filter(|index| *index != slow);
+    let quick = helpers.clone().map(|index| time(&lines[index])).min()?;
+    let long = time(&lines[slow]);
+    if long < PATIENCE.as_nanos() || long < quick * UNEVEN {
         return None;
     }
-    let pace = |line: &Busy| u128::from(line.pace.saturating_add(least));
-    let all: u128 = lines.iter().map(pace).sum();
-    let load: u128 = lines.iter().map(|line| u128::from(line.load)).sum();
-    let fair = u64::try_from(load * pace(&lines[slow]) / all).unwrap_or(u64::MAX);
-    let over = lines[slow].load.saturating_sub(fair);
+    let together = || helpers.clone().chain([slow]).map(|index| &lines[index]);
+    let load: u128 = together().map(|line| u128::from(line.load)).sum();
+    let all: u128 = together().map(|line| u128::from(pace(line))).sum();
+    let fair = load * u128::from(pace(&lines[slow])) / all;
+    let over = lines[slow]
+        .load
+        .saturating_sub(u64::try_from(fair).unwrap_or(u64::MAX));
     (over > 0).then_some((slow, over))
 }
 
-impl Busy {
-    /// When it would have brought `more` bytes as well, in nanoseconds.
-    fn nanos(&self, more: u64, least_pace: u64) -> u128 {
-        let bytes = u128::from(self.load) + u128::from(more);
-        bytes * 1_000_000_000 / u128::from(self.pace.saturating_add(least_pace))
-    }
-}
-
-fn mean_pace(lines: &[Busy]) -> u64 {
-    let count = u64::try_from(lines.len()).unwrap_or(u64::MAX);
-    lines.iter().map(|line| line.pace).sum::<u64>() / count.max(1)
-}
-
-/// What is reckoned with for each besides its pace.
-fn least_pace(lines: &[Busy]) -> u64 {
-    (mean_pace(lines) / 4).max(LEAST_PACE)
+fn nanos(bytes: u128, per_second: u64) -> u128 {
+    bytes * 1_000_000_000 / u128::from(per_second)
 }
 
 #[cfg(test)]
@@ -141,7 +139,7 @@ mod tests {
             .iter()
             .map(|pace| Busy {
                 load: 0,
-                pace: *pace,
+                pace: Some(*pace),
             })
             .collect();
         let (mut together, mut last) = (0, None);
@@ -175,26 +173,34 @@ mod tests {
     #[test]
     fn what_a_slow_connection_has_too_much_of_is_the_others() {
         let line = |load, pace| Busy { load, pace };
-        let idle = line(0, 9 << 20);
-        let slow = line(4 << 20, 1 << 20);
-        let (index, over) = overloaded(&[idle, slow, idle, idle]).unwrap();
-        // A mean of 7 MiB/s, so 2.75 of 35 MiB/s in all.
-        let fair = (4 << 20) / 35 * 11 / 4;
-        assert_eq!(index, 1);
-        assert!(
-            over.abs_diff((4 << 20) - fair) < 1 << 10,
-            "{over}, {fair} stay"
-        );
-        // What all have to wait for alike, what is soon done, and what nothing is known of.
-        let busy = line(9 << 20, 9 << 20);
-        for even in [
-            &[busy, line(2 << 20, 1 << 20)][..],
-            &[idle, line(1 << 19, 1 << 20)],
-            &[line(4 << 20, 0), line(0, 0)],
-            &[slow],
-            &[],
+        let idle = line(0, Some(9 << 20));
+        let slow = line(4 << 20, Some(1 << 20));
+        let fresh = line(0, None);
+        // By pace: 1 of 28, of 14 where one is unknown and as fast as the mean, of 10.
+        for (lines, spared, of) in [
+            (&[idle, slow, idle, idle][..], 0, 28),
+            (&[idle, slow, idle, idle], 1, 19),
+            (&[slow, idle], 1, 10),
+            (&[fresh, slow], 0, 2),
         ] {
-            assert_eq!(overloaded(even), None, "{even:?}");
+            let index = lines.iter().position(|line| line.load > 0).unwrap();
+            let over = (4 << 20) - (4 << 20) / of;
+            let found = overloaded(lines, spared).unwrap();
+            assert_eq!(found.0, index);
+            assert!(found.1.abs_diff(over) <= 1, "{found:?}, {over}");
+        }
+        // What all have to wait for alike, what is soon done, what nothing is known of, and where there is no other.
+        let busy = line(9 << 20, Some(9 << 20));
+        for (even, spared) in [
+            (&[busy, line(2 << 20, Some(1 << 20))][..], 0),
+            (&[idle, line((1 << 20) - 1, Some(1 << 20))], 0),
+            (&[line(4 << 20, None), idle], 0),
+            (&[line(4 << 20, None), fresh], 0),
+            (&[idle, slow], 1),
+            (&[slow], 0),
+            (&[], 0),
+        ] {
+            assert_eq!(overloaded(even, spared), None, "{even:?}");
         }
     }
 
@@ -202,7 +208,7 @@ mod tests {
     fn what_is_near_goes_elsewhere_where_that_takes_half_the_time() {
         let line = |load| Busy {
             load,
-            pace: 1 << 20,
+            pace: Some(1 << 20),
         };
         assert_eq!(quickest(&[line(PIECE), line(0)], 0, 1 << 16), Some(0));
         assert_eq!(quickest(&[line(PIECE * 2), line(0)], 0, 1 << 16), Some(1));

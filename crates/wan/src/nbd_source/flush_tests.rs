@@ -43,7 +43,12 @@ fn frames_end_a_flush_or_fail_it() {
     let error = encode_error(Errno::Io, "no");
     script.says(&frame(Kind::Error, 1, 0, &error, true));
     script.says(&frame(Kind::End, 0, 0, &[], true));
-    assert_eq!(frames::read(&line, &Alone, None).unwrap().answered, 2);
+    assert_eq!(
+        frames::read(&line, &Alone::default(), None)
+            .unwrap()
+            .answered,
+        2
+    );
     assert_eq!(kind(&answers[0]), None);
     assert_eq!(kind(&answers[1]), Some(SourceErrorKind::Refused));
 }
@@ -55,7 +60,7 @@ fn data_is_no_answer_to_a_flush() {
     let line = line_to(&script, None);
     let answer = flush(&line);
     script.says(&frame(Kind::Data, 0, 0, &[1; 512], true));
-    let ended = frames::read(&line, &Alone, None).unwrap();
+    let ended = frames::read(&line, &Alone::default(), None).unwrap();
     assert_eq!(ended.why.kind(), SourceErrorKind::Untrusted);
     assert_eq!(ended.unfinished.len(), 1);
     assert!(answer.try_recv().is_err(), "it is not answered");
@@ -94,7 +99,12 @@ fn nbd_says_that_it_is_done_in_either_style() {
         style.push_error(&mut said, 1, Errno::Io, "no");
         style.push_done(&mut said, 0);
         script.says(&said);
-        assert_eq!(reader::read(&line, &Alone, None).unwrap().answered, 2);
+        assert_eq!(
+            reader::read(&line, &Alone::default(), None)
+                .unwrap()
+                .answered,
+            2
+        );
         assert_eq!(kind(&answers[0]), None);
         assert_eq!(kind(&answers[1]), Some(SourceErrorKind::Refused));
     }
@@ -106,7 +116,7 @@ fn a_hole_is_no_answer_to_a_flush() {
     let line = line_in_nbd(&script, true);
     let answer = flush(&line);
     script.says(&hole_chunk(0, 0, 512, Last::Yes));
-    let ended = reader::read(&line, &Alone, None).unwrap();
+    let ended = reader::read(&line, &Alone::default(), None).unwrap();
     assert_eq!(ended.why.kind(), SourceErrorKind::Untrusted);
     assert!(answer.try_recv().is_err(), "it is not answered");
 }

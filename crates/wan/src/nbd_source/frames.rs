@@ -15,7 +15,7 @@ use super::job::{Answer, Job};
 use super::line::Line;
 use super::receive::{ReadError, Receiver, size, wire};
 use super::replies::{Begun, Ended, Others, Replies};
-use crate::source::{Lane, SourceError, SourceErrorKind};
+use crate::source::{SourceError, SourceErrorKind};
 use crate::transport::message::{Hash, parse_error, parse_extents, parse_hashes};
 use crate::transport::pack::{Codec, Unpacker};
 use crate::transport::session::Told;
@@ -154,16 +154,14 @@ fn finish(replies: &mut Replies<'_, Active>, id: u64) -> Result<(), ReadError> {
         Answer::Hashes { .. } => !hashes.is_empty(),
         Answer::Done => true,
     };
-    let taken_back = error.is_none() && !whole && job.is_read();
-    if taken_back && let Some(waited_for) = replies.line.is_relieved_of(id) {
-        replies.answered(id, &job);
-        if waited_for {
-            job.lane = Lane::Demand;
+    let incomplete = error.is_none() && !whole && job.is_read();
+    if incomplete {
+        match replies.pass_on(id, job) {
+            Some(back) => job = back,
+            None => return Ok(()),
         }
-        replies.others.take(job);
-        return Ok(());
     }
-    if taken_back && replies.line.is_cancelled(id) {
+    if incomplete && replies.line.is_cancelled(id) {
         let missing = u64::from(job.len).saturating_sub(wire(data.len()));
         replies.line.count_cancelled(missing);
         replies.answered(id, &job);

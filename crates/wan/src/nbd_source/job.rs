@@ -195,7 +195,7 @@ impl Job {
         }
     }
 
-    /// How many bytes of reads it takes as long as: what is asked about extents is hardly any data.
+    /// The bytes of a read that would keep the server as busy, more or less: an answer about extents is hardly any data.
     pub(super) fn weight(&self) -> u32 {
         match self.op {
             Op::Read { .. } | Op::Hash { .. } => self.len,

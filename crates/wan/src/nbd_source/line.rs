@@ -45,8 +45,6 @@ pub(super) struct Line {
     loads: [AtomicU64; Lane::COUNT],
     /// Of these, bulk bytes that were not sent yet.
     queued_bulk: AtomicU64,
-    /// Bytes per second that it has brought lately.
-    pace: AtomicU64,
     /// Bytes that were not sent because they were cancelled.
     cancelled_bytes: AtomicU64,
     lately: Mutex<Lately>,
@@ -72,10 +70,33 @@ struct State {
     bulk: VecDeque<Job>,
     /// Since when something is in flight without a break.
     waiting_since: Option<Instant>,
-    /// Bytes that were brought since then, for the pace.
+    /// Bytes per second that it has brought lately, once that is known.
+    pace: Option<u64>,
+    /// Bytes that were brought without a break since then, for the next pace.
     brought: u64,
     brought_since: Option<Instant>,
     closed: bool,
+}
+
+impl State {
+    /// For how long it has been measured what is brought: while there was something to bring.
+    fn elapsed(&self, now: Instant) -> Duration {
+        let since = self.brought_since.max(self.waiting_since);
+        since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
+    }
+
+    /// Measures the pace.
+    fn brings(&mut self, bytes: u64, now: Instant) {
+        if self.brought_since < self.waiting_since {
+            (self.brought, self.brought_since) = (0, self.waiting_since);
+        }
+        self.brought += bytes;
+        let elapsed = self.elapsed(now);
+        if elapsed >= PACE_ROUND {
+            self.pace = Some(per_second(self.brought, elapsed));
+            (self.brought, self.brought_since) = (0, Some(now));
+        }
+    }
 }
 
 impl Line {
@@ -112,7 +133,6 @@ impl Line {
             dead: AtomicBool::new(false),
             loads: Default::default(),
             queued_bulk: AtomicU64::new(0),
-            pace: AtomicU64::new(0),
             cancelled_bytes: AtomicU64::new(0),
             lately: Mutex::default(),
             state: Mutex::new(state),
@@ -158,28 +178,19 @@ impl Line {
 
     #[cfg(test)]
     pub(super) fn brings(&self, bytes_per_s: u64) {
-        self.pace.store(bytes_per_s, Ordering::Relaxed);
+        self.state().pace = Some(bytes_per_s);
     }
 
-    /// Bytes per second that it has brought lately.
-    pub(super) fn pace(&self) -> u64 {
-        self.pace.load(Ordering::Relaxed)
-    }
-
-    /// What it has to do, and how fast it is by now: less than its pace where it has brought little since that was measured.
-    pub(super) fn busy(&self, now: Instant) -> Busy {
+    /// What it has to do before a request of `lane`, and how fast it is by now: less than was measured where it has brought little
+    /// since then.
+    pub(super) fn busy(&self, lane: Lane, now: Instant) -> Busy {
         let state = self.state();
-        let since = state.brought_since.max(state.waiting_since);
-        let elapsed = since.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        let pace = self.pace();
+        let elapsed = state.elapsed(now);
         let slower = state.waiting_since.is_some() && elapsed >= PACE_ROUND;
+        let by_now = per_second(state.brought, elapsed);
         Busy {
-            load: self.load(Lane::Late),
-            pace: if slower {
-                pace.min(per_second(state.brought, elapsed))
-            } else {
-                pace
-            },
+            load: self.load(lane),
+            pace: state.pace.map(|p| if slower { p.min(by_now) } else { p }),
         }
     }
 
@@ -301,7 +312,7 @@ impl Line {
         unsent
     }
 
-    /// Tells the server what is wanted no more, unless it was told. Nobody waits behind that.
+    /// Tells the server what is wanted no more, unless it was told. It is no load from then on.
     fn take_back(&self, state: &mut State, asked: &[(u64, Lane, u32)]) {
         let mut output = Vec::new();
         for (id, lane, len) in asked {
@@ -316,7 +327,7 @@ impl Line {
         }
     }
 
-    /// Of what was copied over this connection and has not begun to come, what was asked for last is to go over
+    /// Of what nobody waits for and has not begun to come over this connection, what it would bring last is to go over
     /// another: so many bytes of it at most. Hands out what was not sent yet; of what the server has been asked for it is
     /// told, if it speaks frames, and when that is answered, [`Self::is_relieved_of`] it. What guests wait for stays.
     pub(super) fn relieve(&self, bytes: u64) -> Vec<Job> {
@@ -349,7 +360,7 @@ impl Line {
                 })
                 .map(|(id, job)| (*id, job.lane, job.len))
                 .collect();
-            asked.sort_unstable_by_key(|(id, ..)| Reverse(*id));
+            asked.sort_unstable_by_key(|(id, lane, _)| Reverse((*lane, *id)));
             asked.retain(|(_, _, len)| {
                 let fits = u64::from(*len) <= left;
                 left -= if fits { u64::from(*len) } else { 0 };
@@ -465,7 +476,7 @@ impl Line {
         // What was cancelled has not all come, and tells nothing of the pace.
         if !state.cancelled.remove(&cookie) {
             self.is_rid_of(job.lane, job.weight());
-            self.measure(&mut state, job, Instant::now());
+            state.brings(job.weight().into(), Instant::now());
         }
         state.in_flight -= 1;
         if !job.lane.is_urgent() {
@@ -475,23 +486,6 @@ impl Line {
             state.waiting_since = None;
         }
         self.pump(&mut state);
-    }
-
-    fn measure(&self, state: &mut State, job: &Job, now: Instant) {
-        state.brought += u64::from(job.weight());
-        let since = *state.brought_since.get_or_insert_with(|| {
-            state.brought = 0;
-            now
-        });
-        let elapsed = now.saturating_duration_since(since);
-        if elapsed >= 4 * PACE_ROUND {
-            // There was nothing to bring.
-            (state.brought, state.brought_since) = (0, Some(now));
-        } else if elapsed >= PACE_ROUND {
-            let pace = per_second(state.brought, elapsed);
-            self.pace.store(pace, Ordering::Relaxed);
-            (state.brought, state.brought_since) = (0, Some(now));
-        }
     }
 
     /// The source has said that it may be read from for the move.
@@ -571,6 +565,30 @@ mod tests {
         assert_eq!(line.load(Lane::Demand), 123);
         assert!(line.cancel(Lane::Late, 2 << 12, 3).is_empty());
         assert_eq!(line.load(Lane::Late), 120);
+    }
+
+    /// One that stands still is slow at once, and what had nothing to do is not.
+    #[test]
+    fn a_pace_is_of_the_time_in_which_there_was_something_to_bring() {
+        let line = line_to(&Arc::new(Script::default()), None);
+        let start = Instant::now();
+        let ms = |n| start + Duration::from_millis(n);
+        let pace = |at| line.busy(Lane::Bulk, ms(at)).pace;
+        line.state().waiting_since = Some(ms(0));
+        line.state().brings(100_000, ms(100));
+        assert_eq!(pace(249), None);
+        line.state().brings(150_000, ms(250));
+        assert_eq!(pace(499), Some(1_000_000));
+        line.state().brings(50_000, ms(450));
+        assert_eq!(pace(500), Some(200_000));
+        assert_eq!(pace(1250), Some(50_000));
+        line.state().brings(0, ms(1250));
+        assert_eq!(pace(1250), Some(50_000));
+        line.state().waiting_since = None;
+        assert_eq!(pace(9000), Some(50_000));
+        line.state().waiting_since = Some(ms(9000));
+        line.state().brings(1_000_000, ms(9250));
+        assert_eq!(pace(9250), Some(4_000_000));
     }
 
     #[test]

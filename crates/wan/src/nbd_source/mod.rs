@@ -291,6 +291,10 @@ impl Source for NbdSource {
         self.shared.cancel(lane, offset, len);
     }
 
+    fn tick(&self) {
+        self.shared.level();
+    }
+
     fn cancelled_bytes(&self) -> u64 {
         self.shared.cancelled_bytes()
     }

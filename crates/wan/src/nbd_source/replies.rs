@@ -5,12 +5,13 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::job::Job;
 use super::line::Line;
 use super::receive::{ReadError, Receiver};
-use crate::source::{SourceError, SourceErrorKind};
+use crate::source::{Lane, SourceError, SourceErrorKind};
 
 /// A reply of which something has come.
 pub(super) trait Begun {
@@ -22,17 +23,21 @@ pub(super) trait Begun {
 
 /// The other connections of the same source.
 pub(super) trait Others {
-    /// Something was answered here.
-    fn was_answered(&self);
+    /// While this is held, nothing becomes urgent and nothing is cancelled: what goes from one connection to another would be
+    /// found on neither.
+    fn moving(&self) -> MutexGuard<'_, ()>;
     /// This was taken back from here, for one of them.
     fn take(&self, job: Job);
 }
 
 /// There are none.
-pub(super) struct Alone;
+#[derive(Default)]
+pub(super) struct Alone(Mutex<()>);
 
 impl Others for Alone {
-    fn was_answered(&self) {}
+    fn moving(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     fn take(&self, job: Job) {
         let message = format!("{}: taken back", job.what());
@@ -126,7 +131,21 @@ impl<'a, B: Begun> Replies<'a, B> {
     pub(super) fn answered(&mut self, id: u64, job: &Job) {
         self.line.answered(id, job);
         self.answered += 1;
-        self.others.was_answered();
+    }
+
+    /// A job that has ended without all of its bytes goes over another connection, if it was taken back for that; else it
+    /// is given back.
+    pub(super) fn pass_on(&mut self, id: u64, mut job: Job) -> Option<Job> {
+        let _moving = self.others.moving();
+        let Some(waited_for) = self.line.is_relieved_of(id) else {
+            return Some(job);
+        };
+        self.answered(id, &job);
+        if waited_for {
+            job.lane = Lane::Demand;
+        }
+        self.others.take(job);
+        None
     }
 
     /// The answer to a job broke the protocol: it fails with the others when the connection ends.

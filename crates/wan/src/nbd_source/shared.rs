@@ -48,6 +48,8 @@ pub(super) struct Shared {
     cancelled_bytes: AtomicU64,
     state: Mutex<State>,
     changed: Condvar,
+    /// See [`Others::moving`].
+    moving: Mutex<()>,
 }
 
 struct State {
@@ -200,6 +202,7 @@ impl Shared {
                 closed: false,
             }),
             changed: Condvar::new(),
+            moving: Mutex::default(),
         })
     }
 
@@ -477,7 +480,8 @@ impl Shared {
         if state.closed || !self.all_is_told() {
             return None;
         }
-        let lent = state.quiet.note(lane, Instant::now());
+        let now = Instant::now();
+        let lent = state.quiet.note(lane, now);
         // Looked at once: a connection may die at any time.
         let alive = state.alive(|line| line.speaks_frames() || !job.needs_frames());
         if lane.is_urgent() {
@@ -486,21 +490,15 @@ impl Shared {
                 .min_by_key(|line| line.load(lane))
                 .map(|line| Arc::clone(line));
         }
-        let lines = for_bulk(&alive, lent);
-        let busy: Vec<Busy> = lines
-            .iter()
-            .map(|line| Busy {
-                load: line.load(lane),
-                pace: line.pace(),
-            })
-            .collect();
+        let lines = &alive[spared(&alive, lent)..];
+        let busy: Vec<Busy> = lines.iter().map(|line| line.busy(lane, now)).collect();
         let index = quickest(&busy, job.offset, job.len)?;
         lines.get(index).map(|line| Arc::clone(line))
     }
 
-    /// A connection may have become slow, by what it lost or by what else goes its way, since much was asked for over it. Others
-    /// would be idle while it brings that: nothing more is asked for until it has come.
-    fn level(&self) {
+    /// Has others bring what a connection was asked for and would bring much later. It may have become slow since, by what it
+    /// lost or by what else goes its way; and others would be idle meanwhile, for nothing more is asked for until that has come.
+    pub(super) fn level(&self) {
         let now = Instant::now();
         let (line, bytes) = {
             let mut state = self.state();
@@ -511,14 +509,14 @@ impl Shared {
             state.looked_at = Some(now);
             let lent = state.quiet.is_long(now);
             let alive = state.alive(|_| true);
-            let lines = for_bulk(&alive, lent);
-            let busy: Vec<Busy> = lines.iter().map(|line| line.busy(now)).collect();
-            let Some((index, bytes)) = overloaded(&busy) else {
+            let all = alive.iter().map(|line| line.busy(Lane::Late, now));
+            let busy: Vec<Busy> = all.collect();
+            let Some((index, bytes)) = overloaded(&busy, spared(&alive, lent)) else {
                 return;
             };
-            tracing::debug!(index, bytes, "one connection has become slow: {busy:?}");
-            (Arc::clone(lines[index]), bytes)
+            (Arc::clone(alive[index]), bytes)
         };
+        let _moving = self.moving();
         for job in line.relieve(bytes) {
             self.dispatch(job);
         }
@@ -526,6 +524,7 @@ impl Shared {
 
     /// Makes bulk reads of this range urgent, on whichever connection they are.
     pub(super) fn promote(&self, offset: u64, len: u64) {
+        let _moving = self.moving();
         let lines: Vec<_> = self.state().lines.iter().flatten().cloned().collect();
         for line in lines {
             line.promote(offset, len);
@@ -534,6 +533,7 @@ impl Shared {
 
     /// Takes reads back, on whichever connection they are.
     pub(super) fn cancel(&self, lane: Lane, offset: u64, len: u64) {
+        let _moving = self.moving();
         let lines: Vec<_> = self.state().lines.iter().flatten().cloned().collect();
         for line in lines {
             let unsent = line.cancel(lane, offset, len);
@@ -738,8 +738,8 @@ impl Shared {
 }
 
 impl Others for Shared {
-    fn was_answered(&self) {
-        self.level();
+    fn moving(&self) -> MutexGuard<'_, ()> {
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take(&self, job: Job) {
@@ -747,11 +747,10 @@ impl Others for Shared {
     }
 }
 
-/// The connections that bulk may use: the first is left to demand, unless it is lent.
-fn for_bulk<'a, 'b>(alive: &'a [&'b Arc<Line>], lent: bool) -> &'a [&'b Arc<Line>] {
+/// How many connections are not for bulk: the first is left to demand, unless it is lent.
+fn spared(alive: &[&Arc<Line>], lent: bool) -> usize {
     let kept = |first: &&Arc<Line>| !(lent && first.speaks_frames());
-    let spared = usize::from(alive.len() > 1 && alive.first().is_some_and(kept));
-    &alive[spared..]
+    usize::from(alive.len() > 1 && alive.first().is_some_and(kept))
 }
 
 /// Whether two handshakes can have been with the same disk.

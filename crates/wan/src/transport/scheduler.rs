@@ -130,6 +130,8 @@ impl Scheduler {
                     job.work = Work::End;
                     job.at = job.end;
                     self.resume(id);
+                    // It costs nothing, and may be waited for: what was to come with it may be asked for elsewhere.
+                    self.promote(id, Priority::DEMAND);
                 }
                 Ok(())
             }

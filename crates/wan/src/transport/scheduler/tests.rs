@@ -88,6 +88,19 @@ fn what_is_waited_for_holds_up_nobody_and_what_is_cancelled_ends() {
     assert!(s.is_empty());
 }
 
+/// What was to come with it may be asked for elsewhere by then.
+#[test]
+fn the_end_of_what_is_cancelled_waits_for_nothing_that_is_copied() {
+    let mut s = with(&[
+        read(1, Priority::READ_HOT, 0, QUANTUM),
+        read(2, Priority::COLD, QUANTUM, QUANTUM),
+        read(3, Priority::DEMAND, 0, 1),
+    ]);
+    s.submit(Request::Cancel(2)).unwrap();
+    let ids = std::iter::from_fn(|| (!s.is_empty()).then(|| step(&mut s).0));
+    assert_eq!(ids.collect::<Vec<u64>>(), [3, 2, 1, 1]);
+}
+
 #[test]
 fn promotion_only_goes_up() {
     let mut s = with(&[
