@@ -232,7 +232,7 @@ pub trait Source: Send + Sync + 'static {
         let _ = (lane, offset, len);
     }
 
-    /// Time has passed, a hundredth of a second or so.
+    /// Time has passed. To be called every 20 milliseconds or so.
     fn tick(&self) {}
 
     /// Bytes that were asked for and, being cancelled, not sent.
