@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use hikkoshi_daemon::status::LifeState;
 use hikkoshi_daemon::volume::Volume;
 use hikkoshi_daemon::volume::assemble::{Moving, Parts};
+use hikkoshi_daemon::volume::commit::Beats;
 use hikkoshi_daemon::volume::relocation::Relocation;
 use hikkoshi_engine::geometry::{BlockIndex, BlockRange};
 use hikkoshi_engine::mover::Mover;
@@ -319,9 +320,9 @@ impl World {
                 "tick",
                 Box::new(move || {
                     let tick = u64::try_from(Mover::<()>::TICK.as_micros()).unwrap_or(1);
-                    let mut committed = std::time::Duration::ZERO;
+                    let mut beats = Beats::default();
                     while !is(&stage, |s| matches!(s, Stage::Closing))
-                        && timed.keep_time(&mut committed)
+                        && timed.keep_time(&mut beats)
                     {
                         fiber::pause(Wait::Until(sim.now_us() + tick));
                     }

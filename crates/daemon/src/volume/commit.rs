@@ -31,8 +31,12 @@ pub type FlushDone = Box<dyn FnOnce(io::Result<()>) + Send>;
 /// Records that may gather before a commit is made without anyone asking: bounds memory.
 pub(super) const MAX_PENDING_RECORDS: usize = 1 << 16;
 
-/// How long records may gather: bounds what a power cut makes the background copy fetch again.
-pub const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(2);
+/// How long records may gather: bounds what a power cut makes the background copy fetch again. A guest
+/// that writes meanwhile notices the sync, so it is seldom.
+const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(10);
+
+/// The pause before a completion that found no space is tried again.
+const COMPLETION_PAUSE: Duration = Duration::from_secs(2);
 
 /// How often the witnesses of the source's disk are written anew while they change: seldom, since
 /// flushes wait for it, and older ones serve as well.
@@ -62,6 +66,13 @@ impl Journal {
             snapshot_rests_until: None,
         }
     }
+}
+
+/// When the thread that keeps the time last asked for what.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Beats {
+    commit: Duration,
+    completion: Duration,
 }
 
 /// Who waits for a commit, and the thread that makes it.
@@ -407,11 +418,11 @@ impl Volume {
     }
 
     /// One beat of the thread that keeps the time, to be called every [`Mover::TICK`] or so: tells
-    /// the mover the time, and asks for a commit now and then. `committed` is when it last did.
-    /// `false` when there is nothing left to keep the time for.
+    /// the mover the time, and asks for a commit now and then. `false` when there is nothing left to keep
+    /// the time for.
     ///
     /// [`Mover::TICK`]: hikkoshi_engine::mover::Mover::TICK
-    pub fn keep_time(&self, committed: &mut Duration) -> bool {
+    pub fn keep_time(&self, beats: &mut Beats) -> bool {
         // Also when there is nothing left to come.
         self.tell_source_losses();
         let Some(relocation) = self.relocation() else {
@@ -419,20 +430,30 @@ impl Volume {
         };
         let now = self.now();
         if !self.is_local() {
+            self.tick_return(&relocation);
             relocation.tick();
             self.attend_source_flushes();
         }
         let resident = self.geometry.size_bytes() - relocation.residency.missing_bytes();
         self.rate.sample(now, resident);
-        if now.saturating_sub(*committed) >= LAZY_COMMIT_AFTER {
-            *committed = now;
-            if !relocation.pending.is_empty() || self.snapshot_is_due() {
-                self.commit_soon();
+        let due = |asked: &mut Duration, pause| {
+            let due = now.saturating_sub(*asked) >= pause;
+            if due {
+                *asked = now;
             }
-            // Its last step failed for want of space, say.
-            if !self.is_local() && relocation.with_mover(|m| m.phase() == Phase::Complete) {
-                self.complete_soon();
-            }
+            due
+        };
+        if due(&mut beats.commit, LAZY_COMMIT_AFTER)
+            && (!relocation.pending.is_empty() || self.snapshot_is_due())
+        {
+            self.commit_soon();
+        }
+        // Its last step failed for want of space, say.
+        if due(&mut beats.completion, COMPLETION_PAUSE)
+            && !self.is_local()
+            && relocation.with_mover(|m| m.phase() == Phase::Complete)
+        {
+            self.complete_soon();
         }
         true
     }

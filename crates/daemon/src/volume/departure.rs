@@ -21,6 +21,7 @@ use hikkoshi_wan::transport::limits;
 use hikkoshi_wan::transport::session::{Attached, HandedOver, MoveId, OldCopy, Stance, Tell, Told};
 
 use super::gate::{Gate, Inside};
+use super::relocation::Relocation;
 use super::storage::ImageAddress;
 use super::{Volume, lock};
 use crate::boot;
@@ -166,6 +167,11 @@ impl Departures {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         found.heard.store(turn, Ordering::Relaxed);
         Some(found)
+    }
+
+    /// Whether a return stands by that needs every block here to be whole or absent.
+    fn returns_early(&self) -> bool {
+        self.tracking.load(Ordering::Acquire) && self.sessions().iter().any(|s| s.needed)
     }
 
     fn open(&self, session: Session) -> Arc<Session> {
@@ -756,6 +762,13 @@ impl Volume {
         Ok(self.departures.open(session))
     }
 
+    /// Has the rests of blocks fetched before the handoff that will wait for them, while a return stands by.
+    pub(super) fn tick_return(&self, relocation: &Arc<Relocation>) {
+        if self.departures.returns_early() {
+            relocation.need_rests();
+        }
+    }
+
     /// Waits until no block is here in part, since its rest cannot be fetched any more once the disk
     /// has gone back.
     fn complete_partials(&self, limit: Duration) -> Result<(), String> {
@@ -764,15 +777,14 @@ impl Volume {
         };
         let begun = self.now();
         loop {
-            let partials = relocation.residency.partials();
-            if partials.is_empty() {
+            let partials = relocation.residency.partial_blocks();
+            if partials == 0 {
                 return Ok(());
             }
             if self.now().saturating_sub(begun) >= limit {
                 return Err(format!(
-                    "{} blocks that were written in part still wait for their rest from the old \
-                     copy ({}), and the disk cannot go back before they have it",
-                    partials.len(),
+                    "{partials} blocks that were written in part still wait for their rest from the \
+                     old copy ({}), and the disk cannot go back before they have it",
                     if relocation.is_source_usable() {
                         "which answers"
                     } else {
@@ -780,8 +792,7 @@ impl Volume {
                     }
                 ));
             }
-            let blocks: Vec<_> = partials.into_iter().map(|(block, _)| block).collect();
-            relocation.drive(|m, now, out| m.partial(now, blocks, &relocation.residency, out));
+            relocation.need_rests();
             pause_for(REST_BEAT);
         }
     }

@@ -328,39 +328,36 @@ impl Relocation {
     /// blocks at its edges are here; nothing was changed then.
     fn change_missing(self: &Arc<Self>, bytes: ByteRange, change: &Change<'_>) -> io::Result<bool> {
         let blocks = self.geometry.covering(bytes);
-        let mut partials = Vec::new();
-        {
-            let _guard = self.locks.lock(blocks);
-            let edges = match self.plan_edges(bytes) {
-                Some(edges) => edges,
-                None => return Ok(false),
-            };
-            self.own_those_here(blocks);
-            // 1. the data
-            change.apply(&*self.store, bytes)?;
-            crash_point!("change.written");
-            // 2. the marks and the records
-            let whole = self.geometry.within(bytes);
-            if !whole.is_empty() {
-                self.count_overwritten(whole);
-                self.now_owned(whole);
-            }
-            for (block, sectors) in edges {
-                if let Some(sectors) = sectors {
-                    match self.now_partial(block, sectors) {
-                        Some(true) => self.overwritten(BlockRange::one(block)),
-                        Some(false) => partials.push(block),
-                        // No room to remember the sectors: with the whole block here, none is
-                        // needed, and writing the same once more does no harm.
-                        None => return Ok(false),
-                    }
-                } else {
-                    self.now_owned(BlockRange::one(block));
-                }
-            }
-            crash_point!("change.marked");
+        let _guard = self.locks.lock(blocks);
+        let edges = match self.plan_edges(bytes) {
+            Some(edges) => edges,
+            None => return Ok(false),
+        };
+        self.own_those_here(blocks);
+        // 1. the data
+        change.apply(&*self.store, bytes)?;
+        crash_point!("change.written");
+        // 2. the marks and the records
+        let whole = self.geometry.within(bytes);
+        if !whole.is_empty() {
+            self.count_overwritten(whole);
+            self.now_owned(whole);
         }
-        self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));
+        for (block, sectors) in edges {
+            if let Some(sectors) = sectors {
+                let Some(is_whole) = self.now_partial(block, sectors) else {
+                    // No room to remember the sectors: with the whole block here, none is
+                    // needed, and writing the same once more does no harm.
+                    return Ok(false);
+                };
+                if is_whole {
+                    self.overwritten(BlockRange::one(block));
+                }
+            } else {
+                self.now_owned(BlockRange::one(block));
+            }
+        }
+        crash_point!("change.marked");
         Ok(true)
     }
 

@@ -27,6 +27,7 @@ use hikkoshi_wan::{MoveLine, MoveLink, Source, SourceError, SourceErrorKind, Sou
 
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
+use super::commit::Beats;
 use super::departure::MakeState;
 use super::last_word::{self, LastWord};
 use super::open_tied::{check_for_return, open_recorded, open_return, tell_doubt};
@@ -248,8 +249,8 @@ impl Running {
 
 /// The thread that keeps the time.
 fn keep_time(volume: &Arc<Volume>, stop: &AtomicBool) {
-    let mut committed = Duration::ZERO;
-    while !stop.load(Ordering::Acquire) && volume.keep_time(&mut committed) {
+    let mut beats = Beats::default();
+    while !stop.load(Ordering::Acquire) && volume.keep_time(&mut beats) {
         // Where all is here, there is only a commit to ask for now and then.
         let beat = if volume.is_local() {
             QUIET_BEAT
@@ -1096,7 +1097,7 @@ fn reconnect(
                 size_bytes: geometry.size_bytes(),
                 read_only: false,
                 can_multi_conn: false,
-                // Asked anew once it is there; one that cannot say answers that all is data.
+                // Beats anew once it is there; one that cannot say answers that all is data.
                 has_extents: true,
                 // The same: nothing is owed by one that cannot.
                 can_flush: true,

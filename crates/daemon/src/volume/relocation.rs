@@ -176,15 +176,8 @@ impl Relocation {
         self
     }
 
-    /// Listens to the source, and takes up the partial blocks of an earlier run.
+    /// Listens to the source.
     pub fn start(self: &Arc<Self>) {
-        let blocks: Vec<BlockIndex> = self
-            .residency
-            .partials()
-            .into_iter()
-            .map(|(block, _)| block)
-            .collect();
-        self.drive(|m, now, out| m.partial(now, blocks, &self.residency, out));
         self.source.watch(Arc::new(Watch(Arc::downgrade(self))));
         self.look_for_source();
     }
@@ -309,6 +302,11 @@ impl Relocation {
             m.store_is_behind(behind);
             m.tick(now, &self.residency, out);
         });
+    }
+
+    /// What is here in part is to be whole soon.
+    pub(super) fn need_rests(self: &Arc<Self>) {
+        self.drive(|m, now, out| m.need_rests(now, &self.residency, out));
     }
 
     /// Whether the image's medium has more to write than is good for whoever flushes.

@@ -820,6 +820,7 @@ impl World {
         for who in [Who::A, Who::B] {
             let volume = self.volume(who);
             if let Some(relocation) = volume.relocation().filter(|_| !volume.is_local()) {
+                volume.tick_return(&relocation);
                 relocation.tick();
             }
         }
@@ -1065,6 +1066,44 @@ fn what_lies_scattered_is_told_to_the_last_block() {
     world.oracle.now.clone_from(&expected);
     world.crash(Who::A, Some(1));
     assert!(world.view() == expected);
+}
+
+/// They are there when the handoff asks for them, which waits for them only so long.
+#[test]
+fn while_a_return_stands_by_the_rests_of_blocks_come_at_once() {
+    let mut chance = Chance::new(11);
+    let mut world = World::new(false, false);
+    world.b.wire.as_ref().unwrap().connect();
+    world.pump(&mut chance);
+    let b = world.volume(Who::B);
+    let relocation = b.relocation();
+    let partial = || relocation.as_ref().unwrap().residency.partial_blocks();
+    for block in 0..3 {
+        b.write(relocation.as_ref(), block * 4096, &[9; 512])
+            .unwrap();
+    }
+    let mut beats = |world: &World, count| {
+        for _ in 0..count {
+            world.tick();
+            world.pump(&mut chance);
+        }
+    };
+    beats(&world, 4);
+    assert_eq!(partial(), 3, "nobody needs them");
+    world.begin_return();
+    assert_eq!(partial(), 3);
+    world.b.wire.as_ref().unwrap().connect();
+    let attach = Tell::Attach {
+        id: [0x11; 16],
+        stance: Stance::Standby,
+        epoch: 0,
+        base: Some(B),
+    };
+    let told = b.answer(attach, &mut Bound::default());
+    assert!(matches!(told, Told::Attached(_)), "{told:?}");
+    // Sooner than if nobody did.
+    beats(&world, 18);
+    assert_eq!(partial(), 0);
 }
 
 /// The source has become whole since the return began, and has changed its storage: it does not know of

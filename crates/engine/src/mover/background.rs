@@ -1,11 +1,11 @@
-//! What is fetched without anyone waiting for it: rests of partly written blocks, the background
-//! copy in its order, and known zeroes, which are only installed.
+//! What is fetched without anyone waiting for it: the background copy in its order, and known zeroes,
+//! which are only installed.
 
 use std::time::Duration;
 
 use super::flights::Purpose;
 use super::order::Turn;
-use super::{Action, FetchFailure, MAX_REST_FLIGHTS, Mover, Phase, ZERO_STEP_BYTES};
+use super::{Action, FetchFailure, Mover, Phase, ZERO_STEP_BYTES};
 use crate::geometry::BlockRange;
 use crate::residency::Residency;
 
@@ -62,7 +62,7 @@ impl<W> Mover<W> {
         }
     }
 
-    /// Launches what may go now, in this order: rests, read-ahead, questions, the background copy.
+    /// Launches what may go now, in this order: read-ahead, questions, the background copy.
     pub(super) fn pump(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
         if !matches!(self.phase, Phase::HandingOver | Phase::Arriving) {
             return;
@@ -80,7 +80,6 @@ impl<W> Mover<W> {
         if !self.connected || self.must_rest(now) {
             return;
         }
-        self.pump_rests(now, residency, out);
         self.pump_ahead(now, residency, out);
         if self.paused || !self.policy.background {
             return;
@@ -100,23 +99,6 @@ impl<W> Mover<W> {
     fn own_flights(&self) -> usize {
         let own = Purpose::OWN.into_iter();
         own.map(|p| self.flights.count(p)).sum()
-    }
-
-    fn pump_rests(&mut self, now: Duration, residency: &Residency, out: &mut Vec<Action<W>>) {
-        while !self.must_rest(now) && self.flights.count(Purpose::Rest) < MAX_REST_FLIGHTS {
-            let Some(block) = self.rests.pop_first() else {
-                return;
-            };
-            let range = BlockRange::one(block);
-            let wanted = residency.partial_mask(block).is_some();
-            if wanted && self.flights.covering(range.start, range.end).is_none() {
-                if self.is_refused(range) {
-                    self.rests.insert(block);
-                    return;
-                }
-                self.launch(now, range, Purpose::Rest, out);
-            }
-        }
     }
 
     fn pump_scan(&mut self, out: &mut Vec<Action<W>>) {
@@ -200,7 +182,7 @@ impl<W> Mover<W> {
         None
     }
 
-    fn is_refused(&self, range: BlockRange) -> bool {
+    pub(super) fn is_refused(&self, range: BlockRange) -> bool {
         self.refused.iter().any(|(r, _)| r.overlaps(range))
     }
 }

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::tests::{MS, disk, policy};
 use super::*;
+use crate::geometry::BlockIndex;
 use crate::heat::Heat;
 use crate::readahead::{Advance, Detector, Shape};
 

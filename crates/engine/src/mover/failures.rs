@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::flights::{Flight, FlightId, Purpose};
 use super::{Action, FetchFailure, MAX_REFUSED, Mover, REFUSED_PAUSE, ReadFailure, STORE_PAUSE};
-use crate::geometry::{BlockIndex, BlockRange};
-use crate::residency::{BlockState, Residency};
+use crate::geometry::BlockRange;
+use crate::residency::Residency;
 
 /// From the first to the last block of a range that is not here; `None` if all are.
 fn missing_of(residency: &Residency, range: BlockRange) -> Option<BlockRange> {
@@ -52,7 +52,7 @@ impl<W> Mover<W> {
                 self.launch_for(now, id, range, Purpose::PassThrough, out);
             }
         }
-        self.forget(residency, &lost);
+        self.forget(&lost);
         self.store_rests_until = Some(now + STORE_PAUSE);
         self.pump(now, residency, out);
         answered
@@ -79,7 +79,7 @@ impl<W> Mover<W> {
                 // Nothing is launched now: the next tick does, so that a source that refuses at
                 // once is not asked in a tight loop.
                 if lost.waiters.is_empty() {
-                    self.forget(residency, &lost);
+                    self.forget(&lost);
                 } else {
                     self.hold(now, lost, residency, out);
                 }
@@ -99,7 +99,7 @@ impl<W> Mover<W> {
                     } else {
                         self.refuse(now, lost.range);
                     }
-                    self.forget(residency, &lost);
+                    self.forget(&lost);
                 }
             }
         }
@@ -133,13 +133,8 @@ impl<W> Mover<W> {
     }
 
     /// Lets the background find the blocks of a lost fetch again.
-    fn forget(&mut self, residency: &Residency, lost: &Flight) {
+    fn forget(&mut self, lost: &Flight) {
         self.order.revisit(lost.range);
-        for (run, state) in residency.runs(lost.range) {
-            if state == BlockState::Partial {
-                self.rests.extend((run.start..run.end).map(BlockIndex));
-            }
-        }
     }
 
     fn refuse(&mut self, now: Duration, range: BlockRange) {

@@ -26,6 +26,9 @@ mod path;
 #[cfg(all(test, not(loom)))]
 mod path_tests;
 mod readers;
+mod rests;
+#[cfg(all(test, not(loom)))]
+mod rests_tests;
 mod scan;
 mod seeds;
 #[cfg(all(test, not(loom)))]
@@ -33,11 +36,11 @@ mod seeds_tests;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::geometry::{BlockIndex, BlockRange, ByteRange, Geometry};
+use crate::geometry::{BlockRange, ByteRange, Geometry};
 use crate::residency::Residency;
 
 use ahead::Streams;
@@ -49,6 +52,7 @@ pub use order::CopyOrder;
 pub use path::Path;
 pub(crate) use path::Seat;
 use readers::Waiter;
+use rests::Rests;
 use scan::Scan;
 pub use seeds::SeedStep;
 use seeds::Seeds;
@@ -62,9 +66,6 @@ const MAX_FETCH_BYTES: u64 = 1 << 20;
 
 /// The most blocks of zeroes that are installed in one step: bounds how long the range is locked.
 const ZERO_STEP_BYTES: u64 = 64 << 20;
-
-/// Rests of partially written blocks that are fetched at once, without a guest waiting for them.
-const MAX_REST_FLIGHTS: usize = 32;
 
 /// How long a range that the source or the local store refused is left alone by the background.
 const REFUSED_PAUSE: Duration = Duration::from_secs(5);
@@ -222,8 +223,8 @@ pub struct Mover<W> {
     streams: Streams,
     /// Which holes and zeroes are known, and what is being asked.
     scan: Scan,
-    /// Blocks that are partly written here and whose rest nobody fetches yet.
-    rests: BTreeSet<BlockIndex>,
+    /// When the rests of partly written blocks are fetched.
+    rests: Rests,
     /// Ranges the background leaves alone, and until when.
     refused: Vec<(BlockRange, Duration)>,
     /// The local store could not take a fetch: until when nothing is fetched that nobody waits
@@ -253,7 +254,7 @@ impl<W> Mover<W> {
             order: CopyOrder::default(),
             streams: Streams::new(),
             scan: Scan::new(geometry, policy.has_extents),
-            rests: BTreeSet::new(),
+            rests: Rests::default(),
             refused: Vec::new(),
             store_rests_until: None,
             store_is_behind: false,
@@ -356,18 +357,6 @@ impl<W> Mover<W> {
             self.pacer.sent(self.geometry.bytes(range).len());
         }
         out.push(action_for(flight, range, purpose));
-    }
-
-    /// A write left these blocks partly here; their rest should come soon.
-    pub fn partial(
-        &mut self,
-        now: Duration,
-        blocks: impl IntoIterator<Item = BlockIndex>,
-        residency: &Residency,
-        out: &mut Vec<Action<W>>,
-    ) {
-        self.rests.extend(blocks);
-        self.pump(now, residency, out);
     }
 
     /// Lands what waits for the source in vain: a guest's writes have completed the blocks.
@@ -557,6 +546,7 @@ impl<W> Mover<W> {
                 self.fail_waiter(id, ReadFailure::SourceLost, out);
             }
         }
+        self.fetch_rests(now, residency, out);
         self.pump(now, residency, out);
     }
 

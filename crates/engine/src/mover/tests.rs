@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::geometry::BlockIndex;
 use crate::residency::Residency;
 use crate::sync::AtomicU64;
 

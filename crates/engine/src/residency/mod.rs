@@ -339,18 +339,7 @@ impl Residency {
 
     fn forget_partials(&self, range: BlockRange) {
         let mut index = lock(&self.partials);
-        if index.is_empty() {
-            return;
-        }
-        if range.len() <= 64 {
-            (range.start..range.end).for_each(|b| index.remove(self.layout, &*self.memory, b));
-        } else {
-            for block in index.blocks() {
-                if range.contains(BlockIndex(block)) {
-                    index.remove(self.layout, &*self.memory, block);
-                }
-            }
-        }
+        index.remove_all(self.layout, &*self.memory, range.start, range.end);
     }
 
     /// Some sectors of a block that is not (wholly) here are valid now; gives all that are. With
@@ -391,7 +380,17 @@ impl Residency {
                 index.mask(self.layout, &*self.memory, BlockIndex(b))?,
             ))
         };
-        index.blocks().into_iter().filter_map(mask).collect()
+        index.blocks().filter_map(mask).collect()
+    }
+
+    /// How many blocks are partly here.
+    pub fn partial_blocks(&self) -> usize {
+        lock(&self.partials).len()
+    }
+
+    /// The first partial block from `block` on.
+    pub fn next_partial(&self, block: BlockIndex) -> Option<BlockIndex> {
+        lock(&self.partials).next(block.0).map(BlockIndex)
     }
 
     /// How many blocks are here.

@@ -4,7 +4,7 @@
 //! so that it is found again after a kill; where each block's slot is, is kept beside it. Order of
 //! stores within a slot: the mask first, then the block; on the way out only the block.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use hikkoshi_crashpoint::crash_point;
@@ -66,7 +66,7 @@ impl Layout {
 /// Where each block's slot is.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    slots: HashMap<u64, usize>,
+    slots: BTreeMap<u64, usize>,
     /// Slots that were used and are free again; those from `fresh` on were never used.
     free: Vec<usize>,
     fresh: usize,
@@ -165,13 +165,23 @@ impl Index {
         }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.slots.is_empty()
+    /// Forgets those from `start` on, before `end`.
+    pub fn remove_all(&mut self, layout: Layout, memory: &dyn PlaneMemory, start: u64, end: u64) {
+        while let Some(block) = self.next(start).filter(|block| *block < end) {
+            self.remove(layout, memory, block);
+        }
     }
 
-    pub fn blocks(&self) -> Vec<u64> {
-        let mut blocks: Vec<u64> = self.slots.keys().copied().collect();
-        blocks.sort_unstable();
-        blocks
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The first from `block` on.
+    pub fn next(&self, block: u64) -> Option<u64> {
+        self.slots.range(block..).next().map(|(block, _)| *block)
+    }
+
+    pub fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.slots.keys().copied()
     }
 }

@@ -123,8 +123,13 @@ proptest! {
         prop_assert_eq!(r.next_missing(0, 300).map(|m| m.start), missing.first().copied());
         let owned = model.iter().filter(|s| **s == BlockState::Owned).count();
         prop_assert_eq!(r.owned_blocks(), owned as u64);
-        let partial = model.iter().filter(|s| **s == BlockState::Partial).count();
-        prop_assert_eq!(r.partials().len(), partial);
+        let partial: Vec<u64> = (0..300).filter(|b| model[*b as usize] == BlockState::Partial).collect();
+        prop_assert_eq!(r.partial_blocks(), partial.len());
+        prop_assert_eq!(r.partials().into_iter().map(|(b, _)| b.0).collect::<Vec<_>>(), &partial[..]);
+        for from in [0, 150, 299] {
+            let next = partial.iter().find(|b| **b >= from);
+            prop_assert_eq!(r.next_partial(BlockIndex(from)), next.map(|b| BlockIndex(*b)));
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hikkoshi_daemon::config::ExportConfig;
 use hikkoshi_daemon::volume::Volume;
+use hikkoshi_daemon::volume::commit::Beats;
 use hikkoshi_engine::geometry::Geometry;
 use hikkoshi_engine::mover::Mover;
 use hikkoshi_store::state::{Identity, Life, StateDir, Ties};
@@ -164,8 +165,8 @@ impl Side {
         let (timed, sim) = (Arc::clone(volume), Arc::clone(&self.sim));
         let ending = Arc::clone(&self.ending);
         let tick = move || {
-            let mut committed = Duration::ZERO;
-            while !ending.load(Ordering::Acquire) && timed.keep_time(&mut committed) {
+            let mut beats = Beats::default();
+            while !ending.load(Ordering::Acquire) && timed.keep_time(&mut beats) {
                 let beat = if timed.is_local() {
                     QUIET_BEAT_US
                 } else {
