@@ -1,5 +1,6 @@
 //! A guest's writes during the move, beside those to a plain local volume: one that has the machine to
-//! itself, and one beside which the same disk moves for somebody else. The latter says how much of the
+//! itself, one beside which the same disk moves for somebody else, and one beside which iperf3 receives as many bytes
+//! and does nothing with them. The latter two say how much of the
 //! difference is the load, and ours with nothing copied how much is the way of a write. The new site, with the guest, has
 //! processors of its own; the disk is shared.
 
@@ -11,6 +12,7 @@ use hikkoshi_testkit::cache::copy_image;
 use hikkoshi_testkit::process::Process;
 use tempfile::TempDir;
 
+use super::iperf::{Amount, Listening, Sending};
 use super::{Attempt, Findings, Section, columns, each, movers, rows};
 use crate::client::{Endpoint, Random};
 use crate::cpu::{Cores, pin};
@@ -41,6 +43,14 @@ const KINDS: [(usize, bool, Duration); 5] = [
 const PLAIN: &str = "plain volume";
 /// The column of one beside which another disk moves.
 const BESIDE: &str = "plain volume, beside the same load";
+/// The column of one beside which as many bytes are received.
+const BESIDE_IPERF: &str = "plain volume, beside iperf3";
+/// Its connections.
+const STREAMS: usize = 4;
+/// Until it has the whole link.
+const WARM_UP: Duration = Duration::from_secs(1);
+/// It is stopped long before.
+const FOR_LONG: Duration = Duration::from_secs(600);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let disk = bench.files()?;
@@ -54,6 +64,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     );
     let plain = movers.len();
     let beside = plain + 1;
+    let beside_iperf = beside + 1;
     // Who makes the load takes its turn like all others.
     let mut turns = movers.clone();
     turns.push(Mover {
@@ -68,14 +79,21 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         ("4 KiB and flush every 50 ms, longest, ms", Better::Less),
         ("512 B, 4 KiB, longest, ms", Better::Less),
     ];
-    let mut table = rows(figures, beside + 1);
+    let mut table = rows(figures, beside_iperf + 1);
+    let mut note = |column: usize, tails: Vec<f64>| {
+        for (row, tail) in table.iter_mut().zip(tails) {
+            row.cells[column].values.push(tail);
+        }
+    };
     for _ in 0..bench.rounds() {
         bench.progress(&format!("{}, writes: a plain volume", sites.case.name()));
         let volume = PlainVolume::start(bench, &disk)?;
-        let tails = measure(bench, &volume.endpoint, &disk)?;
-        for (row, tail) in table.iter_mut().zip(tails) {
-            row.cells[plain].values.push(tail);
-        }
+        note(plain, measure(bench, &volume.endpoint, &disk)?);
+        bench.progress(&format!("{}, writes: {BESIDE_IPERF}", sites.case.name()));
+        let mut load = apart.receive(bench)?;
+        std::thread::sleep(WARM_UP + 10 * sites.case.rtt());
+        note(beside_iperf, measure(bench, &volume.endpoint, &disk)?);
+        load.check_alive()?;
     }
     each(
         bench,
@@ -100,9 +118,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
             if arrived_fully(&moving.arrived_in(), &disk) {
                 eprintln!("  the move was over before the writes were");
             }
-            for (row, tail) in table.iter_mut().zip(tails) {
-                row.cells[column].values.push(tail);
-            }
+            note(column, tails);
             Ok(())
         },
     )?;
@@ -113,14 +129,14 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         });
     }
     let mut columns = columns(&movers);
-    columns.extend([PLAIN, BESIDE].map(|name| (name.to_owned(), Role::Other)));
+    columns.extend([PLAIN, BESIDE, BESIDE_IPERF].map(|name| (name.to_owned(), Role::Other)));
     let grid = Grid {
         section: "writes",
         title: format!("Writes during the move: {}", sites.case.name()),
         note: format!(
             "One guest writes where the disk has data, one write after the other, {:.1} s of each \
              kind (twice that with pauses); images in {}. A plain volume is hikkoshi's, of the same content: with nothing else going on, \
-             and while the same disk moves to another image in the same place. The old site and the link have one half of the \
+             while the same disk moves to another image in the same place, and while iperf3 receives at the new site. The old site and the link have one half of the \
              cores, the new site and the guest the other. nbdkit's cow filter ignores flushes.",
             bench.write_time().as_secs_f64(),
             if bench.options.disk.is_some() {
@@ -162,6 +178,17 @@ impl<'a> Apart<'a> {
         let source = attempt.mover.start_source(&terms);
         pin(new)?;
         attempt.mover.start(&terms, source?)
+    }
+
+    /// As many bytes come to the new site as the link carries.
+    fn receive(&self, bench: &Bench<'_>) -> Result<Sending> {
+        let listening = Listening::start(bench, self.sites)?;
+        let (old, new) = self.cores.halves();
+        pin(old)?;
+        let amount = Amount::Time(FOR_LONG, Duration::ZERO);
+        let sending = listening.send(self.sites, STREAMS, amount);
+        pin(new)?;
+        sending
     }
 }
 
