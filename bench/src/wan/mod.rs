@@ -204,7 +204,7 @@ fn cases_of(options: &Options) -> Vec<(LinkCase, Vec<Section>)> {
                 let wanted = |section: &Section| match section {
                     // It has a link of its own.
                     Section::Loss => false,
-                    Section::Trace if options.only.is_empty() => {
+                    Section::Writes | Section::Trace | Section::Seed if options.only.is_empty() => {
                         options.matrix || Some(rtt_ms) == traced
                     }
                     _ => options.only.is_empty() || asked(*section),

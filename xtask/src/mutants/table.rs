@@ -139,12 +139,14 @@ pub const MUTATIONS: &[Mutation] = &[
         name: "marks before data",
         file: GUEST,
         edits: &[
-            ("            change.apply(&*self.store, bytes)?;\n", ""),
             (
-                "        self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));\n        \
-                 Ok(true)",
-                "        change.apply(&*self.store, bytes)?;\n        \
-                 self.drive(|m, now, out| m.partial(now, partials, &self.residency, out));\n        \
+                "        // 1. the data\n        change.apply(&*self.store, bytes)?;\n",
+                "",
+            ),
+            (
+                "        crash_point!(\"change.marked\");\n        Ok(true)",
+                "        crash_point!(\"change.marked\");\n        \
+                 change.apply(&*self.store, bytes)?;\n        \
                  Ok(true)",
             ),
         ],
@@ -456,10 +458,7 @@ pub const MUTATIONS: &[Mutation] = &[
                 "                if session.needed\n                    && let Err(why) = self.complete_partials(REST_LIMIT)\n                {\n                    self.departures.gate.open();\n                    return Err(why);\n                }\n",
                 "",
             ),
-            (
-                "                    let _ = self.complete_partials(REST_LIMIT);\n",
-                "",
-            ),
+            ("                    self.complete_most_partials()?;\n", ""),
         ],
     },
 ];

@@ -14,7 +14,7 @@ use crate::wan::site::Sites;
 use crate::wan::watch::{Watched, watch};
 
 /// Ways that no bound refers to are cut off after this, and their end is projected.
-const CUT_OFF: Duration = Duration::from_secs(15);
+const CUT_OFF: Duration = Duration::from_secs(10);
 const QUICK_CUT_OFF: Duration = Duration::from_secs(8);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {

@@ -32,7 +32,7 @@ const SEEN_BEFORE: [&[u8]; 2] = [
 /// The guest thinks no longer than this at once.
 const THINK_CAP: Duration = Duration::from_millis(500);
 /// What has not ended by then is projected from the requests answered.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(25);
 const QUICK_LIMIT: Duration = Duration::from_secs(12);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {

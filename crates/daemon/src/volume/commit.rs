@@ -24,6 +24,7 @@ use hikkoshi_store::state::{StateDir, StateError};
 use super::relocation::Relocation;
 use super::{Volume, lock};
 use crate::events::EventKind;
+use crate::status::LifeState;
 
 /// Called once with the outcome of a flush.
 pub type FlushDone = Box<dyn FnOnce(io::Result<()>) + Send>;
@@ -31,12 +32,13 @@ pub type FlushDone = Box<dyn FnOnce(io::Result<()>) + Send>;
 /// Records that may gather before a commit is made without anyone asking: bounds memory.
 pub(super) const MAX_PENDING_RECORDS: usize = 1 << 16;
 
-/// How long records may gather: bounds what a power cut makes the background copy fetch again. A guest
-/// that writes meanwhile notices the sync, so it is seldom.
-const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(10);
+/// How often the thread that keeps the time looks whether something is to be asked for.
+const BEAT: Duration = Duration::from_secs(2);
 
-/// The pause before a completion that found no space is tried again.
-const COMPLETION_PAUSE: Duration = Duration::from_secs(2);
+/// How long records may gather: bounds what a power cut makes the background copy fetch again. A guest
+/// that writes meanwhile notices the sync, so it is seldom. Only the first, which may be of all that was copied before
+/// the handoff, is made at the next beat.
+const LAZY_COMMIT_AFTER: Duration = Duration::from_secs(10);
 
 /// How often the witnesses of the source's disk are written anew while they change: seldom, since
 /// flushes wait for it, and older ones serve as well.
@@ -68,11 +70,12 @@ impl Journal {
     }
 }
 
-/// When the thread that keeps the time last asked for what.
+/// What the thread that keeps the time remembers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Beats {
-    commit: Duration,
-    completion: Duration,
+    last: Duration,
+    /// When it last asked for a commit.
+    asked: Option<Duration>,
 }
 
 /// Who waits for a commit, and the thread that makes it.
@@ -436,23 +439,18 @@ impl Volume {
         }
         let resident = self.geometry.size_bytes() - relocation.residency.missing_bytes();
         self.rate.sample(now, resident);
-        let due = |asked: &mut Duration, pause| {
-            let due = now.saturating_sub(*asked) >= pause;
-            if due {
-                *asked = now;
-            }
-            due
-        };
-        if due(&mut beats.commit, LAZY_COMMIT_AFTER)
-            && (!relocation.pending.is_empty() || self.snapshot_is_due())
+        if now.saturating_sub(beats.last) < BEAT {
+            return true;
+        }
+        beats.last = now;
+        let due = |asked| now.saturating_sub(asked) >= LAZY_COMMIT_AFTER;
+        if beats.asked.is_none_or(due) && (!relocation.pending.is_empty() || self.snapshot_is_due())
         {
+            beats.asked = (self.life() != LifeState::Standby).then_some(now);
             self.commit_soon();
         }
         // Its last step failed for want of space, say.
-        if due(&mut beats.completion, COMPLETION_PAUSE)
-            && !self.is_local()
-            && relocation.with_mover(|m| m.phase() == Phase::Complete)
-        {
+        if !self.is_local() && relocation.with_mover(|m| m.phase() == Phase::Complete) {
             self.complete_soon();
         }
         true

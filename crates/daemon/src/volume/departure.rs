@@ -47,6 +47,8 @@ const SLOW_FOR: Duration = Duration::from_secs(10);
 /// How long the rests of blocks that were written in part are waited for before the disk goes back to
 /// where they are, twice; together well below what an answer may take.
 const REST_LIMIT: Duration = Duration::from_secs(5);
+/// So many are asked for at once, and come in a moment.
+const REST_FEW: usize = 1024;
 const REST_BEAT: Duration = Duration::from_millis(2);
 
 /// Makes the durable state of a plain image, which has none until it is needed.
@@ -171,7 +173,7 @@ impl Departures {
 
     /// Whether a return stands by that needs every block here to be whole or absent.
     fn returns_early(&self) -> bool {
-        self.tracking.load(Ordering::Acquire) && self.sessions().iter().any(|s| s.needed)
+        self.tracking.load(Ordering::Acquire) && self.read_sessions().iter().any(|s| s.needed)
     }
 
     fn open(&self, session: Session) -> Arc<Session> {
@@ -762,10 +764,32 @@ impl Volume {
         Ok(self.departures.open(session))
     }
 
-    /// Has the rests of blocks fetched before the handoff that will wait for them, while a return stands by.
+    /// While a return stands by, the rests of blocks come at once: its handoff will wait until no block is
+    /// here in part.
     pub(super) fn tick_return(&self, relocation: &Arc<Relocation>) {
         if self.departures.returns_early() {
             relocation.need_rests();
+        }
+    }
+
+    /// As much as comes while the VM still writes, which may write more.
+    ///
+    /// # Errors
+    /// So much is left that it would not come in as much time without the VM either, which need not wait
+    /// for that.
+    fn complete_most_partials(&self) -> Result<(), String> {
+        let partials = || {
+            self.unfinished()
+                .map_or(0, |r| r.residency.partial_blocks())
+        };
+        let before = partials();
+        let Err(why) = self.complete_partials(REST_LIMIT) else {
+            return Ok(());
+        };
+        let left = partials();
+        match left > before.saturating_sub(left).max(REST_FEW) {
+            true => Err(why),
+            false => Ok(()),
         }
     }
 
@@ -876,8 +900,7 @@ impl Volume {
                 self.need_state().map_err(|e| e.to_string())?;
                 self.await_nothing_owed()?;
                 if session.needed {
-                    // Most of it while the VM still writes; it may write more.
-                    let _ = self.complete_partials(REST_LIMIT);
+                    self.complete_most_partials()?;
                 }
                 self.departures.gate.close();
                 crash_point!("fence.closed");

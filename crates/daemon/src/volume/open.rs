@@ -1097,7 +1097,7 @@ fn reconnect(
                 size_bytes: geometry.size_bytes(),
                 read_only: false,
                 can_multi_conn: false,
-                // Beats anew once it is there; one that cannot say answers that all is data.
+                // Asked anew once it is there; one that cannot say answers that all is data.
                 has_extents: true,
                 // The same: nothing is owed by one that cannot.
                 can_flush: true,

@@ -1101,7 +1101,7 @@ fn while_a_return_stands_by_the_rests_of_blocks_come_at_once() {
     };
     let told = b.answer(attach, &mut Bound::default());
     assert!(matches!(told, Told::Attached(_)), "{told:?}");
-    // Sooner than if nobody did.
+    // In less than half a second: nobody would have begun to fetch them yet.
     beats(&world, 18);
     assert_eq!(partial(), 0);
 }

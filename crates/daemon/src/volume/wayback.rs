@@ -267,7 +267,7 @@ impl Volume {
         WayBackStatus {
             kept: relocation.is_some(),
             changed_bytes: relocation.map_or(0, |r| {
-                let partial = r.residency.partials().len() as u64;
+                let partial = r.residency.partial_blocks() as u64;
                 r.residency.owned_bytes() + partial * self.geometry.block_bytes()
             }),
         }

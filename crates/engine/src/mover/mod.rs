@@ -422,6 +422,9 @@ impl<W> Mover<W> {
         for id in done.waiters {
             self.one_landed(id, out);
         }
+        if done.purpose == Purpose::Rest {
+            self.rest_landed(now, residency, out);
+        }
         self.pump(now, residency, out);
     }
 

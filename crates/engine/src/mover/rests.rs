@@ -15,8 +15,8 @@ use super::{Action, Mover, Phase};
 use crate::geometry::{BlockIndex, BlockRange};
 use crate::residency::{BlockState, Residency};
 
-/// So many may wait: a quarter of what the residency has room for.
-const MAX_WAITING: usize = 1 << 16;
+/// What part of the residency's table of them may wait.
+const WAITING_PART: usize = 4;
 
 /// For how long no block was left in part when the first rest is fetched.
 const QUIET: Duration = Duration::from_millis(500);
@@ -41,9 +41,14 @@ const DRAIN: Pace = Pace {
     flights: 64,
     step: 64,
 };
-/// All are needed: so many bytes at once, but not so many fetches.
-const NEED_BYTES: u64 = 4 << 20;
-const NEED_FLIGHTS: usize = 1024;
+/// All are needed.
+const HURRY: Pace = Pace {
+    flights: 1024,
+    step: 64,
+};
+/// No more bytes are under way at any pace, but those of so many blocks.
+const MOST_BYTES: u64 = 4 << 20;
+const LEAST_FLIGHTS: usize = 4;
 
 /// When which rests are fetched.
 #[derive(Debug, Default)]
@@ -59,24 +64,17 @@ pub(super) struct Rests {
 }
 
 impl Rests {
-    /// Whether and how they are fetched now that there are `waiting`. `copied`: the background copy fetches them.
-    fn pace(
-        &mut self,
-        now: Duration,
-        waiting: usize,
-        block_bytes: u64,
-        copied: bool,
-    ) -> Option<Pace> {
+    /// Whether and how they are fetched now that there are `waiting`, of `room` at most. `copied`: the background
+    /// copy fetches them.
+    fn pace(&mut self, now: Duration, waiting: usize, room: usize, copied: bool) -> Option<Pace> {
         if waiting > self.seen {
             self.grew_at = now;
         }
         self.seen = waiting;
         let since = |then| now.saturating_sub(then);
         if self.needed_at.is_some_and(|at| since(at) < NEED_LASTS) {
-            let fit = usize::try_from(NEED_BYTES / block_bytes).unwrap_or(NEED_FLIGHTS);
-            let flights = fit.clamp(DRAIN.flights, NEED_FLIGHTS);
-            Some(Pace { flights, ..DRAIN })
-        } else if waiting > MAX_WAITING {
+            Some(HURRY)
+        } else if waiting > room / WAITING_PART {
             Some(DRAIN)
         } else if copied || since(self.grew_at) < QUIET {
             None
@@ -101,17 +99,44 @@ impl<W> Mover<W> {
         residency: &Residency,
         out: &mut Vec<Action<W>>,
     ) {
+        if let Some(pace) = self.pace_of_rests(now, residency) {
+            self.launch_rests(now, pace, residency, out);
+        }
+    }
+
+    /// One has come. Where they trickle, the next is a matter of time.
+    pub(super) fn rest_landed(
+        &mut self,
+        now: Duration,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) {
+        let pace = self.pace_of_rests(now, residency);
+        if let Some(pace) = pace.filter(|pace| *pace != TRICKLE) {
+            self.launch_rests(now, pace, residency, out);
+        }
+    }
+
+    fn pace_of_rests(&mut self, now: Duration, residency: &Residency) -> Option<Pace> {
         if self.phase != Phase::Arriving || !self.connected {
-            return;
+            return None;
         }
         let copied = self.policy.background && !self.paused;
-        let block_bytes = self.geometry.block_bytes();
-        let waiting = residency.partial_blocks();
-        let Some(pace) = self.rests.pace(now, waiting, block_bytes, copied) else {
-            return;
-        };
-        for _ in 0..pace.step.min(waiting) {
-            if self.must_rest(now) || self.flights.count(Purpose::Rest) >= pace.flights {
+        let (waiting, room) = (residency.partial_blocks(), residency.most_partial_blocks());
+        self.rests.pace(now, waiting, room, copied)
+    }
+
+    fn launch_rests(
+        &mut self,
+        now: Duration,
+        pace: Pace,
+        residency: &Residency,
+        out: &mut Vec<Action<W>>,
+    ) {
+        let fit = usize::try_from(MOST_BYTES / self.geometry.block_bytes()).unwrap_or(usize::MAX);
+        let flights = pace.flights.min(fit.max(LEAST_FLIGHTS));
+        for _ in 0..pace.step.min(self.rests.seen) {
+            if self.must_rest(now) || self.flights.count(Purpose::Rest) >= flights {
                 return;
             }
             let next = residency.next_partial(BlockIndex(self.rests.cursor));

@@ -4,14 +4,15 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::tests::{MS, disk, policy};
+use super::tests::{MS, policy};
 use super::*;
 use crate::geometry::BlockIndex;
+use crate::sync::AtomicU64;
 
 const TICK: Duration = Mover::<u32>::TICK;
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A disk of 512 MiB of 4 KiB blocks, and a source that answers in order, a tick after it was asked.
+/// A disk of 512 MiB, and a source that answers in order, a tick after it was asked.
 struct World {
     residency: Residency,
     mover: Mover<u32>,
@@ -25,7 +26,15 @@ struct World {
 
 impl World {
     fn new(background: bool) -> Self {
-        let (geometry, residency) = disk(512);
+        Self::of(4096, background)
+    }
+
+    fn of(block_bytes: u32, background: bool) -> Self {
+        let geometry = Geometry::new(512 << 20, block_bytes).unwrap();
+        let words: Vec<_> = (0..Residency::required_words(geometry))
+            .map(|_| AtomicU64::new(0))
+            .collect();
+        let residency = Residency::new(geometry, Box::new(words));
         let policy = Policy {
             background,
             ..policy()
@@ -39,7 +48,7 @@ impl World {
             most: 0,
             failed: Vec::new(),
         };
-        // The background copy has nothing to do meanwhile: its source stands still.
+        // What is copied in the background waits for the local medium, so that only rests are asked for.
         world.mover.store_is_behind(true);
         world.tell(|m, now, r, out| m.source_up(now, r, out));
         world
@@ -152,7 +161,7 @@ fn those_that_the_background_copy_comes_by_wait_for_it() {
 #[test]
 fn too_many_do_not_wait_for_anything() {
     let mut world = World::new(true);
-    let many = 1 << 16;
+    let many = 131_072 / 4;
     world.leave(0..many);
     world.pass(SECOND);
     assert!(world.asked.is_empty());
@@ -160,6 +169,28 @@ fn too_many_do_not_wait_for_anything() {
     world.pass(SECOND);
     assert!((500..564).contains(&world.asked.len()));
     assert_eq!(world.most, 64);
+}
+
+/// The table is never full for want of ticks.
+#[test]
+fn of_too_many_each_that_comes_brings_another() {
+    let mut world = World::new(true);
+    world.leave(0..40_000);
+    world.tick();
+    for _ in 0..50 {
+        world.land_all();
+    }
+    assert!(world.asked.len() > 2000, "{}", world.asked.len());
+}
+
+#[test]
+fn of_large_blocks_fewer_may_wait_and_fewer_are_under_way() {
+    let mut world = World::of(1 << 20, true);
+    world.leave(0..200);
+    world.pass(SECOND * 10);
+    // (Three more had been asked for.)
+    assert_eq!(world.residency.partial_blocks(), 512 / 4 - 3);
+    assert_eq!(world.most, 4);
 }
 
 #[test]

@@ -388,6 +388,11 @@ impl Residency {
         lock(&self.partials).len()
     }
 
+    /// How many may be.
+    pub fn most_partial_blocks(&self) -> usize {
+        self.layout.slots
+    }
+
     /// The first partial block from `block` on.
     pub fn next_partial(&self, block: BlockIndex) -> Option<BlockIndex> {
         lock(&self.partials).next(block.0).map(BlockIndex)

@@ -33,11 +33,13 @@ const COARSE_BYTES: u32 = limits::MAX_GRAIN_BYTES;
 /// What one question covers. The answer has 2 KiB.
 const WINDOW_BYTES: u64 = 4 << 20;
 
-/// Windows under way at once: 64 MiB a round trip, which is 320 MB/s at 200 ms.
-const MAX_WINDOWS: usize = 16;
+/// Windows under way at once. One is asked about twice, unless all of it is found at once, and waits its turn here in
+/// between: 512 MiB keep this thread busy at 200 ms.
+const MAX_WINDOWS: usize = 128;
 
-/// Questions under way, those by the block included.
-const MAX_QUESTIONS: usize = 96;
+/// Questions under way, those by the block included: a dozen for each window where 1 % of the blocks
+/// differ, scattered.
+const MAX_QUESTIONS: usize = 1536;
 
 /// The most that one question by the block covers: 2048 hashes of the smallest blocks.
 const FINE_PIECE_BYTES: u64 = 1 << 20;
