@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use hikkoshi_daemon::config::ExportConfig;
 use hikkoshi_daemon::volume::Volume;
