@@ -168,6 +168,14 @@ pub const MUTATIONS: &[Mutation] = &[
         )],
     },
     Mutation {
+        name: "sectors that nobody wrote here read here",
+        file: RESIDENCY,
+        edits: &[(
+            "(first..end).all(|s| u32::try_from(s).is_ok_and(|sector| mask.has(sector)))",
+            "first < end && mask.has_any(2048)",
+        )],
+    },
+    Mutation {
         name: "no record of a partial block",
         file: GUEST,
         edits: &[(

@@ -337,10 +337,8 @@ impl Connection {
     /// A long read: in pieces, in order, if all is here.
     fn read_long(&mut self, cookie: u64, offset: u64, len: u32) -> Result<(), End> {
         let bytes = ByteRange::at(offset, len.into());
-        let here = self.place.relocation.as_ref().is_none_or(|r| {
-            r.residency
-                .all_resident(self.place.volume.geometry().covering(bytes))
-        });
+        let relocation = self.place.relocation.as_ref();
+        let here = relocation.is_none_or(|r| r.residency.holds(bytes));
         if !here {
             return self.read_missing(cookie, offset, len);
         }

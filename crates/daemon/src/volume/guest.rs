@@ -78,10 +78,7 @@ impl Volume {
     ) -> io::Result<ReadNow> {
         if let Some(relocation) = relocation {
             let bytes = ByteRange::at(offset, buf.len() as u64);
-            if !relocation
-                .residency
-                .all_resident(relocation.geometry.covering(bytes))
-            {
+            if !relocation.residency.holds(bytes) {
                 return Ok(ReadNow::Missing);
             }
         }

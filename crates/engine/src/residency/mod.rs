@@ -29,7 +29,7 @@ use std::ops::Range;
 
 use hikkoshi_crashpoint::crash_point;
 
-use crate::geometry::{BlockIndex, BlockRange, Geometry};
+use crate::geometry::{BlockIndex, BlockRange, ByteRange, Geometry, SECTOR_BYTES};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
 pub use mask::SectorMask;
@@ -226,6 +226,35 @@ impl Residency {
         words_of(range).all(|word| {
             let wanted = bits(range, word);
             self.resident_word(word) & wanted == wanted
+        })
+    }
+
+    /// Whether all of these bytes are here: in blocks that are, or in valid sectors of partial ones. What is
+    /// here once stays.
+    #[inline]
+    pub fn holds(&self, bytes: ByteRange) -> bool {
+        let blocks = self.geometry.covering(bytes);
+        self.all_resident(blocks) || self.holds_sectors(blocks, bytes)
+    }
+
+    #[cold]
+    fn holds_sectors(&self, blocks: BlockRange, bytes: ByteRange) -> bool {
+        let valid = |block: BlockIndex| {
+            let of_block = self.geometry.bytes(BlockRange::one(block));
+            let first = (bytes.start.max(of_block.start) - of_block.start) / SECTOR_BYTES;
+            let end = (bytes.end.min(of_block.end) - of_block.start).div_ceil(SECTOR_BYTES);
+            match self.partial_mask(block) {
+                Some(mask) => {
+                    (first..end).all(|s| u32::try_from(s).is_ok_and(|sector| mask.has(sector)))
+                }
+                // It has just become whole.
+                None => self.state(block).is_resident(),
+            }
+        };
+        self.runs(blocks).all(|(run, state)| match state {
+            BlockState::Absent => false,
+            BlockState::Partial => (run.start..run.end).map(BlockIndex).all(valid),
+            BlockState::Clean | BlockState::Owned => true,
         })
     }
 

@@ -31,6 +31,38 @@ fn a_partial_block_becomes_owned_with_its_last_sector() {
     assert_eq!((r.missing_blocks(), r.owned_blocks()), (255, 1));
 }
 
+/// Blocks 4 and 6 are clean; of 5 the sectors 2 and 3 are valid.
+#[test]
+fn valid_sectors_are_here_and_their_neighbours_are_not() {
+    let g = Geometry::new(1 << 20, 4096).unwrap();
+    let r = fresh(g);
+    r.mark_clean(BlockRange::one(BlockIndex(4)));
+    r.mark_clean(BlockRange::one(BlockIndex(6)));
+    r.mark_partial(BlockIndex(5), 2..4).unwrap();
+    let five = 5 * 4096;
+    for (from, to, here) in [
+        (five + 1024, five + 2048, true),
+        // Not all of its sectors, or only bytes of them.
+        (five + 1536, five + 2048, true),
+        (five + 1100, five + 1101, true),
+        (five + 1023, five + 2048, false),
+        (five + 1024, five + 2049, false),
+        (five, five + 512, false),
+        (five - 512, five + 1, false),
+        (five - 512, five, true),
+        (five + 3584, five + 4097, false),
+        (five - 4096, five + 8192, false),
+        (3 * 4096, five, false),
+    ] {
+        let bytes = ByteRange::at(from, to - from);
+        assert_eq!(r.holds(bytes), here, "{from} to {to}");
+    }
+    r.mark_partial(BlockIndex(5), 0..2).unwrap();
+    assert!(r.holds(ByteRange::at(five - 4096, 4096 + 2048)));
+    r.mark_partial(BlockIndex(5), 4..8).unwrap();
+    assert!(r.holds(ByteRange::at(five - 4096, 3 * 4096)));
+}
+
 #[test]
 fn the_table_of_partials_is_bounded() {
     let g = Geometry::new(64 << 30, 1 << 20).unwrap();
