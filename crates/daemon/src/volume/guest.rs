@@ -323,7 +323,7 @@ impl Relocation {
 
     /// A mutation of blocks of which some are missing. `false` if it cannot be made before the
     /// blocks at its edges are here; nothing was changed then.
-    fn change_missing(self: &Arc<Self>, bytes: ByteRange, change: &Change<'_>) -> io::Result<bool> {
+    fn change_missing(&self, bytes: ByteRange, change: &Change<'_>) -> io::Result<bool> {
         let blocks = self.geometry.covering(bytes);
         let _guard = self.locks.lock(blocks);
         let edges = match self.plan_edges(bytes) {

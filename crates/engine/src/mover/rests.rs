@@ -18,7 +18,7 @@ use crate::residency::{BlockState, Residency};
 /// What part of the residency's table of them may wait.
 const WAITING_PART: usize = 4;
 
-/// For how long no block was left in part when the first rest is fetched.
+/// For how long there were not more of them than before, when the first is fetched.
 const QUIET: Duration = Duration::from_millis(500);
 
 /// How long after somebody said that they are needed they are.
