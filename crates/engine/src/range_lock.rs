@@ -12,8 +12,15 @@ use crate::sync::{Condvar, Mutex, lock, wait};
 /// The runs of blocks that are locked now.
 #[derive(Debug)]
 pub struct RangeLocks {
-    held: Mutex<Vec<BlockRange>>,
+    state: Mutex<State>,
     freed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    held: Vec<BlockRange>,
+    /// Threads that wait for one to be freed. Waking none is a system call, too.
+    waiters: usize,
 }
 
 impl Default for RangeLocks {
@@ -26,18 +33,20 @@ impl RangeLocks {
     /// No run is locked.
     pub fn new() -> Self {
         Self {
-            held: Mutex::new(Vec::new()),
+            state: Mutex::new(State::default()),
             freed: Condvar::new(),
         }
     }
 
     /// Waits until nobody else holds a block of `range`, and holds them all.
     pub fn lock(&self, range: BlockRange) -> RangeGuard<'_> {
-        let mut held = lock(&self.held);
-        while held.iter().any(|other| other.overlaps(range)) {
-            held = wait(&self.freed, &self.held, held);
+        let mut state = lock(&self.state);
+        while state.held.iter().any(|other| other.overlaps(range)) {
+            state.waiters += 1;
+            state = wait(&self.freed, &self.state, state);
+            state.waiters -= 1;
         }
-        held.push(range);
+        state.held.push(range);
         RangeGuard { locks: self, range }
     }
 }
@@ -51,11 +60,14 @@ pub struct RangeGuard<'a> {
 
 impl Drop for RangeGuard<'_> {
     fn drop(&mut self) {
-        let mut held = lock(&self.locks.held);
-        if let Some(at) = held.iter().position(|r| *r == self.range) {
-            held.swap_remove(at);
+        let mut state = lock(&self.locks.state);
+        if let Some(at) = state.held.iter().position(|r| *r == self.range) {
+            state.held.swap_remove(at);
         }
-        drop(held);
-        self.locks.freed.notify_all();
+        let waited_for = state.waiters > 0;
+        drop(state);
+        if waited_for {
+            self.locks.freed.notify_all();
+        }
     }
 }

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hikkoshi_nbd::server::ReplyStyle;
@@ -51,6 +51,8 @@ struct State {
     waiting_bytes: usize,
     broken: bool,
     closed: bool,
+    /// Threads that wait for a change. Waking none is a system call, too, and there is one reply for each request.
+    waiters: usize,
 }
 
 impl Outbox {
@@ -138,7 +140,7 @@ impl Outbox {
             state.queue.clear();
         }
         state.sending = false;
-        self.changed.notify_all();
+        self.wake(&state);
     }
 
     /// Takes a reply from any thread, without waiting for the client.
@@ -152,7 +154,7 @@ impl Outbox {
                 .extend(parts.into_iter().filter(|p| !p.is_empty()));
         }
         if state.sending || state.broken {
-            self.changed.notify_all();
+            self.wake(&state);
             return;
         }
         state.sending = true;
@@ -182,7 +184,7 @@ impl Outbox {
             }
         }
         state.sending = false;
-        self.changed.notify_all();
+        self.wake(&state);
     }
 
     fn hand_over(self: &Arc<Self>, state: &mut State) {
@@ -200,7 +202,7 @@ impl Outbox {
                 state.queue.clear();
             }
         }
-        self.changed.notify_all();
+        self.wake(state);
     }
 
     /// The writer thread: takes over whenever the client was too slow for somebody else.
@@ -229,11 +231,13 @@ impl Outbox {
             if left.is_zero() {
                 return;
             }
+            state.waiters += 1;
             state = self
                 .changed
                 .wait_timeout(state, left)
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .unwrap_or_else(PoisonError::into_inner)
                 .0;
+            state.waiters -= 1;
         }
     }
 
@@ -243,18 +247,26 @@ impl Outbox {
         state.broken = true;
         state.closed = true;
         state.queue.clear();
-        self.changed.notify_all();
+        self.wake(&state);
         drop(state);
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
-    fn wait<'a>(
-        &self,
-        state: std::sync::MutexGuard<'a, State>,
-    ) -> std::sync::MutexGuard<'a, State> {
-        self.changed
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.waiters += 1;
+        let mut state = self
+            .changed
             .wait(state)
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.waiters -= 1;
+        state
+    }
+
+    /// Wakes whoever waits for a change.
+    fn wake(&self, state: &State) {
+        if state.waiters > 0 {
+            self.changed.notify_all();
+        }
     }
 }
 
