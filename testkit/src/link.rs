@@ -12,7 +12,7 @@
 //! The kernel hands over a few TCP segments at once (`BURST_BYTES`), which saves most of the system
 //! calls; they are charged, and lost by chance, as the packets they will become
 //! (`burst.rs`). A burst for which the queue has no room is lost as a whole. And what comes in a row
-//! is not taken in one by one (`MODERATION`), which saves half of the wake-ups.
+//! is not taken in one by one (`MODERATION`), which saves wake-ups.
 
 use crate::burst::Burst;
 use crate::netns::{self, Namespace};
