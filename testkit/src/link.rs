@@ -363,19 +363,15 @@ impl Direction {
         let deaf_for = self.listens_at.saturating_duration_since(now);
         let first = self.under_way.front();
         let until_due = first.map_or(MAX_SLEEP, |first| first.due.saturating_duration_since(now));
-        let longest = match deaf_for.is_zero() {
-            true => MAX_SLEEP,
-            false => deaf_for,
+        let mut comes = [PollFd::from_borrowed_fd(self.from.as_fd(), PollFlags::IN)];
+        let (heard, longest) = match deaf_for.is_zero() {
+            true => (&mut comes[..], MAX_SLEEP),
+            false => (&mut [][..], deaf_for),
         };
         let wait = until_due.min(longest);
         let timeout = Timespec {
             tv_sec: 0,
             tv_nsec: wait.subsec_nanos().into(),
-        };
-        let mut comes = [PollFd::from_borrowed_fd(self.from.as_fd(), PollFlags::IN)];
-        let heard = match deaf_for.is_zero() {
-            true => &mut comes[..],
-            false => &mut [],
         };
         // Whatever it says, the loop looks at everything again.
         let _ = poll(heard, Some(&timeout));
