@@ -300,6 +300,49 @@ const MOST_PASSED_OVER: u32 = 16;
 /// So many quanta that did not compress pass over one more.
 const FAILURES_A_PASS: u32 = 8;
 
+/// What does not compress says nothing of what is further away than this on the disk. Several connections share
+/// what lies together, so what one of them sends next may be some parts further on.
+const NOISE_REACH_BYTES: u64 = 4 << 20;
+
+/// What did not compress, and how much of what lies around it is therefore not tried.
+#[derive(Debug, Default)]
+struct Noise {
+    /// Where the last of it lies on the disk.
+    at: u64,
+    /// Quanta tried there since the last one that compressed.
+    failures: u32,
+    /// Quanta there that are not tried.
+    left_to_pass: u32,
+}
+
+impl Noise {
+    fn is_near(&self, place: u64) -> bool {
+        place.abs_diff(self.at) <= NOISE_REACH_BYTES
+    }
+
+    /// Whether what lies at `place` is sent as it is.
+    fn passes(&mut self, place: u64) -> bool {
+        let passes = self.left_to_pass > 0 && self.is_near(place);
+        self.left_to_pass -= u32::from(passes);
+        passes
+    }
+
+    fn tried(&mut self, place: u64, pays: bool) {
+        let near = self.is_near(place);
+        if pays {
+            self.failures = if near { 0 } else { self.failures };
+            return;
+        }
+        self.failures = if near {
+            self.failures.saturating_add(1)
+        } else {
+            1
+        };
+        self.left_to_pass = (self.failures / FAILURES_A_PASS).clamp(1, MOST_PASSED_OVER);
+        self.at = place;
+    }
+}
+
 /// What is shorter is sent as it is.
 const LEAST_PACKED_BYTES: usize = 512;
 
@@ -309,10 +352,7 @@ pub struct Packer {
     effort: Effort,
     /// The stream, and its level.
     zstd: Option<(i32, CCtx<'static>)>,
-    /// Quanta tried since the last one that compressed.
-    failures: u32,
-    /// Quanta that are not tried, because those before did not compress.
-    left_to_pass: u32,
+    noise: Noise,
 }
 
 impl Packer {
@@ -321,17 +361,16 @@ impl Packer {
         self.effort.note(waited, worked);
     }
 
-    /// What is to be sent for `raw`: the codec and the payload, or `raw` itself. What is returned must
-    /// be sent, and before anything that is packed later.
-    pub fn pack(&mut self, packing: Packing, raw: &[u8]) -> Option<(Codec, Vec<u8>)> {
+    /// What is to be sent for `raw`, which lies at `place` on the disk: the codec and the payload, or `raw`
+    /// itself. What is returned must be sent, and before anything that is packed later.
+    pub fn pack(&mut self, packing: Packing, place: u64, raw: &[u8]) -> Option<(Codec, Vec<u8>)> {
         let how = match packing {
             Packing::None => return None,
             Packing::Lz4 => Some((Codec::Lz4, 0)),
             Packing::Zstd(level) => Some((Codec::Zstd, i32::from(level))),
             Packing::Auto => self.effort.choice(),
         };
-        if self.left_to_pass > 0 {
-            self.left_to_pass -= 1;
+        if self.noise.passes(place) {
             return None;
         }
         let Some((codec, level)) = how else {
@@ -348,13 +387,8 @@ impl Packer {
             Codec::Zstd => self.zstd(level, raw),
         };
         let pays = packed.as_ref().is_some_and(|packed| packed.len() <= most);
-        if pays {
-            self.failures = 0;
-            self.effort.quanta += 1;
-        } else {
-            self.failures = self.failures.saturating_add(1);
-            self.left_to_pass = (self.failures / FAILURES_A_PASS).clamp(1, MOST_PASSED_OVER);
-        }
+        self.noise.tried(place, pays);
+        self.effort.quanta += u32::from(pays);
         // What went into the stream is a part of it, whether it pays or not.
         let packed = packed.filter(|_| pays || codec == Codec::Zstd)?;
         Some((codec, packed))
@@ -478,19 +512,20 @@ mod tests {
             quanta in prop::collection::vec(
                 (
                     0..ASKED.len(),
+                    0..3 * NOISE_REACH_BYTES,
                     prop::collection::vec((any::<bool>(), 1..3000_usize), 1..20),
                 ),
                 1..8,
             ),
         ) {
             let (mut packer, mut unpacker) = (Packer::default(), Unpacker::default());
-            for (which, pieces) in quanta {
+            for (which, place, pieces) in quanta {
                 let mut raw = Vec::new();
                 for (noisy, len) in pieces {
                     raw.extend(if noisy { noise(len) } else { text(len) });
                 }
                 raw.truncate(limits::QUANTUM_BYTES as usize);
-                if let Some(packed) = packer.pack(ASKED[which], &raw) {
+                if let Some(packed) = packer.pack(ASKED[which], place, &raw) {
                     let most = raw.len() + limits::PACKED_EXTRA_BYTES as usize;
                     prop_assert!(packed.1.len() <= most);
                     let out = unpacked(&mut unpacker, &packed, raw.len());
@@ -519,7 +554,7 @@ mod tests {
     fn a_changed_payload_or_length_is_found() {
         let raw = text(20_000);
         for packing in [Packing::Lz4, Packing::Zstd(3)] {
-            let packed = Packer::default().pack(packing, &raw).expect("text");
+            let packed = Packer::default().pack(packing, 0, &raw).expect("text");
             for len in [raw.len() - 1, raw.len() + 1, 0] {
                 assert!(unpacked(&mut Unpacker::default(), &packed, len).is_none());
             }
@@ -537,8 +572,8 @@ mod tests {
         let pieces: Vec<_> = raws
             .iter()
             .map(|raw| {
-                packer.left_to_pass = 0;
-                packer.pack(Packing::Zstd(3), raw).expect("long enough")
+                packer.noise.left_to_pass = 0;
+                packer.pack(Packing::Zstd(3), 0, raw).expect("long enough")
             })
             .collect();
         let mut unpacker = Unpacker::default();
@@ -563,7 +598,7 @@ mod tests {
         let mut stranger = DCtx::try_create().expect("memory");
         let raw = text(9000);
         for level in [1, 1, 9, 3, MAX_LEVEL] {
-            let packed = packer.pack(Packing::Zstd(level), &raw).expect("text");
+            let packed = packer.pack(Packing::Zstd(level), 0, &raw).expect("text");
             let out = unpacked(&mut unpacker, &packed, raw.len());
             assert_eq!(out.as_ref(), Some(&raw));
             assert_eq!(unpacker.level(), Some(level));
@@ -593,10 +628,10 @@ mod tests {
     #[test]
     fn a_stream_refers_to_what_went_before() {
         let (mut packer, raw) = (Packer::default(), noise(60_000));
-        let first = packer.pack(Packing::Zstd(3), &raw).expect("long enough");
+        let first = packer.pack(Packing::Zstd(3), 0, &raw).expect("long enough");
         assert!(first.1.len() <= raw.len() + limits::PACKED_EXTRA_BYTES as usize);
-        packer.left_to_pass = 0;
-        let again = packer.pack(Packing::Zstd(3), &raw).expect("long enough");
+        packer.noise.left_to_pass = 0;
+        let again = packer.pack(Packing::Zstd(3), 0, &raw).expect("long enough");
         assert!(again.1.len() < 100, "{}", again.1.len());
     }
 
@@ -605,7 +640,7 @@ mod tests {
     #[test]
     fn an_lz4_block_is_shorter_than_what_it_was_made_of() {
         for len in 1..1500 {
-            let packed = Packer::default().pack(Packing::Lz4, &vec![7; len]);
+            let packed = Packer::default().pack(Packing::Lz4, 0, &vec![7; len]);
             assert!(
                 packed.is_none_or(|(_, payload)| payload.len() < len),
                 "{len}"
@@ -616,10 +651,10 @@ mod tests {
     #[test]
     fn noise_is_hardly_tried() {
         let mut packer = Packer::default();
-        let raw = noise(60_000);
+        let (raw, part) = (noise(60_000), 60_000);
         let mut tries = 0;
         for piece in 0..2000 {
-            let packed = packer.pack(Packing::Auto, &raw);
+            let packed = packer.pack(Packing::Auto, piece * part, &raw);
             tries += usize::from(packed.is_some() && piece >= 1000);
             if packed.is_some() {
                 // The same noise again would be found in the window.
@@ -628,9 +663,30 @@ mod tests {
         }
         assert!((50..70).contains(&tries), "{tries} of 1000");
         // What compresses is found again soon.
-        let found =
-            (0..=MOST_PASSED_OVER).any(|_| packer.pack(Packing::Auto, &text(60_000)).is_some());
+        let found = (2000..=2000 + u64::from(MOST_PASSED_OVER)).any(|piece| {
+            packer
+                .pack(Packing::Auto, piece * part, &text(60_000))
+                .is_some()
+        });
         assert!(found);
+    }
+
+    #[test]
+    fn noise_and_text_do_not_count_for_one_another_from_afar() {
+        let mut packer = Packer::default();
+        let (noise, text, far) = (noise(60_000), text(60_000), 2 * NOISE_REACH_BYTES);
+        let mut tries = 0;
+        for piece in 0..2000 {
+            let place = piece * 4096 % NOISE_REACH_BYTES;
+            if packer.pack(Packing::Auto, place, &noise).is_some() {
+                tries += u32::from(piece >= 1000);
+                // The same noise again would be found in the window.
+                packer.zstd = None;
+            }
+            let packed = packer.pack(Packing::Auto, far + place, &text);
+            assert!(packed.is_some_and(|(_, packed)| packed.len() < 10_000));
+        }
+        assert!((50..70).contains(&tries), "{tries} of 1000");
     }
 
     /// A sender that works for so many of 100 milliseconds, and waits for the others.

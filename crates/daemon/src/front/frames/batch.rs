@@ -140,7 +140,7 @@ impl Batch {
             header.last = last && end == data.len();
             if zero {
                 self.parts.push_back(Part::Header(header.encode()));
-            } else if let Some((codec, packed)) = packer.pack(packing, run) {
+            } else if let Some((codec, packed)) = packer.pack(packing, place, run) {
                 header.packing = Codec::flags(Some(codec));
                 let header = header.with_payload(&packed);
                 self.parts.push_back(Part::Header(header.encode()));
