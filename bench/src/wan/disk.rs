@@ -88,13 +88,6 @@ impl Disk {
         }
         0
     }
-
-    /// Reads all of it, so that no measurement waits for the machine's own disk.
-    pub fn warm(&self) -> Result<()> {
-        let mut file = File::open(&self.path)?;
-        std::io::copy(&mut file, &mut std::io::sink()).context("read a disk")?;
-        Ok(())
-    }
 }
 
 /// Where `file` has data.

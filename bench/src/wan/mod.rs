@@ -313,17 +313,13 @@ impl<'a> Bench<'a> {
 
     /// The disk with a file system.
     fn files(&self) -> Result<Disk> {
-        let disk = Disk::files(self.mib())?;
-        disk.warm()?;
-        Ok(disk)
+        Disk::files(self.mib())
     }
 
     /// The disk that cannot be compressed.
     fn noise(&self) -> Result<Disk> {
         // Enough that the start of TCP is a small part.
-        let disk = Disk::noise((self.mib() / 8).max(self.mib().min(128)))?;
-        disk.warm()?;
-        Ok(disk)
+        Disk::noise((self.mib() / 8).max(self.mib().min(128)))
     }
 
     /// How long one of each kind of writes takes.
@@ -349,13 +345,13 @@ impl<'a> Bench<'a> {
         tempfile::tempdir_in(dir).context("make a directory for a measurement")
     }
 
-    /// A copy of `disk` for sources that are ours; made once.
+    /// A copy of `disk` for sources; made once.
     fn source_copy(&self, disk: &Disk) -> Result<Arc<SourceCopy>> {
         let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(copy) = copies.get(&disk.path) {
             return Ok(copy.clone());
         }
-        let path = self.disk_dir().join(format!("source-{}.img", copies.len()));
+        let path = self.fast_dir().join(format!("source-{}.img", copies.len()));
         let copy = Arc::new(SourceCopy::make(disk, path)?);
         copies.insert(disk.path.clone(), copy.clone());
         Ok(copy)

@@ -29,7 +29,8 @@ const QUIET_BYTES_PER_S: f64 = 100e3;
 /// How long control sockets may take to appear.
 const SOON: Duration = Duration::from_secs(30);
 
-/// A copy of a disk that hikkoshi may serve as a source, and mark as departed.
+/// A copy of a disk that sources serve, and that hikkoshi may mark as departed. Where the images live, in memory by
+/// default: no source is to wait for this machine's disk, and a page cache may be emptied between two measurements.
 pub struct SourceCopy(PathBuf);
 
 impl SourceCopy {
@@ -40,6 +41,11 @@ impl SourceCopy {
         let copied = fs::File::open(&path).context("open the copy")?;
         copied.sync_all().context("sync the copy")?;
         Ok(Self(path))
+    }
+
+    /// The image.
+    pub fn path(&self) -> &Path {
+        &self.0
     }
 
     /// Forgets all that a daemon keeps about the image, so that it is a plain disk again.
@@ -65,7 +71,7 @@ pub struct Terms<'a> {
     pub sites: &'a Sites,
     /// What moves.
     pub disk: &'a Disk,
-    /// The same, for a source that is ours.
+    /// The same, as the source serves it.
     pub copy: &'a SourceCopy,
     /// For the destination's files; empty.
     pub dir: &'a Path,
@@ -107,7 +113,7 @@ impl Mover {
                 terms.copy.reset()?;
                 let mut arguments = words(&[
                     "serve",
-                    &terms.copy.0.display().to_string(),
+                    &terms.copy.path().display().to_string(),
                     "--listen",
                     &format!("tcp://{address}"),
                     // For a guest at the old site.
@@ -128,7 +134,7 @@ impl Mover {
                     "--port",
                     &address.port().to_string(),
                     "file",
-                    &terms.disk.path.display().to_string(),
+                    &terms.copy.path().display().to_string(),
                 ]);
                 terms.sites.start_source("nbdkit", &arguments, &log)?
             }

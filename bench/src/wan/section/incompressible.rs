@@ -14,8 +14,8 @@ use crate::wan::mover::{How, Mover};
 use crate::wan::site::Sites;
 use crate::wan::watch::watch;
 
-/// How many connections iperf3 has; the better result counts.
-const STREAMS: [usize; 2] = [1, 4];
+/// Connections of iperf3: as many as ours has.
+const STREAMS: usize = 4;
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];
@@ -27,7 +27,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         Section::Incompressible,
         &movers,
         &disk,
-        (&STREAMS, Amount::Bytes(disk.size_bytes)),
+        (STREAMS, Amount::Bytes(disk.size_bytes)),
         bench.patience(&disk, &sites.case),
     )?;
     grid.section = "incompressible";
@@ -42,14 +42,14 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     })
 }
 
-/// Moves `disk` in every way, beside iperf3 with each of these numbers of connections.
+/// Moves `disk` in every way, beside iperf3 with so many connections.
 pub(super) fn table(
     bench: &Bench<'_>,
     sites: &Sites,
     section: Section,
     movers: &[Mover],
     disk: &Disk,
-    (streams, amount): (&[usize], Amount),
+    (streams, amount): (usize, Amount),
     limit: Duration,
 ) -> Result<(Grid, Option<f64>)> {
     let case = &sites.case;
@@ -85,20 +85,12 @@ pub(super) fn table(
     )?;
     let mut iperf = Cell::default();
     for round in 0..bench.rounds() {
-        let mut best = None;
-        for &streams in streams {
-            bench.progress(&format!(
-                "{}, {}: iperf3, {streams} connections",
-                case.name(),
-                section.name()
-            ));
-            sites.link.draw_losses(seed_of(round));
-            match iperf3(bench, sites, streams, amount, limit) {
-                Ok(rate) => best = Some(rate.max(best.unwrap_or(0.0))),
-                Err(error) => bench.failed("iperf3", &error),
-            }
+        bench.progress(&format!("{}, {}: iperf3", case.name(), section.name()));
+        sites.link.draw_losses(seed_of(round));
+        match iperf3(bench, sites, streams, amount, limit) {
+            Ok(rate) => iperf.values.push(rate),
+            Err(error) => bench.failed("iperf3", &error),
         }
-        iperf.values.extend(best);
     }
     let reached = iperf.middle();
     if let Some(last) = rate.cells.last_mut() {
@@ -110,8 +102,8 @@ pub(super) fn table(
         section: "",
         title: String::new(),
         note: format!(
-            "{} MiB of noise, from nothing until all is there, the start of TCP included; iperf3 {}, \
-             the best of {streams:?} connections.",
+            "{} MiB of noise, from nothing until all is there, the start of TCP included; iperf3 {} over \
+             {streams} connections.",
             disk.size_bytes >> 20,
             match amount {
                 Amount::Bytes(_) => "sends as many bytes".to_owned(),

@@ -42,7 +42,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         Section::Loss,
         &movers,
         &disk,
-        (&[CONNECTIONS], Amount::Time(IPERF_TIME, LOSSY_WARM_UP)),
+        (CONNECTIONS, Amount::Time(IPERF_TIME, LOSSY_WARM_UP)),
         LIMIT,
     )?;
     let peer = |mover: &Mover| matches!(mover.how, How::NbdcopyConnections(_));

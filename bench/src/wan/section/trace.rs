@@ -32,13 +32,12 @@ const SEEN_BEFORE: [&[u8]; 2] = [
 /// The guest thinks no longer than this at once.
 const THINK_CAP: Duration = Duration::from_millis(500);
 /// What has not ended by then is projected from the requests answered.
-const LIMIT: Duration = Duration::from_secs(25);
+const LIMIT: Duration = Duration::from_secs(18);
 const QUICK_LIMIT: Duration = Duration::from_secs(12);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let map = DiskMap::decode(DISK).context("read disk.map")?;
     let disk = Disk::traced(&map)?;
-    disk.warm()?;
     let traces: Vec<(&str, Trace)> = WORK
         .into_iter()
         .map(|(name, bytes)| Ok((name, Trace::decode(bytes).context(name)?)))

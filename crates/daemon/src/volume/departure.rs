@@ -48,7 +48,7 @@ const SLOW_FOR: Duration = Duration::from_secs(10);
 /// where they are, twice; together well below what an answer may take.
 const REST_LIMIT: Duration = Duration::from_secs(5);
 /// So many are asked for at once, and come in a moment.
-const REST_FEW: usize = 1024;
+pub(super) const REST_FEW: usize = 1024;
 const REST_BEAT: Duration = Duration::from_millis(2);
 
 /// Makes the durable state of a plain image, which has none until it is needed.

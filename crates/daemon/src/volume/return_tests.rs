@@ -30,7 +30,7 @@ use hikkoshi_wan::{
 
 use super::arrival::Arrival;
 use super::assemble::{Moving, Parts};
-use super::departure::Bound;
+use super::departure::{Bound, REST_FEW};
 use super::guest::ReadNow;
 use super::relocation::ReadEnd;
 use super::tests::{DISK, Oracle, SharedWords, original, words};
@@ -1104,6 +1104,47 @@ fn while_a_return_stands_by_the_rests_of_blocks_come_at_once() {
     // In less than half a second: nobody would have begun to fetch them yet.
     beats(&world, 18);
     assert_eq!(partial(), 0);
+}
+
+/// Many rests that do not come: the return is refused while the VM still writes. Few: it is held up for them, and goes
+/// on to write when they come too late.
+#[test]
+fn a_return_is_refused_before_the_vm_would_wait_for_many_rests() {
+    for (partials, holds_up) in [(REST_FEW + 1, false), (REST_FEW, true)] {
+        let mut world = World::of(vec![7; (REST_FEW + 1) * 4096], 4096, true, false);
+        let b = world.volume(Who::B);
+        let relocation = b.relocation();
+        let write = |block: usize| b.write(relocation.as_ref(), block as u64 * 4096, &[9; 512]);
+        (0..partials).for_each(|block| write(block).unwrap());
+        world.begin_return();
+        let (mut bound, id) = (Bound::default(), [0x11; 16]);
+        let attach = Tell::Attach {
+            id,
+            stance: Stance::Standby,
+            epoch: 0,
+            base: Some(B),
+        };
+        let told = b.answer(attach, &mut bound);
+        assert!(matches!(told, Told::Attached(_)), "{told:?}");
+        let mut held_up = false;
+        let told = std::thread::scope(|scope| {
+            let handing = scope.spawn(|| b.answer(Tell::Handoff { id, epoch: 0 }, &mut bound));
+            while !handing.is_finished() {
+                // Seen between any two steps of the clock.
+                held_up |= !b.lets_in();
+                world.tick();
+                std::thread::yield_now();
+            }
+            handing.join().unwrap()
+        });
+        let Told::Refused(why) = told else {
+            panic!("{told:?}");
+        };
+        assert!(why.contains("wait for their rest"), "{why}");
+        assert_eq!(held_up, holds_up, "{partials} partials");
+        assert!(!b.has_departed());
+        write(0).unwrap();
+    }
 }
 
 /// The source has become whole since the return began, and has changed its storage: it does not know of
