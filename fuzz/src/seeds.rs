@@ -543,10 +543,10 @@ fn transport() -> Vec<(&'static str, Vec<u8>)> {
     ];
     let text = b"blocks that are alike, blocks that are alike, blocks that are alike".repeat(20);
     let (_, lz4) = Packer::default()
-        .pack(Packing::Lz4, &text)
+        .pack(Packing::Lz4, 0, &text)
         .expect("it is smaller");
     let (_, zstd) = Packer::default()
-        .pack(Packing::Zstd(3), &text)
+        .pack(Packing::Zstd(3), 0, &text)
         .expect("it is smaller");
     let len = u16::try_from(text.len()).expect("short");
     let extents = [&2048_u32.to_be_bytes()[..], &1_u32.to_be_bytes()].concat();

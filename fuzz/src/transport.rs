@@ -234,7 +234,7 @@ fn packed(input: &mut Input<'_>) {
     check_unpacked(codec, bytes, len);
     // With the right checksum for what it would be, if it is something.
     let raw = &bytes[..bytes.len().min(limits::QUANTUM_BYTES as usize)];
-    if let Some((codec, payload)) = Packer::default().pack(packing, raw) {
+    if let Some((codec, payload)) = Packer::default().pack(packing, 0, raw) {
         let most = raw.len() + limits::PACKED_EXTRA_BYTES as usize;
         assert!(payload.len() <= most);
         let mut out = Vec::new();

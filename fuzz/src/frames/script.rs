@@ -429,7 +429,7 @@ fn data(
     numbers.span = raw.len() as u32;
     numbers.flags = last;
     let small = raw.get(..raw.len().min(64 << 10)).unwrap_or_default();
-    match packer.pack(packing, small) {
+    match packer.pack(packing, 0, small) {
         Some((codec, payload)) => {
             numbers.flags |= Codec::flags(Some(codec));
             numbers.put(&payload, out);
