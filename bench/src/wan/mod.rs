@@ -37,6 +37,9 @@ use self::site::{LinkCase, Sites, tcp_settings};
 
 const FULL_MIB: u64 = 4096;
 const QUICK_MIB: u64 = 512;
+/// What no bound refers to is cut off after this, and its end is projected.
+const CUT_OFF: Duration = Duration::from_secs(10);
+const QUICK_CUT_OFF: Duration = Duration::from_secs(8);
 /// The round trip, of those that are measured, at which traces are replayed and writes are timed
 /// unless that is asked for.
 const TRACE_RTT_MS: u64 = 50;
@@ -331,6 +334,24 @@ impl<'a> Bench<'a> {
     fn patience(&self, disk: &Disk, case: &LinkCase) -> Duration {
         let ideal = disk.data_bytes() as f64 / case.bytes_per_s();
         Duration::from_secs_f64(60.0 + 6.0 * ideal)
+    }
+
+    /// How long a move is watched: as long as it may take, or, where less is enough, until its end can be projected.
+    fn watched_for(&self, whole: bool, disk: &Disk, case: &LinkCase) -> Duration {
+        if whole || self.options.full {
+            self.patience(disk, case)
+        } else {
+            self.cut_off()
+        }
+    }
+
+    /// What is cut off and projected is watched for so long.
+    fn cut_off(&self) -> Duration {
+        if self.options.quick {
+            QUICK_CUT_OFF
+        } else {
+            CUT_OFF
+        }
     }
 
     fn fast_dir(&self) -> &Path {

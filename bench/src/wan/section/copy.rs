@@ -1,7 +1,5 @@
 //! The disk with files until every block is at the new site, while a guest reads here and there.
 
-use std::time::Duration;
-
 use anyhow::Result;
 
 use super::{Findings, Section, columns, each, movers, rows};
@@ -12,10 +10,6 @@ use crate::wan::mover::{How, Mover};
 use crate::wan::plot::{Chart, Series};
 use crate::wan::site::Sites;
 use crate::wan::watch::{Watched, watch};
-
-/// Ways that no bound refers to are cut off after this, and their end is projected.
-const CUT_OFF: Duration = Duration::from_secs(10);
-const QUICK_CUT_OFF: Duration = Duration::from_secs(8);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;
@@ -43,12 +37,6 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     );
     let mut watched: Vec<(String, Watched)> = Vec::new();
     let mut emulator = Vec::new();
-    let patience = bench.patience(&disk, case);
-    let cut_off = if bench.options.quick {
-        QUICK_CUT_OFF
-    } else {
-        CUT_OFF
-    };
     each(
         bench,
         sites,
@@ -60,11 +48,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         |index, attempt| {
             let mover = attempt.mover;
             let whole = *mover == Mover::ours() || mover.how == How::Nbdcopy;
-            let limit = if whole || bench.options.full {
-                patience
-            } else {
-                cut_off
-            };
+            let limit = bench.watched_for(whole, &disk, case);
             let seen = watch(sites, &disk, limit, mover.serves(), || attempt.start())?;
             emulator.push(seen.emulator_cores);
             if seen.seconds.is_some() && matches!(mover.how, How::Hikkoshi { .. } | How::Nbdcopy) {
@@ -127,7 +111,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
          emulator used {:.0} % of a core.",
         disk.size_bytes >> 20,
         disk.data_bytes() / 1_000_000,
-        cut_off.as_secs(),
+        bench.cut_off().as_secs(),
         100.0 * crate::report::median(emulator),
     );
     let charts = charts(sites, &watched);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::iperf::{Amount, iperf3};
+use super::iperf::{Amount, STREAMS, iperf3};
 use super::{Findings, Section, columns, each, movers, rows, seed_of};
 use crate::report::Role;
 use crate::wan::Bench;
@@ -13,9 +13,6 @@ use crate::wan::grid::{Better, Bound, Cell, Grid};
 use crate::wan::mover::{How, Mover};
 use crate::wan::site::Sites;
 use crate::wan::watch::watch;
-
-/// Connections of iperf3: as many as ours has.
-const STREAMS: usize = 4;
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let ours = vec![Mover::ours(), Mover::ours_from_nbdkit()];

@@ -14,6 +14,9 @@ use crate::wan::site::Sites;
 const PORT: u16 = 5201;
 const SOON: Duration = Duration::from_secs(20);
 
+/// Its connections, where nothing else is compared: as many as hikkoshi has.
+pub(super) const STREAMS: usize = 4;
+
 /// How much it sends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Amount {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::iperf::{Amount, iperf3};
+use super::iperf::{Amount, STREAMS, iperf3};
 use super::{Findings, Section, rows};
 use crate::report::Role;
 use crate::wan::Bench;
@@ -18,7 +18,6 @@ use crate::wan::site::Sites;
 /// How long each part takes, and how long TCP has to find the rate before that.
 const TIME: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(10);
-const STREAMS: usize = 4;
 /// Payload of a full packet of 1500 bytes with time stamps.
 const PAYLOAD_PART: f64 = 1448.0 / 1500.0;
 /// More than any round trip that is emulated, waiting included.

@@ -3,7 +3,6 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -20,8 +19,6 @@ const BLOCK: usize = 4096;
 /// One block in so many differs.
 const ONE_IN: u64 = 100;
 const SEED: u64 = 0x7365_6564;
-/// nbdcopy, whose pace is even, is projected from then on: `copy` has it whole.
-const CUT_OFF: Duration = Duration::from_secs(10);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;
@@ -37,7 +34,6 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         ],
         movers.len(),
     );
-    let patience = bench.patience(&disk, case);
     each(
         bench,
         sites,
@@ -47,8 +43,9 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         bench.fast_dir(),
         true,
         |index, attempt| {
-            let whole = attempt.mover.how != How::Nbdcopy || bench.options.full;
-            let limit = if whole { patience } else { CUT_OFF };
+            // Its pace is even, and `copy` has it whole.
+            let whole = attempt.mover.how != How::Nbdcopy;
+            let limit = bench.watched_for(whole, &disk, case);
             let seen = watch(sites, &disk, limit, false, || attempt.start())?;
             let (seconds, on_wire, projected) =
                 seen.until_resident(case).context("nothing has arrived")?;

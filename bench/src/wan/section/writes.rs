@@ -12,7 +12,7 @@ use hikkoshi_testkit::cache::copy_image;
 use hikkoshi_testkit::process::Process;
 use tempfile::TempDir;
 
-use super::iperf::{Amount, Listening, Sending};
+use super::iperf::{Amount, Listening, STREAMS, Sending};
 use super::{Attempt, Findings, Section, columns, each, movers, rows};
 use crate::client::{Endpoint, Random};
 use crate::cpu::{Cores, pin};
@@ -45,8 +45,6 @@ const PLAIN: &str = "plain volume";
 const BESIDE: &str = "plain volume, beside the same load";
 /// The column of one beside which as many bytes are received.
 const BESIDE_IPERF: &str = "plain volume, beside iperf3";
-/// Its connections.
-const STREAMS: usize = 4;
 /// Until it has the whole link.
 const WARM_UP: Duration = Duration::from_secs(1);
 /// It is stopped long before.
