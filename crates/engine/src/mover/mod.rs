@@ -49,6 +49,7 @@ pub use cap::Cap;
 pub use flights::FlightId;
 use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
+pub use pacer::REQUESTS_IN_WINDOW;
 pub use path::Path;
 pub(crate) use path::Seat;
 use readers::Waiter;

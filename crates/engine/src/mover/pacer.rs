@@ -23,8 +23,8 @@ const MAX_CHUNK_BYTES: u64 = 1 << 20;
 /// How long one chunk may occupy the link: what a demand read may find in front of it.
 const CHUNK_TIME: Duration = Duration::from_millis(2);
 
-/// At long round trips chunks may be longer: a window is at least so many of them. A source has a
-/// bounded number of requests in flight (48 on three connections), and each costs time at both ends.
+/// At long round trips chunks may be longer: a window is at least so many of them, for each costs time at both
+/// ends.
 const CHUNKS_IN_WINDOW: u64 = 28;
 
 /// How long the shortest round trip is believed.
@@ -36,6 +36,9 @@ const DRAIN_EVERY: Duration = Duration::from_secs(8);
 
 /// Chunks are shorter then: their own time on the wire counts as distance.
 const DRAIN_CHUNKS_IN_WINDOW: u64 = 64;
+
+/// A window is never more requests than this, and some are left for what was asked for in shorter ones before.
+pub const REQUESTS_IN_WINDOW: usize = 80;
 
 /// Part of the window over which the ratio of compression is averaged: what comes within half a round
 /// trip or so tells of what is under way.
@@ -250,6 +253,8 @@ mod tests {
         free_at: Duration,
         /// What is sent for 16 bytes of the disk.
         packed_16th: u64,
+        /// How many requests can be under way.
+        requests: usize,
     }
 
     /// What came of some seconds: the share of the link used, and the mean time that a small read
@@ -263,7 +268,10 @@ mod tests {
             while pacer.may_send() {
                 let chunk = pacer.chunk_bytes();
                 pacer.sent(chunk);
-                let there = now + link.rtt / 2;
+                // One more than may be under way goes when one has come back.
+                let too_many = under_way.len().checked_sub(link.requests);
+                let goes = too_many.map_or(now, |index| under_way[index].0);
+                let there = goes + link.rtt / 2;
                 let wire = chunk * link.packed_16th / 16;
                 link.free_at = link.free_at.max(there) + time_of(wire, link.rate);
                 under_way.push_back((link.free_at + link.rtt / 2, now, chunk, wire));
@@ -295,10 +303,11 @@ mod tests {
             rtt: Duration::from_millis(rtt_ms),
             free_at: Duration::ZERO,
             packed_16th: 16,
+            requests: REQUESTS_IN_WINDOW,
         }
     }
 
-    /// From 10 to 200 ms, from 20 Mbit/s to 1 Gbit/s: the link is full and the queue short.
+    /// From 10 to 200 ms, from 20 Mbit/s to 1 Gbit/s, over one connection: the link is full and the queue short.
     #[test]
     fn the_link_is_full_and_the_queue_short() {
         for rtt_ms in [1, 10, 50, 200] {
@@ -341,6 +350,8 @@ mod tests {
     fn the_link_is_full_whatever_the_source_makes_of_the_bytes() {
         for rtt_ms in [10, 50, 200] {
             let (mut pacer, mut link) = (Pacer::new(), link(400, rtt_ms));
+            // A source that compresses is one of ours, and takes several connections.
+            link.requests *= 3;
             let piece = link.rtt.max(MIN_ROUND) * 16;
             let warm = Duration::from_secs(4);
             drive(&mut pacer, &mut link, Duration::ZERO, warm);

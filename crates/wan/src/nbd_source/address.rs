@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hikkoshi_engine::mover::REQUESTS_IN_WINDOW;
+
 use super::attach::Ticket;
 use crate::transport::pack::Packing;
 
@@ -40,11 +42,10 @@ pub struct NbdSourceConfig {
     pub dead_peer_timeout: Duration,
     /// Requests in flight on a connection, at least 1, at most [`MAX_IN_FLIGHT`].
     pub in_flight: usize,
-    /// Bulk requests in flight on a connection, at least 1. qemu-nbd works on 16 at a time.
+    /// Bulk requests in flight on a connection, at least 1. With fewer than [`REQUESTS_IN_WINDOW`], a window that
+    /// all goes over one connection is never in flight, and the rate that is measured so is what the next
+    /// window is made for.
     pub bulk_in_flight: usize,
-    /// The same with a server that speaks frames: it serves in the order of their urgency whatever
-    /// it has been asked for, and has time to compress.
-    pub bulk_in_flight_in_frames: usize,
     /// How what crosses the link is compressed, by a server that speaks frames.
     pub packing: Packing,
     /// For which move connections are; said to a server that speaks frames.
@@ -75,8 +76,7 @@ impl NbdSourceConfig {
             progress_timeout: Some(Duration::from_secs(30)),
             dead_peer_timeout: Duration::from_secs(30),
             in_flight: 96,
-            bulk_in_flight: 16,
-            bulk_in_flight_in_frames: 80,
+            bulk_in_flight: REQUESTS_IN_WINDOW,
             packing: Packing::Auto,
             ticket: None,
         }
@@ -97,9 +97,7 @@ impl NbdSourceConfig {
     pub(super) fn clamped(mut self) -> Self {
         self.connections = self.connections.clamp(1, MAX_CONNECTIONS);
         self.in_flight = self.in_flight.clamp(1, MAX_IN_FLIGHT);
-        for bulk in [&mut self.bulk_in_flight, &mut self.bulk_in_flight_in_frames] {
-            *bulk = (*bulk).clamp(1, self.in_flight);
-        }
+        self.bulk_in_flight = self.bulk_in_flight.clamp(1, self.in_flight);
         self.backoff_max = self.backoff_max.max(self.backoff_min);
         self
     }

@@ -115,10 +115,6 @@ impl Line {
         config: &NbdSourceConfig,
         attaching: Option<Arc<Ticket>>,
     ) -> Arc<Self> {
-        let bulk_max = match negotiated.transport {
-            true => config.bulk_in_flight_in_frames,
-            false => config.bulk_in_flight,
-        };
         let state = State {
             waiting_since: attaching.is_some().then(Instant::now),
             ..State::default()
@@ -128,7 +124,7 @@ impl Line {
             negotiated,
             attaching,
             in_flight_max: config.in_flight,
-            bulk_max,
+            bulk_max: config.bulk_in_flight,
             packing: config.packing,
             dead: AtomicBool::new(false),
             loads: Default::default(),
