@@ -8,6 +8,7 @@
 pub mod memory;
 pub mod nbd_source;
 pub mod source;
+pub mod tcp;
 pub mod transport;
 
 pub use memory::MemorySource;

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use hikkoshi_engine::mover::PathSeen;
+
 use crate::nbd_source::Coding;
 use crate::transport::message::{Hash, hashes_of};
 
@@ -234,6 +236,12 @@ pub trait Source: Send + Sync + 'static {
 
     /// Time has passed. To be called every 20 milliseconds or so.
     fn tick(&self) {}
+
+    /// How the path to it is, where only the requests for what comes over it can be steered. `None` where that
+    /// is not known, and where frames are spoken: there the source sees more of it.
+    fn path(&self) -> Option<PathSeen> {
+        None
+    }
 
     /// Bytes that were asked for and, being cancelled, not sent.
     fn cancelled_bytes(&self) -> u64 {

@@ -64,6 +64,27 @@ fn kind_of(fake: &Fake) -> SourceErrorKind {
     first_read_of(fake).unwrap_err().kind
 }
 
+/// Of a path on which nothing is, TCP tells what was.
+#[test]
+fn the_path_is_seen_while_something_is_on_it() {
+    let (go, wait) = channel::<()>();
+    let wait = Mutex::new(wait);
+    let fake = wrong_once(false, move |peer, disk| {
+        let request = peer.request()?;
+        wait.lock().unwrap().recv().map_err(io::Error::other)?;
+        peer.simple(request.cookie, 0, slice(disk, &request))?;
+        peer.serve(disk)
+    });
+    let source = NbdSource::connect(fake.config()).unwrap();
+    assert_eq!(source.path(), None);
+    let answer = submit_read(&*source, Lane::Bulk, 0, 4096);
+    let seen = source.path().unwrap();
+    assert_eq!(seen.out_of_order, 0);
+    go.send(()).unwrap();
+    outcome(&answer).unwrap();
+    wait_until("nothing is on its way", || source.path().is_none());
+}
+
 #[test]
 fn a_handshake_that_ends_at_any_byte_is_an_error() {
     // Greeting 18, structured refused 20, information 32, granted 20.

@@ -296,9 +296,14 @@ impl Relocation {
     /// Time has passed.
     pub fn tick(self: &Arc<Self>) {
         self.tick_proof();
-        self.source().tick();
+        let source = self.source();
+        source.tick();
+        let path = source.path();
         let behind = self.is_store_behind();
         self.drive(|m, now, out| {
+            if let Some(seen) = path {
+                m.path_is_seen(now, seen);
+            }
             m.store_is_behind(behind);
             m.tick(now, &self.residency, out);
         });

@@ -49,7 +49,7 @@ pub use cap::Cap;
 pub use flights::FlightId;
 use flights::{Flight, Flights, Purpose};
 pub use order::CopyOrder;
-pub use pacer::REQUESTS_IN_WINDOW;
+pub use pacer::{PathSeen, REQUESTS_IN_WINDOW};
 pub use path::Path;
 pub(crate) use path::Seat;
 use readers::Waiter;
@@ -283,6 +283,11 @@ impl<W> Mover<W> {
     /// The source sends no more than fills the link, whatever it is asked for; or it does not.
     pub fn source_paces(&mut self, paces: bool) {
         self.pacer.source_paces(paces);
+    }
+
+    /// TCP tells how the path to the source is. Not for a source that paces itself.
+    pub fn path_is_seen(&mut self, now: Duration, seen: PathSeen) {
+        self.pacer.sees(now, seen);
     }
 
     /// Where the relocation stands.

@@ -61,6 +61,22 @@ const OVER_ASKED: u64 = 2;
 /// And while the window is being looked for: the source's own grows sooner than what comes of it is seen here.
 const OVER_ASKED_AT_FIRST: u64 = 4;
 
+/// For so long after something was lost on the path, TCP at the source is thought to be below what the path
+/// carries: some seconds pass until it has come back from a loss over a long way.
+const LOSS_LASTS: Duration = Duration::from_secs(10);
+
+/// By so much more than the window may be in flight meanwhile, in eighths; one more with each full round.
+const MOST_SURPLUS_8TH: u64 = 8;
+
+/// How the path to a source is that does not pace itself, as TCP here tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathSeen {
+    /// More is on its way than fills it.
+    pub queue: bool,
+    /// How many packets have come out of order so far. More of them: some were lost.
+    pub out_of_order: u64,
+}
+
 /// Bytes are those of the disk unless they are called wire bytes.
 #[derive(Debug)]
 pub(crate) struct Pacer {
@@ -80,6 +96,11 @@ pub(crate) struct Pacer {
     draining: bool,
     /// The window, and not the cap or the disk, held something back in this round.
     held_back: bool,
+    /// What TCP told last, and when it told of a loss.
+    seen: Option<PathSeen>,
+    lost_at: Option<Duration>,
+    /// What may be in flight besides the window, in eighths of it.
+    surplus_8th: u64,
 }
 
 impl Pacer {
@@ -96,6 +117,9 @@ impl Pacer {
             drained_at: Duration::ZERO,
             draining: false,
             held_back: false,
+            seen: None,
+            lost_at: None,
+            surplus_8th: 0,
         }
     }
 
@@ -151,13 +175,22 @@ impl Pacer {
     /// How much may be in flight now; more where the source sends no more than fills the path,
     /// whatever it is asked for.
     pub fn open_bytes(&self, source_paces: bool) -> u64 {
-        let windows = match (source_paces, self.window.is_starting()) {
-            (false, _) => 1,
-            (true, false) => OVER_ASKED,
-            (true, true) => OVER_ASKED_AT_FIRST,
+        let windows_8th = match (source_paces, self.window.is_starting()) {
+            (false, _) => 8 + self.surplus_8th,
+            (true, false) => OVER_ASKED * 8,
+            (true, true) => OVER_ASKED_AT_FIRST * 8,
         };
-        let window = (self.window_bytes() * windows).min(MAX_WINDOW_BYTES);
+        let window = (self.window_bytes() / 8 * windows_8th).min(MAX_WINDOW_BYTES);
         if self.draining { window / 2 } else { window }
+    }
+
+    /// TCP tells how the path is.
+    pub fn sees(&mut self, now: Duration, seen: PathSeen) {
+        // Connections that end take what they told along.
+        let before = self.seen.replace(seen);
+        if before.is_some_and(|before| seen.out_of_order > before.out_of_order) {
+            self.lost_at = Some(now);
+        }
     }
 
     /// How much is.
@@ -216,6 +249,20 @@ impl Pacer {
         self.next_base = Some(self.next_base.map_or(rtt, |b| b.min(rtt)));
     }
 
+    /// A window that is made for what TCP brings after a loss lets it bring no more: it grows only while somebody asks
+    /// for more than it sends. What is asked for besides waits at the source, unless a queue shows that it does not.
+    fn follow_losses(&mut self, now: Duration, full: bool) {
+        let lossy = self
+            .lost_at
+            .is_some_and(|at| now.saturating_sub(at) < LOSS_LASTS);
+        let free = self.seen.is_some_and(|seen| !seen.queue);
+        self.surplus_8th = match (lossy && free, full) {
+            (true, true) => MOST_SURPLUS_8TH.min(self.surplus_8th + 1),
+            (true, false) => self.surplus_8th,
+            (false, _) => 0,
+        };
+    }
+
     fn end_round(&mut self, now: Duration) {
         let full = self.held_back && !self.draining;
         let started = self.window.is_starting();
@@ -227,6 +274,7 @@ impl Pacer {
             base: self.base(),
             slack_bytes: self.wire_chunk(),
         });
+        self.follow_losses(now, full);
         self.round_bytes = 0;
         self.round_started = now;
         self.held_back = false;
@@ -371,6 +419,37 @@ mod tests {
                 from += piece * 2;
             }
         }
+    }
+
+    /// TCP is slow after a loss, and grows while it has more to send than it may.
+    #[test]
+    fn after_a_loss_more_is_asked_for_until_there_is_a_queue() {
+        let (mut pacer, mut link, mut now) = (Pacer::new(), link(400, 50), Duration::ZERO);
+        // Windows that may be in flight after so many rounds more, in eighths.
+        let mut after = |rounds: u32, queue, out_of_order| {
+            let seen = PathSeen {
+                queue,
+                out_of_order,
+            };
+            pacer.sees(now, seen);
+            let to = now + link.rtt * rounds;
+            drive(&mut pacer, &mut link, now, to);
+            now = to;
+            // Not while the queue is being emptied.
+            let window = pacer.window_bytes() / 8;
+            let open = pacer.open_bytes(false) * if pacer.draining { 2 } else { 1 };
+            (open + window / 2) / window
+        };
+        assert_eq!(after(80, false, 7), 8);
+        assert!((10..16).contains(&after(6, false, 8)));
+        assert_eq!(after(20, false, 8), 16);
+        assert_eq!(after(2, true, 8), 8);
+        // As long as the loss is remembered, and no longer.
+        assert_eq!(after(20, false, 8), 16);
+        assert_eq!(after(200, false, 8), 8);
+        // A connection has ended, and what it told of is not lost now.
+        assert_eq!(after(20, false, 3), 8);
+        assert_eq!(after(20, false, 4), 16);
     }
 
     /// Little is asked for: the window stays, instead of shrinking to what is used.

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::pacer::Pacer;
+use super::pacer::{Pacer, PathSeen};
 
 /// Fractions of the window are counted in these.
 const WHOLE: u64 = 1 << 16;
@@ -186,6 +186,12 @@ impl Seat {
         if let Some(seat) = place.path.state().seats.get_mut(&place.number) {
             seat.source_paces = paces;
         }
+    }
+
+    /// TCP tells how the path is.
+    pub fn sees(&self, now: Duration, seen: PathSeen) {
+        let place = self.place();
+        place.path.state().pacer.sees(now + place.behind, seen);
     }
 
     /// See [`Pacer::chunk_bytes`].

@@ -43,6 +43,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use hikkoshi_engine::mover::PathSeen;
+
 pub use address::{Address, MAX_CONNECTIONS, MAX_IN_FLIGHT, NbdSourceConfig};
 pub use attach::{MoveLine, MoveLink, Ticket};
 pub use bare::{BareConnection, Undone};
@@ -293,6 +295,10 @@ impl Source for NbdSource {
 
     fn tick(&self) {
         self.shared.level();
+    }
+
+    fn path(&self) -> Option<PathSeen> {
+        self.shared.path()
     }
 
     fn cancelled_bytes(&self) -> u64 {

@@ -10,6 +10,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hikkoshi_engine::mover::PathSeen;
 use hikkoshi_nbd::client::Negotiated;
 use hikkoshi_nbd::wire::export;
 use socket2::Socket;
@@ -23,6 +24,7 @@ use super::job::Job;
 use super::line::Line;
 use super::replies::Others;
 use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
+use crate::tcp::is_queue;
 
 /// How long a connection that has shaken hands waits for another that was to be the first and has not:
 /// both were dialled at the same time, but a packet may have been lost.
@@ -520,6 +522,26 @@ impl Shared {
         for job in line.relieve(bytes) {
             self.dispatch(job);
         }
+    }
+
+    /// How the path is, by what is under way over it; see [`Source::path`](crate::Source::path).
+    pub(super) fn path(&self) -> Option<PathSeen> {
+        let lines: Vec<_> = self.state().alive(|_| true).into_iter().cloned().collect();
+        if lines.first()?.speaks_frames() {
+            return None;
+        }
+        let (mut base, mut trip, mut out_of_order) = (None, None, 0);
+        for line in lines {
+            let told = line.wire.tcp()?;
+            out_of_order += u64::from(told.out_of_order?);
+            base = base.into_iter().chain(told.shortest_round_trip).min();
+            let fresh = line.waiting_since().map(|_| told.round_trip);
+            trip = trip.into_iter().chain(fresh).min();
+        }
+        Some(PathSeen {
+            queue: is_queue(trip?, base?),
+            out_of_order,
+        })
     }
 
     /// Makes bulk reads of this range urgent, on whichever connection they are.

@@ -13,6 +13,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use socket2::Socket;
 
 use super::dial::send_all;
+use crate::tcp::TcpInfo;
 
 /// What a connection is made of. Receiving is for one thread at a time.
 pub trait Wire: Send + Sync {
@@ -46,6 +47,11 @@ pub trait Wire: Send + Sync {
     /// # Errors
     /// The connection is broken, or patience is over.
     fn receive_more(&self, data: &mut Vec<u8>, more: usize) -> Result<usize, Errno>;
+
+    /// What TCP tells of it; `None` where it is none.
+    fn tcp(&self) -> Option<TcpInfo> {
+        None
+    }
 }
 
 /// A connected socket.
@@ -86,5 +92,9 @@ impl Wire for SocketWire {
         // kernel just now.
         unsafe { data.set_len(data.len() + received) };
         Ok(received)
+    }
+
+    fn tcp(&self) -> Option<TcpInfo> {
+        TcpInfo::of(&self.0)
     }
 }

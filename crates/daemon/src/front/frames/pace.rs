@@ -17,6 +17,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use hikkoshi_engine::window::{MIN_ROUND, Round, Window, bytes_in, time_of};
+use hikkoshi_wan::tcp::{TcpInfo, is_queue};
 use hikkoshi_wan::transport::limits;
 use socket2::Socket;
 
@@ -41,9 +42,6 @@ const LEAST_BYTES: u64 = 64 << 10;
 
 /// For how long the window may send at once at the rate of the path.
 const LEAST_TIME: Duration = Duration::from_millis(1);
-
-/// A round trip that is longer than the shortest by a sixteenth and this has waited in a queue.
-const QUEUE_TIME: Duration = Duration::from_millis(2);
 
 /// A connection on which something is on its way and nothing was acknowledged for so long, and some round
 /// trips, does not count: its client stands still or has vanished, and what it was sent is on no path.
@@ -109,7 +107,7 @@ impl Pace {
     /// A connection, which begins. `None`: it is not TCP, or the kernel tells nothing of it.
     pub fn of(socket: &Socket) -> Option<Self> {
         let peer = socket.peer_addr().ok()?.as_socket()?.ip();
-        let told = told(socket)?;
+        let told = TcpInfo::of(socket)?;
         let base = told.shortest_round_trip.unwrap_or(Duration::ZERO);
         let seat = Seat {
             socket: socket.try_clone().ok()?,
@@ -182,7 +180,7 @@ impl Drop for Pace {
     fn drop(&mut self) {
         let mut state = lock(&self.path.state);
         if let Some(seat) = state.seats.remove(&self.seat) {
-            let now = told(&seat.socket).map_or(0, |told| told.acknowledged);
+            let now = TcpInfo::of(&seat.socket).map_or(0, |told| told.acknowledged);
             state.left_bytes += now.saturating_sub(seat.acknowledged);
         }
     }
@@ -214,10 +212,10 @@ impl State {
 
     /// Ends the round, if it was as long as a round trip.
     fn look(&mut self, now: Instant) {
-        let told: BTreeMap<u64, Told> = self
+        let told: BTreeMap<u64, TcpInfo> = self
             .seats
             .iter()
-            .filter_map(|(number, seat)| Some((*number, told(&seat.socket)?)))
+            .filter_map(|(number, seat)| Some((*number, TcpInfo::of(&seat.socket)?)))
             .collect();
         let trips = told.values().filter_map(|told| told.shortest_round_trip);
         let base = trips.min().unwrap_or(Duration::ZERO);
@@ -257,57 +255,6 @@ impl State {
     }
 }
 
-/// Whether a round trip as long as this shows that more is on its way than fills the path, whoever let
-/// it go: TCP, whose window may still be the smaller one when it has outgrown the path, makes a queue of its own.
-fn is_queue(trip: Duration, base: Duration) -> bool {
-    trip > base + base / 16 + QUEUE_TIME
-}
-
-/// What TCP tells of a connection.
-#[derive(Clone, Copy, Debug)]
-struct Told {
-    /// Bytes that the other end has acknowledged since the connection began.
-    acknowledged: u64,
-    /// Of those of the last minutes; `None` before the first acknowledgement.
-    shortest_round_trip: Option<Duration>,
-    /// A mean of the last ones.
-    round_trip: Duration,
-}
-
-/// Where `struct tcp_info` of `linux/tcp.h` has them.
-const RTT_AT: usize = 68;
-const BYTES_ACKED_AT: usize = 120;
-const MIN_RTT_AT: usize = 148;
-const INFO_BYTES: usize = 152;
-
-fn told(socket: &Socket) -> Option<Told> {
-    let mut info = [0_u8; INFO_BYTES];
-    let mut len = libc::socklen_t::try_from(INFO_BYTES).ok()?;
-    // SAFETY: the kernel writes at most `len` bytes to `info`, and to `len` how many.
-    let outcome = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut len,
-        )
-    };
-    // An older kernel tells less.
-    if outcome != 0 || usize::try_from(len).ok()? < INFO_BYTES {
-        return None;
-    }
-    let acknowledged = info[BYTES_ACKED_AT..].first_chunk().copied()?;
-    let micros = |at: usize| Some(u32::from_ne_bytes(info[at..].first_chunk().copied()?));
-    let shortest = micros(MIN_RTT_AT)?;
-    let known = shortest != 0 && shortest != u32::MAX;
-    Some(Told {
-        acknowledged: u64::from_ne_bytes(acknowledged),
-        shortest_round_trip: known.then(|| Duration::from_micros(shortest.into())),
-        round_trip: Duration::from_micros(micros(RTT_AT)?.into()),
-    })
-}
-
 /// Has the kernel spread what is sent over the round trip, at the rate that its own window comes to: asked for by
 /// bounding that rate, by more than any link carries (socket(7), `SO_MAX_PACING_RATE`). Cannot be taken back.
 fn spread(socket: &Socket) {
@@ -335,6 +282,7 @@ mod tests {
 
     use std::io::{ErrorKind, Read, Write};
     use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
 
     use socket2::{Domain, Type};
 
@@ -466,34 +414,8 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_is_a_round_trip_that_has_grown() {
-        let ms = Duration::from_millis;
-        for (base, trip, queue) in [
-            (200, 214, false),
-            (200, 216, true),
-            (10, 12, false),
-            (10, 13, true),
-        ] {
-            assert_eq!(is_queue(ms(trip), ms(base)), queue, "{trip} of {base}");
-        }
-    }
-
-    #[test]
-    fn tcp_tells_of_a_connection_and_a_unix_socket_does_not() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (mut there, _) = listener.accept().unwrap();
-        here.write_all(&[7; 1000]).unwrap();
-        there.read_exact(&mut [0; 1000]).unwrap();
-        let socket = Socket::from(here);
-        // The acknowledgement may take a moment.
-        while told(&socket).unwrap().acknowledged < 1000 {
-            std::thread::yield_now();
-        }
-        let known = told(&socket).unwrap();
-        let shortest = known.shortest_round_trip.unwrap();
-        assert!(shortest <= known.round_trip && known.round_trip < Duration::from_secs(60));
-        let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    fn a_unix_socket_has_no_pace() {
+        let (one, _other) = UnixStream::pair().unwrap();
         assert!(Pace::of(&Socket::from(one)).is_none());
     }
 }
