@@ -38,8 +38,7 @@ use self::site::{LinkCase, Sites, tcp_settings};
 const FULL_MIB: u64 = 4096;
 const QUICK_MIB: u64 = 512;
 /// What no bound refers to is cut off after this, and its end is projected.
-const CUT_OFF: Duration = Duration::from_secs(10);
-const QUICK_CUT_OFF: Duration = Duration::from_secs(8);
+const CUT_OFF: Duration = Duration::from_secs(8);
 /// The round trip, of those that are measured, at which traces are replayed and writes are timed
 /// unless that is asked for.
 const TRACE_RTT_MS: u64 = 50;
@@ -340,15 +339,6 @@ impl<'a> Bench<'a> {
     fn watched_for(&self, whole: bool, disk: &Disk, case: &LinkCase) -> Duration {
         if whole || self.options.full {
             self.patience(disk, case)
-        } else {
-            self.cut_off()
-        }
-    }
-
-    /// What is cut off and projected is watched for so long.
-    fn cut_off(&self) -> Duration {
-        if self.options.quick {
-            QUICK_CUT_OFF
         } else {
             CUT_OFF
         }

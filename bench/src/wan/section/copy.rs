@@ -3,13 +3,13 @@
 use anyhow::Result;
 
 use super::{Findings, Section, columns, each, movers, rows};
-use crate::wan::Bench;
 use crate::wan::grid::{Better, Bound, Grid, Row};
 use crate::wan::guest::percentile;
 use crate::wan::mover::{How, Mover};
 use crate::wan::plot::{Chart, Series};
 use crate::wan::site::Sites;
 use crate::wan::watch::{Watched, watch};
+use crate::wan::{Bench, CUT_OFF};
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;
@@ -111,7 +111,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
          emulator used {:.0} % of a core.",
         disk.size_bytes >> 20,
         disk.data_bytes() / 1_000_000,
-        bench.cut_off().as_secs(),
+        CUT_OFF.as_secs(),
         100.0 * crate::report::median(emulator),
     );
     let charts = charts(sites, &watched);

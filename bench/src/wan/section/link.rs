@@ -16,7 +16,7 @@ use crate::wan::guest::percentile;
 use crate::wan::site::Sites;
 
 /// How long each part takes, and how long TCP has to find the rate before that.
-const TIME: Duration = Duration::from_secs(5);
+const TIME: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(10);
 /// Payload of a full packet of 1500 bytes with time stamps.
 const PAYLOAD_PART: f64 = 1448.0 / 1500.0;

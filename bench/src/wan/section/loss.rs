@@ -19,9 +19,9 @@ const CONNECTIONS: usize = 4;
 /// nbdcopy gives each connection 128 MiB at a time: less would not use all of them.
 const DISK_MIB: u64 = 512;
 /// What has not ended by then is projected.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(24);
 /// How long iperf3 sends, after a start that is not counted.
-const IPERF_TIME: Duration = Duration::from_secs(15);
+const IPERF_TIME: Duration = Duration::from_secs(12);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let mut ours = vec![

@@ -25,7 +25,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let disk = bench.files()?;
     let previous = bench.fast_dir().join("previous");
     let differ = make_previous(&disk, bench.source_copy(&disk)?.path(), &previous)?;
-    let ours = vec![Mover::ours_with_seed(&previous), Mover::ours()];
+    let ours = vec![Mover::ours_with_seed(&previous)];
     let movers = movers(bench, ours, &[How::Nbdcopy]);
     let [mut share, mut time] = rows(
         [
@@ -43,7 +43,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
         bench.fast_dir(),
         true,
         |index, attempt| {
-            // Its pace is even, and `copy` has it whole.
+            // Its pace is even, and `copy` has it whole; ours without a previous copy, too.
             let whole = attempt.mover.how != How::Nbdcopy;
             let limit = bench.watched_for(whole, &disk, case);
             let seen = watch(sites, &disk, limit, false, || attempt.start())?;

@@ -13,7 +13,7 @@ use crate::wan::site::Sites;
 /// Round trips in which TCP and the windows above it find the link's rate; not counted.
 const WARM_UP_ROUND_TRIPS: u32 = 12;
 /// How long is measured, at most.
-const TIME: Duration = Duration::from_secs(5);
+const TIME: Duration = Duration::from_secs(4);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let case = &sites.case;

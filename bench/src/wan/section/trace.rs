@@ -10,13 +10,14 @@ use super::{Attempt, Findings, Section, columns, each, movers, rows};
 use crate::client::Endpoint;
 use crate::report::Role;
 use crate::trace::{DiskMap, Replay, Thinking, Trace, replay};
-use crate::wan::Bench;
 use crate::wan::disk::Disk;
 use crate::wan::grid::{Better, Bound, Grid, Row};
 use crate::wan::mover::{How, Mover};
 use crate::wan::moving::{Moving, source_socket};
 use crate::wan::plot::{Chart, Series};
 use crate::wan::site::{Sites, start_server};
+use crate::wan::watch::watch;
+use crate::wan::{Bench, CUT_OFF};
 
 const DISK: &[u8] = include_bytes!("../../../traces/disk.map");
 /// What is replayed, and what the source has seen before where it may know the guest: another
@@ -31,9 +32,8 @@ const SEEN_BEFORE: [&[u8]; 2] = [
 ];
 /// The guest thinks no longer than this at once.
 const THINK_CAP: Duration = Duration::from_millis(500);
-/// What has not ended by then is projected from the requests answered.
-const LIMIT: Duration = Duration::from_secs(18);
-const QUICK_LIMIT: Duration = Duration::from_secs(12);
+/// What has not ended by then, and what the guest thinks, is projected from the requests answered.
+const LIMIT: Duration = Duration::from_secs(14);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
     let map = DiskMap::decode(DISK).context("read disk.map")?;
@@ -127,10 +127,11 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
              recorded proportions, {} ms at most at once. Where heat is known the source has served \
              another recording of both before. nbdcopy's guest starts when the copy has ended. The local \
              disk is a plain nbdkit on the same file system. ≈ is projected from what was \
-             answered within {} s.",
+             answered within {} s, by peers within {} s, or copied.",
             bench.options.think,
             THINK_CAP.as_millis(),
-            limit(bench).as_secs()
+            limit(bench).as_secs(),
+            CUT_OFF.as_secs(),
         ),
         columns,
         rows: table,
@@ -140,11 +141,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
 
 /// How long a replay may take.
 fn limit(bench: &Bench<'_>) -> Duration {
-    if bench.options.quick {
-        QUICK_LIMIT
-    } else {
-        LIMIT
-    }
+    LIMIT + Duration::from_secs_f64(bench.options.think)
 }
 
 fn third_of_best_peer(extra: &Row, movers: &[Mover]) -> Option<Bound> {
@@ -167,7 +164,7 @@ fn measure(
     thinking: Thinking,
     local_s: f64,
 ) -> Result<(f64, bool, Option<Replay>)> {
-    let (mover, terms) = (attempt.mover, attempt.terms());
+    let (bench, mover, terms) = (attempt.bench, attempt.mover, attempt.terms());
     let source = mover.start_source(&terms)?;
     if mover.wants_heat() {
         let at_source = Endpoint::Unix(source_socket(terms.dir));
@@ -177,19 +174,25 @@ fn measure(
         };
         for seen in SEEN_BEFORE {
             let seen = Trace::decode(seen)?;
-            let outcome = replay(&seen, &at_source, hurried, LIMIT).context("at the source")?;
+            let outcome =
+                replay(&seen, &at_source, hurried, limit(bench)).context("at the source")?;
             ensure!(outcome.complete, "the source is too slow");
         }
     }
-    let mut moving: Moving = mover.start(&terms, source)?;
+    let moving: Moving = mover.start(&terms, source)?;
     let Some(endpoint) = moving.endpoint.clone() else {
-        let patience = attempt.bench.patience(terms.disk, &sites.case);
-        let copied = moving
-            .wait(sites, patience)?
-            .context("the copy takes too long")?;
-        return Ok((copied + local_s, true, None));
+        let patience = bench.watched_for(false, terms.disk, &sites.case);
+        let seen = watch(sites, terms.disk, patience, false, || Ok(moving))?;
+        let (copied, _, projected) = seen
+            .until_resident(&sites.case)
+            .context("nothing has arrived")?;
+        return Ok((copied + local_s, !projected, None));
     };
-    let outcome = replay(trace, &endpoint, thinking, limit(attempt.bench))?;
+    let limit = match mover.role() {
+        Role::Reference if !bench.options.full => CUT_OFF,
+        _ => limit(bench),
+    };
+    let outcome = replay(trace, &endpoint, thinking, limit)?;
     ensure!(outcome.answered > 0, "nothing was answered");
     let all = trace.requests.len() as f64;
     let seconds = if outcome.complete {
@@ -220,7 +223,7 @@ fn on_local_disk(
     let endpoint = Endpoint::Unix(socket);
     let log = dir.path().join("log");
     let _server = start_server(None, "nbdkit", &arguments, &endpoint, &log)?;
-    let outcome = replay(trace, &endpoint, thinking, LIMIT)?;
+    let outcome = replay(trace, &endpoint, thinking, limit(bench))?;
     ensure!(outcome.complete, "the local disk is too slow");
     Ok(outcome)
 }
