@@ -64,25 +64,39 @@ fn kind_of(fake: &Fake) -> SourceErrorKind {
     first_read_of(fake).unwrap_err().kind
 }
 
-/// Of a path on which nothing is, TCP tells what was.
+/// Of a path on which nothing is, TCP tells what was. And over one connection, what is asked for besides would stand before
+/// demand.
 #[test]
-fn the_path_is_seen_while_something_is_on_it() {
-    let (go, wait) = channel::<()>();
-    let wait = Mutex::new(wait);
-    let fake = wrong_once(false, move |peer, disk| {
-        let request = peer.request()?;
-        wait.lock().unwrap().recv().map_err(io::Error::other)?;
-        peer.simple(request.cookie, 0, slice(disk, &request))?;
-        peer.serve(disk)
-    });
-    let source = NbdSource::connect(fake.config()).unwrap();
-    assert_eq!(source.path(), None);
-    let answer = submit_read(&*source, Lane::Bulk, 0, 4096);
-    let seen = source.path().unwrap();
-    assert_eq!(seen.out_of_order, 0);
-    go.send(()).unwrap();
-    outcome(&answer).unwrap();
-    wait_until("nothing is on its way", || source.path().is_none());
+fn the_path_is_seen_while_something_is_on_it_beside_the_demand() {
+    for connections in [1, 2] {
+        let (go, wait) = channel::<()>();
+        let wait = Mutex::new(wait);
+        let fake = Fake::start(move |_, mut peer| {
+            let disk = disk();
+            let _ = peer.greet(SIZE, false).and_then(|()| {
+                let request = peer.request()?;
+                if request.command == command::READ {
+                    wait.lock().unwrap().recv().map_err(io::Error::other)?;
+                    peer.simple(request.cookie, 0, slice(&disk, &request))?;
+                }
+                Ok(())
+            });
+        });
+        let mut config = fake.config();
+        config.connections = connections;
+        let source = NbdSource::connect(config).unwrap();
+        wait_until("all stand", || source.connections() == connections);
+        assert_eq!(source.path(), None);
+        let answer = submit_read(&*source, Lane::Bulk, 0, 4096);
+        let seen = source.path();
+        assert_eq!(
+            seen.map(|seen| seen.out_of_order),
+            (connections > 1).then_some(0)
+        );
+        go.send(()).unwrap();
+        outcome(&answer).unwrap();
+        wait_until("nothing is on its way", || source.path().is_none());
+    }
 }
 
 #[test]

@@ -77,6 +77,13 @@ pub struct PathSeen {
     pub out_of_order: u64,
 }
 
+impl PathSeen {
+    /// Whether something was lost since. (Connections that end take what they told along.)
+    pub(super) fn shows_loss_since(&self, before: &Self) -> bool {
+        self.out_of_order > before.out_of_order
+    }
+}
+
 /// Bytes are those of the disk unless they are called wire bytes.
 #[derive(Debug)]
 pub(crate) struct Pacer {
@@ -96,8 +103,8 @@ pub(crate) struct Pacer {
     draining: bool,
     /// The window, and not the cap or the disk, held something back in this round.
     held_back: bool,
-    /// What TCP told last, and when it told of a loss.
-    seen: Option<PathSeen>,
+    /// There is no queue on the path, as TCP told last, and when it told of a loss.
+    is_free: bool,
     lost_at: Option<Duration>,
     /// What may be in flight besides the window, in eighths of it.
     surplus_8th: u64,
@@ -117,7 +124,7 @@ impl Pacer {
             drained_at: Duration::ZERO,
             draining: false,
             held_back: false,
-            seen: None,
+            is_free: false,
             lost_at: None,
             surplus_8th: 0,
         }
@@ -184,13 +191,18 @@ impl Pacer {
         if self.draining { window / 2 } else { window }
     }
 
-    /// TCP tells how the path is.
-    pub fn sees(&mut self, now: Duration, seen: PathSeen) {
-        // Connections that end take what they told along.
-        let before = self.seen.replace(seen);
-        if before.is_some_and(|before| seen.out_of_order > before.out_of_order) {
+    /// TCP tells whether there is a queue on the path, and whether something was lost since it told last.
+    pub fn sees(&mut self, now: Duration, queue: bool, lost: bool) {
+        self.is_free = !queue;
+        if lost {
             self.lost_at = Some(now);
         }
+    }
+
+    /// When something was lost last.
+    #[cfg(all(test, not(loom)))]
+    pub fn lost_at(&self) -> Option<Duration> {
+        self.lost_at
     }
 
     /// How much is.
@@ -255,8 +267,7 @@ impl Pacer {
         let lossy = self
             .lost_at
             .is_some_and(|at| now.saturating_sub(at) < LOSS_LASTS);
-        let free = self.seen.is_some_and(|seen| !seen.queue);
-        self.surplus_8th = match (lossy && free, full) {
+        self.surplus_8th = match (lossy && self.is_free, full) {
             (true, true) => MOST_SURPLUS_8TH.min(self.surplus_8th + 1),
             (true, false) => self.surplus_8th,
             (false, _) => 0,
@@ -426,12 +437,8 @@ mod tests {
     fn after_a_loss_more_is_asked_for_until_there_is_a_queue() {
         let (mut pacer, mut link, mut now) = (Pacer::new(), link(400, 50), Duration::ZERO);
         // Windows that may be in flight after so many rounds more, in eighths.
-        let mut after = |rounds: u32, queue, out_of_order| {
-            let seen = PathSeen {
-                queue,
-                out_of_order,
-            };
-            pacer.sees(now, seen);
+        let mut after = |rounds: u32, queue, lost| {
+            pacer.sees(now, queue, lost);
             let to = now + link.rtt * rounds;
             drive(&mut pacer, &mut link, now, to);
             now = to;
@@ -440,16 +447,14 @@ mod tests {
             let open = pacer.open_bytes(false) * if pacer.draining { 2 } else { 1 };
             (open + window / 2) / window
         };
-        assert_eq!(after(80, false, 7), 8);
-        assert!((10..16).contains(&after(6, false, 8)));
-        assert_eq!(after(20, false, 8), 16);
-        assert_eq!(after(2, true, 8), 8);
+        assert_eq!(after(80, false, false), 8);
+        assert!((10..16).contains(&after(6, false, true)));
+        assert_eq!(after(20, false, false), 16);
+        assert_eq!(after(2, true, false), 8);
         // As long as the loss is remembered, and no longer.
-        assert_eq!(after(20, false, 8), 16);
-        assert_eq!(after(200, false, 8), 8);
-        // A connection has ended, and what it told of is not lost now.
-        assert_eq!(after(20, false, 3), 8);
-        assert_eq!(after(20, false, 4), 16);
+        assert_eq!(after(20, false, false), 16);
+        assert_eq!(after(200, false, false), 8);
+        assert_eq!(after(20, false, true), 16);
     }
 
     /// Little is asked for: the window stays, instead of shrinking to what is used.

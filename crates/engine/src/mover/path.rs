@@ -53,6 +53,8 @@ struct Use {
     share: u64,
     /// Its source sends no more than fills the path, whatever it is asked for.
     source_paces: bool,
+    /// What TCP told last of its connections.
+    seen: Option<PathSeen>,
 }
 
 /// One disk's place at a link, which may become another. Given back when dropped. It is shared by the
@@ -86,6 +88,7 @@ impl Path {
             held_back: true,
             share: 0,
             source_paces,
+            seen: None,
         };
         state.seats.insert(number, seat);
         state.pacer.sent(in_flight);
@@ -188,10 +191,22 @@ impl Seat {
         }
     }
 
-    /// TCP tells how the path is.
+    /// TCP tells how the path is, by this disk's connections.
     pub fn sees(&self, now: Duration, seen: PathSeen) {
         let place = self.place();
-        place.path.state().pacer.sees(now + place.behind, seen);
+        let mut guard = place.path.state();
+        let state = &mut *guard;
+        if let Some(seat) = state.seats.get_mut(&place.number) {
+            let before = seat.seen.replace(seen);
+            let lost = before.is_some_and(|before| seen.shows_loss_since(&before));
+            state.pacer.sees(now + place.behind, seen.queue, lost);
+        }
+    }
+
+    /// When something was lost last on the path.
+    #[cfg(all(test, not(loom)))]
+    pub fn lost_at(&self) -> Option<Duration> {
+        self.place().path.state().pacer.lost_at()
     }
 
     /// See [`Pacer::chunk_bytes`].

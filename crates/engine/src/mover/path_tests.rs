@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::path::Seat;
 use super::tests::{MS, disk, policy};
 use super::*;
 use crate::precopy::{CopyId, Precopy, Wanted};
@@ -289,4 +290,34 @@ fn only_a_source_that_paces_itself_is_over_asked() {
         asked[1].abs_diff(shares[1]) <= 4096,
         "{asked:?} of {shares:?}"
     );
+}
+
+/// Each disk's connections tell of themselves alone: what one has lost is no loss of another.
+#[test]
+fn a_loss_is_told_by_the_connections_that_had_it() {
+    let path = Arc::new(Path::default());
+    let seats = [0_u64, 900].map(|out_of_order| {
+        let seat = Seat::alone();
+        seat.move_to(&path, Duration::ZERO);
+        (seat, out_of_order)
+    });
+    let tell = |now, more| {
+        for (seat, out_of_order) in &seats {
+            let out_of_order = out_of_order + more;
+            let queue = false;
+            seat.sees(
+                now,
+                PathSeen {
+                    queue,
+                    out_of_order,
+                },
+            );
+        }
+        seats[0].0.lost_at()
+    };
+    assert_eq!(tell(MS, 0), None);
+    assert_eq!(tell(MS * 2, 0), None);
+    assert_eq!(tell(MS * 3, 1), Some(MS * 3));
+    // Connections that have ended take what they told along.
+    assert_eq!(tell(MS * 4, 0), Some(MS * 3));
 }

@@ -524,10 +524,11 @@ impl Shared {
         }
     }
 
-    /// How the path is, by what is under way over it; see [`Source::path`](crate::Source::path).
+    /// How the path is, by what is under way over it; see [`Source::path`](crate::Source::path). Not where demand would
+    /// stand behind all that is asked for.
     pub(super) fn path(&self) -> Option<PathSeen> {
         let lines: Vec<_> = self.state().alive(|_| true).into_iter().cloned().collect();
-        if lines.first()?.speaks_frames() {
+        if lines.len() < 2 || lines.iter().any(|line| line.speaks_frames()) {
             return None;
         }
         let (mut base, mut trip, mut out_of_order) = (None, None, 0);
