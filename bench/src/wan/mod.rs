@@ -37,7 +37,7 @@ use self::site::{LinkCase, Sites, tcp_settings};
 
 const FULL_MIB: u64 = 4096;
 const QUICK_MIB: u64 = 512;
-/// What no bound refers to is cut off after this, and its end is projected.
+/// What need not be measured whole is cut off after this, and its end is projected.
 const CUT_OFF: Duration = Duration::from_secs(8);
 /// The round trip, of those that are measured, at which traces are replayed and writes are timed
 /// unless that is asked for.

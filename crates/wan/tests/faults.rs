@@ -79,7 +79,8 @@ fn the_path_is_seen_while_something_is_on_it_beside_the_demand() {
                     wait.lock().unwrap().recv().map_err(io::Error::other)?;
                     peer.simple(request.cookie, 0, slice(&disk, &request))?;
                 }
-                Ok(())
+                // It stays.
+                peer.request().map(drop)
             });
         });
         let mut config = fake.config();

@@ -32,7 +32,7 @@ const SEEN_BEFORE: [&[u8]; 2] = [
 ];
 /// The guest thinks no longer than this at once.
 const THINK_CAP: Duration = Duration::from_millis(500);
-/// What has not ended by then, and what the guest thinks, is projected from the requests answered.
+/// What has not ended by then, and the guest's own time on top, is projected from the requests answered.
 const LIMIT: Duration = Duration::from_secs(14);
 
 pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {

@@ -301,9 +301,7 @@ impl Relocation {
         let path = source.path();
         let behind = self.is_store_behind();
         self.drive(|m, now, out| {
-            if let Some(seen) = path {
-                m.path_is_seen(now, seen);
-            }
+            m.path_is_seen(now, path);
             m.store_is_behind(behind);
             m.tick(now, &self.residency, out);
         });

@@ -285,8 +285,8 @@ impl<W> Mover<W> {
         self.pacer.source_paces(paces);
     }
 
-    /// TCP tells how the path to the source is. Not for a source that paces itself.
-    pub fn path_is_seen(&mut self, now: Duration, seen: PathSeen) {
+    /// TCP tells how the path to the source is; not where the source paces itself.
+    pub fn path_is_seen(&mut self, now: Duration, seen: Option<PathSeen>) {
         self.pacer.sees(now, seen);
     }
 

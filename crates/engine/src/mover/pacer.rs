@@ -37,7 +37,8 @@ const DRAIN_EVERY: Duration = Duration::from_secs(8);
 /// Chunks are shorter then: their own time on the wire counts as distance.
 const DRAIN_CHUNKS_IN_WINDOW: u64 = 64;
 
-/// A window is never more requests than this, and some are left for what was asked for in shorter ones before.
+/// A window is never more requests than this, where nothing is compressed, and some are left for what was asked for in
+/// shorter ones before.
 pub const REQUESTS_IN_WINDOW: usize = 80;
 
 /// Part of the window over which the ratio of compression is averaged: what comes within half a round
@@ -174,7 +175,7 @@ impl Pacer {
     /// Whether what nobody waits for may go now, with one disk at the link.
     #[cfg(all(test, not(loom)))]
     pub fn may_send(&mut self) -> bool {
-        let room = self.in_flight_bytes < self.open_bytes(false);
+        let room = self.in_flight_bytes < self.open_bytes(false) + self.surplus_bytes();
         self.held_back |= !room;
         room
     }
@@ -182,13 +183,18 @@ impl Pacer {
     /// How much may be in flight now; more where the source sends no more than fills the path,
     /// whatever it is asked for.
     pub fn open_bytes(&self, source_paces: bool) -> u64 {
-        let windows_8th = match (source_paces, self.window.is_starting()) {
-            (false, _) => 8 + self.surplus_8th,
-            (true, false) => OVER_ASKED * 8,
-            (true, true) => OVER_ASKED_AT_FIRST * 8,
+        let windows = match (source_paces, self.window.is_starting()) {
+            (false, _) => 1,
+            (true, false) => OVER_ASKED,
+            (true, true) => OVER_ASKED_AT_FIRST,
         };
-        let window = (self.window_bytes() / 8 * windows_8th).min(MAX_WINDOW_BYTES);
+        let window = (self.window_bytes() * windows).min(MAX_WINDOW_BYTES);
         if self.draining { window / 2 } else { window }
+    }
+
+    /// What may be in flight besides, of a source of which TCP tells how the path is.
+    pub fn surplus_bytes(&self) -> u64 {
+        self.window_bytes() / 8 * self.surplus_8th
     }
 
     /// TCP tells whether there is a queue on the path, and whether something was lost since it told last.
@@ -262,12 +268,13 @@ impl Pacer {
     }
 
     /// A window that is made for what TCP brings after a loss lets it bring no more: it grows only while somebody asks
-    /// for more than it sends. What is asked for besides waits at the source, unless a queue shows that it does not.
-    fn follow_losses(&mut self, now: Duration, full: bool) {
+    /// for more than it sends. What is asked for besides waits at the source, unless a queue shows that it does not. It has to
+    /// be gone (`rest`) for a round before the window is halved, or what waits would count as distance.
+    fn follow_losses(&mut self, now: Duration, full: bool, rest: bool) {
         let lossy = self
             .lost_at
             .is_some_and(|at| now.saturating_sub(at) < LOSS_LASTS);
-        self.surplus_8th = match (lossy && self.is_free, full) {
+        self.surplus_8th = match (lossy && self.is_free && !rest, full) {
             (true, true) => MOST_SURPLUS_8TH.min(self.surplus_8th + 1),
             (true, false) => self.surplus_8th,
             (false, _) => 0,
@@ -285,16 +292,16 @@ impl Pacer {
             base: self.base(),
             slack_bytes: self.wire_chunk(),
         });
-        self.follow_losses(now, full);
         self.round_bytes = 0;
         self.round_started = now;
         self.held_back = false;
         self.draining = false;
         let due = started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY;
-        if full && self.window.is_cruising() && due {
+        if full && self.window.is_cruising() && due && self.surplus_8th == 0 {
             self.drained_at = now;
             self.draining = true;
         }
+        self.follow_losses(now, full, due);
     }
 }
 
@@ -314,6 +321,8 @@ mod tests {
         packed_16th: u64,
         /// How many requests can be under way.
         requests: usize,
+        /// A guest reads something small now and then: that shows how far away the source is.
+        guest: bool,
     }
 
     /// What came of some seconds: the share of the link used, and the mean time that a small read
@@ -338,8 +347,7 @@ mod tests {
             let wait = link.free_at.saturating_sub(now + link.rtt / 2);
             queue += wait / 2;
             looks += 1;
-            if looks % 32 == 0 {
-                // A guest's small read: what shows how far away the source is.
+            if link.guest && looks % 32 == 0 {
                 pacer.sent(4096);
                 pacer.landed(now, link.rtt + wait, 4096, 4096);
             }
@@ -363,6 +371,7 @@ mod tests {
             free_at: Duration::ZERO,
             packed_16th: 16,
             requests: REQUESTS_IN_WINDOW,
+            guest: true,
         }
     }
 
@@ -442,10 +451,8 @@ mod tests {
             let to = now + link.rtt * rounds;
             drive(&mut pacer, &mut link, now, to);
             now = to;
-            // Not while the queue is being emptied.
             let window = pacer.window_bytes() / 8;
-            let open = pacer.open_bytes(false) * if pacer.draining { 2 } else { 1 };
-            (open + window / 2) / window
+            (pacer.window_bytes() + pacer.surplus_bytes() + window / 2) / window
         };
         assert_eq!(after(80, false, false), 8);
         assert!((10..16).contains(&after(6, false, true)));
@@ -455,6 +462,26 @@ mod tests {
         assert_eq!(after(20, false, false), 16);
         assert_eq!(after(200, false, false), 8);
         assert_eq!(after(20, false, true), 16);
+    }
+
+    /// What waits at the source besides the window is not taken for distance, however long packets are lost.
+    #[test]
+    fn what_is_asked_for_after_a_loss_does_not_make_the_way_longer() {
+        for mbit in [30, 160] {
+            let (mut pacer, mut link, mut now) = (Pacer::new(), link(mbit, 50), Duration::ZERO);
+            link.guest = false;
+            let mut most = 0;
+            while now < Duration::from_secs(600) {
+                pacer.sees(now, false, true);
+                let to = now + Duration::from_secs(1);
+                drive(&mut pacer, &mut link, now, to);
+                now = to;
+                most = most.max(pacer.surplus_8th);
+                let base = pacer.base();
+                assert!(base < link.rtt * 3 / 2, "{mbit} Mbit/s, {now:?}: {base:?}");
+            }
+            assert_eq!(most, MOST_SURPLUS_8TH);
+        }
     }
 
     /// Little is asked for: the window stays, instead of shrinking to what is used.

@@ -103,6 +103,15 @@ impl Path {
 }
 
 impl State {
+    /// How much may be in flight in all, if all is asked of the source of this disk.
+    fn open_for(&self, seat: &Use) -> u64 {
+        let surplus = match seat.seen {
+            Some(_) => self.pacer.surplus_bytes(),
+            None => 0,
+        };
+        self.pacer.open_bytes(seat.source_paces) + surplus
+    }
+
     /// Makes the shares anew, and begins to look at what is needed.
     fn divide(&mut self) {
         let window = self.pacer.window_bytes().max(1);
@@ -191,16 +200,22 @@ impl Seat {
         }
     }
 
-    /// TCP tells how the path is, by this disk's connections.
-    pub fn sees(&self, now: Duration, seen: PathSeen) {
+    /// TCP tells how the path is, by this disk's connections; or it does not.
+    pub fn sees(&self, now: Duration, seen: Option<PathSeen>) {
         let place = self.place();
         let mut guard = place.path.state();
         let state = &mut *guard;
-        if let Some(seat) = state.seats.get_mut(&place.number) {
-            let before = seat.seen.replace(seen);
-            let lost = before.is_some_and(|before| seen.shows_loss_since(&before));
-            state.pacer.sees(now + place.behind, seen.queue, lost);
-        }
+        let Some(seat) = state.seats.get_mut(&place.number) else {
+            return;
+        };
+        let before = std::mem::replace(&mut seat.seen, seen);
+        let Some(seen) = seen else {
+            return;
+        };
+        let lost = before.is_some_and(|before| seen.shows_loss_since(&before));
+        let mut all = state.seats.values().filter_map(|seat| seat.seen);
+        let queue = all.any(|seen| seen.queue);
+        state.pacer.sees(now + place.behind, queue, lost);
     }
 
     /// When something was lost last on the path.
@@ -227,9 +242,7 @@ impl Seat {
         let place = self.place();
         let state = place.path.state();
         let seat = state.seats.get(&place.number);
-        seat.map_or(0, |seat| {
-            part_of(state.pacer.open_bytes(seat.source_paces), seat.share)
-        })
+        seat.map_or(0, |seat| part_of(state.open_for(seat), seat.share))
     }
 
     /// See [`Pacer::base`].
@@ -244,12 +257,15 @@ impl Seat {
         let state = &mut *guard;
         let count = u64::try_from(state.seats.len()).unwrap_or(1);
         // What is asked of those that pace themselves is not on the path yet, and takes nobody's place there.
-        let over_asked = state.seats.values().any(|seat| seat.source_paces);
-        let all = state.pacer.open_bytes(over_asked);
+        let all = state.seats.values().map(|seat| state.open_for(seat)).max();
+        let all = all.unwrap_or(0);
+        let Some(seat) = state.seats.get(&place.number) else {
+            return false;
+        };
+        let window = state.open_for(seat);
         let Some(seat) = state.seats.get_mut(&place.number) else {
             return false;
         };
-        let window = state.pacer.open_bytes(seat.source_paces);
         // Each may be a chunk above its share; else whoever is would keep the others below theirs.
         let slack = if count > 1 {
             count * state.pacer.chunk_bytes()

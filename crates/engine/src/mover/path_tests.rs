@@ -305,13 +305,11 @@ fn a_loss_is_told_by_the_connections_that_had_it() {
         for (seat, out_of_order) in &seats {
             let out_of_order = out_of_order + more;
             let queue = false;
-            seat.sees(
-                now,
-                PathSeen {
-                    queue,
-                    out_of_order,
-                },
-            );
+            let seen = PathSeen {
+                queue,
+                out_of_order,
+            };
+            seat.sees(now, Some(seen));
         }
         seats[0].0.lost_at()
     };

@@ -532,12 +532,16 @@ impl Shared {
             return None;
         }
         let (mut base, mut trip, mut out_of_order) = (None, None, 0);
-        for line in lines {
+        for (index, line) in lines.iter().enumerate() {
             let told = line.wire.tcp()?;
             out_of_order += u64::from(told.out_of_order?);
             base = base.into_iter().chain(told.shortest_round_trip).min();
-            let fresh = line.waiting_since().map(|_| told.round_trip);
-            trip = trip.into_iter().chain(fresh).min();
+            // What the one for demand tells may be of long ago.
+            let tells = index > 0 && line.waiting_since().is_some();
+            trip = trip
+                .into_iter()
+                .chain(tells.then_some(told.round_trip))
+                .min();
         }
         Some(PathSeen {
             queue: is_queue(trip?, base?),
