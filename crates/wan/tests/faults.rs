@@ -125,6 +125,8 @@ fn servers_that_take_no_options_at_once_are_asked_one_by_one() {
     for haste in [Haste::HangUp, Haste::Sour] {
         let dials = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&dials);
+        let (go, wait) = channel::<()>();
+        let wait = Mutex::new(wait);
         let fake = Fake::start(move |number, mut peer| {
             count.fetch_add(1, Ordering::SeqCst);
             let disk = disk();
@@ -134,7 +136,7 @@ fn servers_that_take_no_options_at_once_are_asked_one_by_one() {
                     peer.data(&read, read.offset, slice(&disk, &read), true)?;
                     if number == 1 {
                         // The first that stands is lost after one answer.
-                        return Ok(());
+                        return wait.lock().unwrap().recv().map_err(io::Error::other);
                     }
                 }
             });
@@ -142,6 +144,7 @@ fn servers_that_take_no_options_at_once_are_asked_one_by_one() {
         let source = NbdSource::connect(fake.config()).unwrap();
         assert!(outcome(&submit_read(&*source, Lane::Demand, 0, 512)).is_ok());
         assert_eq!(dials.load(Ordering::SeqCst), 2, "{haste:?}");
+        go.send(()).unwrap();
         wait_until("it is back", || {
             outcome(&submit_read(&*source, Lane::Demand, 0, 512)).is_ok()
         });
