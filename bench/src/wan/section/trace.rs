@@ -127,7 +127,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
              recorded proportions, {} ms at most at once. Where heat is known the source has served \
              another recording of both before. nbdcopy's guest starts when the copy has ended. The local \
              disk is a plain nbdkit on the same file system. ≈ is projected from what was \
-             answered within {} s, by peers within {} s, or copied.",
+             answered within {} s, by peers within {} s unless --full, or copied.",
             bench.options.think,
             THINK_CAP.as_millis(),
             limit(bench).as_secs(),
@@ -141,7 +141,7 @@ pub(super) fn run(bench: &Bench<'_>, sites: &Sites) -> Result<Findings> {
 
 /// How long a replay may take.
 fn limit(bench: &Bench<'_>) -> Duration {
-    LIMIT + Duration::from_secs_f64(bench.options.think)
+    LIMIT + Duration::from_secs_f64(bench.options.think.clamp(0.0, 1e6))
 }
 
 fn third_of_best_peer(extra: &Row, movers: &[Mover]) -> Option<Bound> {
