@@ -13,6 +13,10 @@ use rustix::io::Errno;
 const PATIENCE: Duration = Duration::from_millis(500);
 const RETRY_EVERY: Duration = Duration::from_millis(20);
 
+/// How often the kernel's list of locks is looked through. It is read a page at a time, and what comes and goes meanwhile
+/// can hide an entry.
+const LOOKS: usize = 8;
+
 /// What came of an attempt to lock.
 #[derive(Debug)]
 pub(crate) enum Locked {
@@ -49,13 +53,15 @@ pub(crate) fn acquire(file: &File, shared: bool) -> io::Result<Locked> {
 /// Names the holder as well as it can be known; locks of other hosts and containers have no name.
 fn holder(file: &File) -> String {
     let found = rustix::fs::fstat(file).ok().and_then(|stat| {
-        let locks = fs::read_to_string("/proc/locks").ok()?;
-        holder_pid(
-            &locks,
-            rustix::fs::major(stat.st_dev),
-            rustix::fs::minor(stat.st_dev),
-            stat.st_ino,
-        )
+        (0..LOOKS).find_map(|_| {
+            let locks = fs::read_to_string("/proc/locks").ok()?;
+            holder_pid(
+                &locks,
+                rustix::fs::major(stat.st_dev),
+                rustix::fs::minor(stat.st_dev),
+                stat.st_ino,
+            )
+        })
     });
     match found {
         Some(pid) => match fs::read_to_string(format!("/proc/{pid}/comm")) {
