@@ -194,7 +194,9 @@ impl Pacer {
 
     /// What may be in flight besides, of a source of which TCP tells how the path is.
     pub fn surplus_bytes(&self) -> u64 {
-        self.window_bytes() / 8 * self.surplus_8th
+        let window = self.window_bytes();
+        // What is in flight has a place in memory when it comes.
+        (window / 8 * self.surplus_8th).min(MAX_WINDOW_BYTES.saturating_sub(window))
     }
 
     /// TCP tells whether there is a queue on the path, and whether something was lost since it told last.
