@@ -14,6 +14,8 @@ const QUEUE_TIME: Duration = Duration::from_millis(2);
 pub struct TcpInfo {
     /// Bytes that the other end has acknowledged since the connection began.
     pub acknowledged: u64,
+    /// Packets that were sent again, since the connection began: most often because they were lost.
+    pub sent_again: u32,
     /// Packets that came before one that had been sent sooner, since the connection began: most often because that
     /// one was lost. `None` before Linux 5.4.
     pub out_of_order: Option<u32>,
@@ -25,6 +27,7 @@ pub struct TcpInfo {
 
 /// Where `struct tcp_info` of `linux/tcp.h` has them.
 const RTT_AT: usize = 68;
+const TOTAL_RETRANS_AT: usize = 100;
 const BYTES_ACKED_AT: usize = 120;
 const MIN_RTT_AT: usize = 148;
 const RCV_OOOPACK_AT: usize = 224;
@@ -56,6 +59,7 @@ impl TcpInfo {
         let known = shortest != 0 && shortest != u32::MAX;
         Some(Self {
             acknowledged: u64::from_ne_bytes(acknowledged),
+            sent_again: number(TOTAL_RETRANS_AT)?,
             out_of_order: number(RCV_OOOPACK_AT).filter(|_| len == INFO_BYTES),
             shortest_round_trip: known.then(|| Duration::from_micros(shortest.into())),
             round_trip: Duration::from_micros(number(RTT_AT)?.into()),
@@ -108,6 +112,7 @@ mod tests {
         let shortest = known.shortest_round_trip.unwrap();
         assert!(shortest <= known.round_trip && known.round_trip < Duration::from_secs(60));
         // Loopback loses nothing.
+        assert_eq!(known.sent_again, 0);
         assert_eq!(known.out_of_order.unwrap_or(0), 0);
         let (one, _other) = UnixStream::pair().unwrap();
         assert!(TcpInfo::of(&Socket::from(one)).is_none());

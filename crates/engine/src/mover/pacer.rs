@@ -66,7 +66,8 @@ const OVER_ASKED_AT_FIRST: u64 = 4;
 /// carries: some seconds pass until it has come back from a loss over a long way.
 const LOSS_LASTS: Duration = Duration::from_secs(10);
 
-/// By so much more than the window may be in flight meanwhile, in eighths; one more with each full round.
+/// So much more may be in flight meanwhile, in eighths of a window, or of as many chunks as a window has over a long
+/// way: over a short one it is so few that each connection would often be without. One more with each full round.
 const MOST_SURPLUS_8TH: u64 = 8;
 
 /// How the path to a source is that does not pace itself, as TCP here tells.
@@ -107,7 +108,7 @@ pub(crate) struct Pacer {
     /// There is no queue on the path, as TCP told last, and when it told of a loss.
     is_free: bool,
     lost_at: Option<Duration>,
-    /// What may be in flight besides the window, in eighths of it.
+    /// What may be in flight besides the window, in eighths of the most.
     surplus_8th: u64,
 }
 
@@ -175,28 +176,32 @@ impl Pacer {
     /// Whether what nobody waits for may go now, with one disk at the link.
     #[cfg(all(test, not(loom)))]
     pub fn may_send(&mut self) -> bool {
-        let room = self.in_flight_bytes < self.open_bytes(false) + self.surplus_bytes();
+        let room = self.in_flight_bytes < self.open_bytes(false, true);
         self.held_back |= !room;
         room
     }
 
     /// How much may be in flight now; more where the source sends no more than fills the path,
-    /// whatever it is asked for.
-    pub fn open_bytes(&self, source_paces: bool) -> u64 {
+    /// whatever it is asked for, and where TCP tells how the path is.
+    pub fn open_bytes(&self, source_paces: bool, is_seen: bool) -> u64 {
         let windows = match (source_paces, self.window.is_starting()) {
             (false, _) => 1,
             (true, false) => OVER_ASKED,
             (true, true) => OVER_ASKED_AT_FIRST,
         };
-        let window = (self.window_bytes() * windows).min(MAX_WINDOW_BYTES);
-        if self.draining { window / 2 } else { window }
+        let window = self.window_bytes() * windows;
+        let surplus = if is_seen { self.surplus_bytes() } else { 0 };
+        // What is in flight has a place in memory when it comes.
+        let open = (window + surplus).min(MAX_WINDOW_BYTES);
+        if self.draining { open / 2 } else { open }
     }
 
-    /// What may be in flight besides, of a source of which TCP tells how the path is.
-    pub fn surplus_bytes(&self) -> u64 {
-        let window = self.window_bytes();
-        // What is in flight has a place in memory when it comes.
-        (window / 8 * self.surplus_8th).min(MAX_WINDOW_BYTES.saturating_sub(window))
+    /// What may be in flight besides the window while losses are remembered. None while the window is halved.
+    fn surplus_bytes(&self) -> u64 {
+        let most = self
+            .window_bytes()
+            .max(self.chunk_bytes() * CHUNKS_IN_WINDOW);
+        most / 8 * self.surplus_8th
     }
 
     /// TCP tells whether there is a queue on the path, and whether something was lost since it told last.
@@ -464,6 +469,21 @@ mod tests {
         assert_eq!(after(20, false, false), 16);
         assert_eq!(after(200, false, false), 8);
         assert_eq!(after(20, false, true), 16);
+    }
+
+    /// Over a short way a window is a few chunks, and what may be in flight besides is more than that.
+    #[test]
+    fn after_a_loss_there_is_something_for_each_connection_over_a_short_way_too() {
+        let (mut pacer, mut link) = (Pacer::new(), link(100, 5));
+        let second = Duration::from_secs(1);
+        drive(&mut pacer, &mut link, Duration::ZERO, second);
+        pacer.sees(second, false, true);
+        drive(&mut pacer, &mut link, second, second * 2);
+        let chunk = pacer.chunk_bytes();
+        assert!(pacer.window_bytes() < chunk * CHUNKS_IN_WINDOW / 2);
+        let open = pacer.open_bytes(false, true);
+        assert_eq!(open, pacer.window_bytes() + chunk * CHUNKS_IN_WINDOW);
+        assert_eq!(pacer.open_bytes(false, false), pacer.window_bytes());
     }
 
     /// What waits at the source besides the window is not taken for distance, however long packets are lost.

@@ -105,11 +105,8 @@ impl Path {
 impl State {
     /// How much may be in flight in all, if all is asked of the source of this disk.
     fn open_for(&self, seat: &Use) -> u64 {
-        let surplus = match seat.seen {
-            Some(_) => self.pacer.surplus_bytes(),
-            None => 0,
-        };
-        self.pacer.open_bytes(seat.source_paces) + surplus
+        self.pacer
+            .open_bytes(seat.source_paces, seat.seen.is_some())
     }
 
     /// Makes the shares anew, and begins to look at what is needed.
@@ -259,11 +256,11 @@ impl Seat {
         // What is asked of those that pace themselves is not on the path yet, and takes nobody's place there.
         let all = state.seats.values().map(|seat| state.open_for(seat)).max();
         let all = all.unwrap_or(0);
-        let Some(seat) = state.seats.get(&place.number) else {
-            return false;
-        };
-        let window = state.open_for(seat);
-        let Some(seat) = state.seats.get_mut(&place.number) else {
+        let window = state
+            .seats
+            .get(&place.number)
+            .map(|seat| state.open_for(seat));
+        let (Some(window), Some(seat)) = (window, state.seats.get_mut(&place.number)) else {
             return false;
         };
         // Each may be a chunk above its share; else whoever is would keep the others below theirs.

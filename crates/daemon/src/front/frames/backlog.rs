@@ -57,6 +57,14 @@ impl Backlog {
     }
 }
 
+/// Bytes of a TCP socket that are not sent yet.
+pub(super) fn unsent(socket: &Socket) -> u64 {
+    let bytes = outstanding::<SIOCOUTQNSD>(socket);
+    bytes
+        .and_then(|bytes| u64::try_from(bytes).ok())
+        .unwrap_or(u64::MAX)
+}
+
 /// Bytes of a TCP socket that the other end has not acknowledged, sent or not.
 pub(super) fn unacknowledged(socket: &Socket) -> u64 {
     let bytes = outstanding::<SIOCOUTQ>(socket);

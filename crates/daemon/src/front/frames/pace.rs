@@ -21,7 +21,7 @@ use hikkoshi_wan::tcp::{TcpInfo, is_queue};
 use hikkoshi_wan::transport::limits;
 use socket2::Socket;
 
-use super::backlog::unacknowledged;
+use super::backlog::{unacknowledged, unsent};
 
 /// A connection that was held back asks again when there should be room, but not sooner than this, and not
 /// later. Where they are more than [`FEW`], each waits longer, so that all together ask no more often.
@@ -48,6 +48,11 @@ const LEAST_TIME: Duration = Duration::from_millis(1);
 /// Others would be held back for as long as the kernel believes in it.
 const SILENCE: Duration = Duration::from_secs(1);
 const SILENT_TRIPS: u32 = 4;
+
+/// For so long after something was lost the window does not hold back what TCP itself holds back, and how much that
+/// may be on each connection: a piece, while the one before it is sent.
+const LOSS_LASTS: Duration = Duration::from_secs(10);
+const MOST_UNSENT: u64 = limits::BULK_BYTES as u64;
 
 /// From this round trip on what is sent is spread over it. Below, TCP has found its window before anybody notices,
 /// and timers cost.
@@ -76,6 +81,9 @@ struct State {
     left_bytes: u64,
     /// Something was held back in this round.
     held_back: bool,
+    /// There was no queue on the path in the last round, and when something was lost.
+    is_free: bool,
+    lost_at: Option<Instant>,
     /// When the connections were asked what is on its way.
     asked_at: Option<Instant>,
     /// That, and what was admitted since.
@@ -88,6 +96,8 @@ struct Seat {
     socket: Socket,
     /// Acknowledged when this round began.
     acknowledged: u64,
+    /// Packets sent again until then.
+    sent_again: u32,
     /// When something was acknowledged last, or nothing was on its way.
     heard_at: Instant,
     /// Bytes admitted.
@@ -112,6 +122,7 @@ impl Pace {
         let seat = Seat {
             socket: socket.try_clone().ok()?,
             acknowledged: told.acknowledged,
+            sent_again: told.sent_again,
             heard_at: Instant::now(),
             admitted: 0,
             is_spread: false,
@@ -130,6 +141,8 @@ impl Pace {
                         base,
                         left_bytes: 0,
                         held_back: false,
+                        is_free: false,
+                        lost_at: None,
                         asked_at: None,
                         on_their_way: 0,
                     }),
@@ -165,12 +178,13 @@ impl Pace {
             state.ask(now);
         }
         let wanted = state.on_their_way + bytes;
-        if wanted <= window || state.on_their_way == 0 {
+        let fits = wanted <= window || state.on_their_way == 0;
+        state.held_back |= !fits;
+        if fits || state.tcp_holds_back(now, self.seat) {
             state.on_their_way = wanted;
             state.admitted(self.seat, bytes);
             return Ok(());
         }
-        state.held_back = true;
         let often = u32::try_from(seats.div_ceil(FEW)).unwrap_or(1).max(1);
         Err(time_of(wanted - window, rate).clamp(SOONEST, LATEST) * often)
     }
@@ -197,6 +211,18 @@ impl State {
         let heard = seats.filter(|seat| now.saturating_duration_since(seat.heard_at) < silence);
         self.on_their_way = heard.map(|seat| unacknowledged(&seat.socket)).sum();
         self.asked_at = Some(now);
+    }
+
+    /// After a loss TCP sends less than the path carries, and grows only while it has more to send than it may. So
+    /// while there is no queue, each connection has something unsent.
+    fn tcp_holds_back(&self, now: Instant, seat: u64) -> bool {
+        let lossy = |at| now.saturating_duration_since(at) < LOSS_LASTS;
+        self.is_free
+            && self.lost_at.is_some_and(lossy)
+            && self
+                .seats
+                .get(&seat)
+                .is_some_and(|seat| unsent(&seat.socket) < MOST_UNSENT)
     }
 
     fn admitted(&mut self, seat: u64, bytes: u64) {
@@ -227,6 +253,7 @@ impl State {
         // For so long nobody has asked, and nobody was looked at.
         let unseen = took >= self.silence();
         let mut bytes = std::mem::take(&mut self.left_bytes);
+        let mut lost = false;
         let mut trip: Option<Duration> = None;
         for (number, told) in told {
             if let Some(seat) = self.seats.get_mut(&number) {
@@ -239,14 +266,22 @@ impl State {
                 }
                 bytes += fresh;
                 seat.acknowledged = told.acknowledged;
+                lost |= told.sent_again != seat.sent_again;
+                seat.sent_again = told.sent_again;
             }
         }
+        let queue = trip.is_some_and(|trip| is_queue(trip, base));
+        // What a queue had no room for says nothing against the window.
+        if lost && self.is_free && !queue {
+            self.lost_at = Some(now);
+        }
+        self.is_free = !queue;
         let between = bytes_in(self.window.rate(), SLACK_TIME);
         self.window.end_round(Round {
             bytes,
             took,
             full: self.held_back,
-            queue: trip.is_some_and(|trip| is_queue(trip, base)),
+            queue,
             base,
             slack_bytes: between + SLACK_BYTES,
         });
@@ -284,6 +319,7 @@ mod tests {
     use std::net::{SocketAddr, TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
 
+    use hikkoshi_engine::window::MAX_WINDOW_BYTES;
     use socket2::{Domain, Type};
 
     use super::*;
@@ -411,6 +447,39 @@ mod tests {
         // Nothing was sent, which is seen when they are asked again.
         let later = now + BELIEVED * 20;
         assert_eq!(ends[19].1.admit(later, twelfth), Ok(()));
+    }
+
+    /// After a loss, and while there is no queue, each connection is given more beyond the window until it has a
+    /// piece unsent.
+    #[test]
+    fn after_a_loss_tcp_is_what_holds_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _here = connect_from([127, 77, 0, 4], &listener);
+        let mut there = listener.accept().unwrap().0;
+        there.set_nonblocking(true).unwrap();
+        let pace = Pace::of(&Socket::from(there.try_clone().unwrap())).unwrap();
+        let piece_bytes = u64::from(limits::BULK_BYTES);
+        let now = Instant::now() + LOSS_LASTS;
+        let admits = |is_free, lost_before: Option<Duration>| {
+            let mut state = lock(&pace.path.state);
+            // The round is not over, and the window is full.
+            state.round_started = now;
+            state.asked_at = Some(now);
+            state.on_their_way = MAX_WINDOW_BYTES;
+            state.is_free = is_free;
+            state.lost_at = lost_before.map(|before| now - before);
+            drop(state);
+            pace.admit(now, piece_bytes).is_ok()
+        };
+        let lately = Some(LOSS_LASTS - Duration::from_millis(1));
+        assert!(admits(true, lately));
+        assert!(!admits(true, None));
+        assert!(!admits(true, Some(LOSS_LASTS)));
+        assert!(!admits(false, lately));
+        // The peer reads nothing, so that TCP holds back what comes after this.
+        let piece = vec![7; 64 << 10];
+        while there.write(&piece).is_ok() {}
+        assert!(!admits(true, lately));
     }
 
     #[test]
