@@ -217,12 +217,15 @@ impl State {
     /// while there is no queue, each connection has something unsent.
     fn tcp_holds_back(&self, now: Instant, seat: u64) -> bool {
         let lossy = |at| now.saturating_duration_since(at) < LOSS_LASTS;
-        self.is_free
-            && self.lost_at.is_some_and(lossy)
-            && self
-                .seats
-                .get(&seat)
-                .is_some_and(|seat| unsent(&seat.socket) < MOST_UNSENT)
+        if !self.is_free || !self.lost_at.is_some_and(lossy) {
+            return false;
+        }
+        let Some(Seat { socket, .. }) = self.seats.get(&seat) else {
+            return false;
+        };
+        // A round is long enough for a queue.
+        let is_free = |told: TcpInfo| !is_queue(told.round_trip, self.base);
+        unsent(socket) < MOST_UNSENT && TcpInfo::of(socket).is_some_and(is_free)
     }
 
     fn admitted(&mut self, seat: u64, bytes: u64) {
