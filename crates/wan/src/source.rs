@@ -237,8 +237,8 @@ pub trait Source: Send + Sync + 'static {
     /// Time has passed. To be called every 20 milliseconds or so.
     fn tick(&self) {}
 
-    /// How the path to it is, where demand does not stand behind what is asked for: it has a connection of its own, or
-    /// the source sends it first. `None` otherwise, and where it is not known.
+    /// How the path to it is, where only the requests for what comes over it can be steered, and demand has a connection
+    /// of its own. `None` where that is not known, and where frames are spoken: there the source sees more of it.
     fn path(&self) -> Option<PathSeen> {
         None
     }

@@ -53,6 +53,8 @@ impl Quiet {
 pub(super) struct Busy {
     /// Bytes that it would wait behind.
     pub load: u64,
+    /// All that it has to bring.
+    pub backlog: u64,
     /// Bytes per second that it has brought lately, once that is known.
     pub pace: Option<u64>,
 }
@@ -60,12 +62,13 @@ pub(super) struct Busy {
 /// Where bulk of `len` bytes at `offset` goes: to the connection that has what is near it, unless that is
 /// slow or it would be answered in less than half the time elsewhere, and then to where it is answered first. A connection
 /// that is slow, because its TCP has just begun or has lost something, would otherwise keep a part of
-/// the window to itself. One that has little to do is not slow, unless it brings next to nothing: it brings what it is asked for. Half of the mean counts
+/// the window to itself. One that has less than half of the mean to do is not
+/// slow, unless it brings less than an eighth of it: it brings what it is asked for. Half of the mean counts
 /// for each, so that those that are as fast as they are used are used alike.
 pub(super) fn quickest(lines: &[Busy], offset: u64, len: u32) -> Option<usize> {
     let count = u64::try_from(lines.len()).unwrap_or(u64::MAX);
     let half = |of: fn(&Busy) -> u64| lines.iter().map(of).sum::<u64>() / count.max(1) / 2;
-    let (half_pace, half_load) = (half(|line| line.pace.unwrap_or(0)), half(|line| line.load));
+    let half_pace = half(|line| line.pace.unwrap_or(0));
     let time = |line: &Busy| {
         let pace = line.pace.unwrap_or(0) + half_pace.max(LEAST_PACE);
         nanos(u128::from(line.load) + u128::from(len), pace)
@@ -74,7 +77,8 @@ pub(super) fn quickest(lines: &[Busy], offset: u64, len: u32) -> Option<usize> {
     let index = usize::try_from(offset / NEAR_BYTES % count).ok()?;
     let near = &lines[index];
     let pace = near.pace.unwrap_or(0);
-    let slow = pace < half_pace && (near.load > half_load || pace < half_pace / 4);
+    let slow =
+        pace < half_pace && (near.backlog > half(|line| line.backlog) || pace < half_pace / 4);
     let soon = time(near) <= time(&lines[best]) * 2 && !slow;
     Some(if soon { index } else { best })
 }
@@ -140,6 +144,7 @@ mod tests {
             .iter()
             .map(|pace| Busy {
                 load: 0,
+                backlog: 0,
                 pace: Some(*pace),
             })
             .collect();
@@ -147,6 +152,7 @@ mod tests {
         for piece in 0..400 {
             let index = quickest(&lines, piece * PIECE, 1 << 16).expect("there are some");
             lines[index].load += PIECE;
+            lines[index].backlog += PIECE;
             together += usize::from(last.replace(index) == Some(index));
         }
         (
@@ -173,7 +179,11 @@ mod tests {
 
     #[test]
     fn what_a_slow_connection_has_too_much_of_is_the_others() {
-        let line = |load, pace| Busy { load, pace };
+        let line = |load, pace| Busy {
+            load,
+            backlog: load,
+            pace,
+        };
         let idle = line(0, Some(9 << 20));
         let slow = line(4 << 20, Some(1 << 20));
         let fresh = line(0, None);
@@ -209,6 +219,7 @@ mod tests {
     fn what_is_near_goes_elsewhere_where_that_takes_half_the_time() {
         let line = |load| Busy {
             load,
+            backlog: load,
             pace: Some(1 << 20),
         };
         assert_eq!(quickest(&[line(PIECE - 1), line(0)], 0, 1 << 16), Some(0));
@@ -223,17 +234,19 @@ mod tests {
     /// has as much to do as the other, or brings next to nothing.
     #[test]
     fn a_connection_that_has_little_to_do_is_not_slow() {
-        for (load, pace, wanted) in [
+        for (backlog, pace, wanted) in [
             (PIECE, 1 << 20, 0),
             (PIECE * 4, 1 << 20, 1),
             (PIECE, 1 << 19, 1),
         ] {
             let little = Busy {
-                load,
+                load: PIECE,
+                backlog,
                 pace: Some(pace),
             };
             let much = Busy {
                 load: PIECE * 4,
+                backlog: PIECE * 4,
                 pace: Some(8 << 20),
             };
             let index = quickest(&[little, much], 0, 1 << 16);

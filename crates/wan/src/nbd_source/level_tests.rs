@@ -3,9 +3,7 @@
 
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
-use hikkoshi_engine::mover::PathSeen;
 use hikkoshi_nbd::uri::Address;
 
 use super::NbdSourceConfig;
@@ -16,9 +14,7 @@ use super::line::Line;
 use super::replies::{Alone, Others};
 use super::script::{Script, frame, line_to, read, requests};
 use super::shared::{Installed, Shared, info_of};
-use super::wire::Wire;
 use crate::source::Lane;
-use crate::tcp::TcpInfo;
 use crate::transport::message::Request;
 use crate::transport::{Kind, Priority};
 
@@ -218,41 +214,4 @@ fn where_the_others_are_gone_it_is_asked_for_once_more() {
     frames::read(line, &*shared, None).unwrap();
     assert_eq!(requests(&script.heard()).len(), 1);
     assert_eq!(answer.recv().unwrap().unwrap().data, [7; 512]);
-}
-
-/// Losses of all connections count; of the round trips the shortest on those for bulk that wait for something.
-#[test]
-fn over_frames_the_path_is_seen_too() {
-    let (shared, lines, _news) = three();
-    let ms = Duration::from_millis;
-    for ((script, _), trip) in lines.iter().zip([10, 40, 80]) {
-        script.is_reached_over(TcpInfo {
-            acknowledged: 0,
-            sent_again: 0,
-            out_of_order: Some(7),
-            shortest_round_trip: Some(ms(10)),
-            round_trip: ms(trip),
-        });
-    }
-    let demand = read(&lines[0].1, Lane::Demand, 0, 512);
-    assert_eq!(shared.path(), None, "nothing is on its way but demand");
-    let late = read(&lines[2].1, Lane::Bulk, 0, 512);
-    let seen = |queue| {
-        Some(PathSeen {
-            queue,
-            out_of_order: 21,
-        })
-    };
-    assert_eq!(shared.path(), seen(true));
-    let told = lines[2].0.tcp().unwrap();
-    let round_trip = ms(12);
-    lines[2].0.is_reached_over(TcpInfo { round_trip, ..told });
-    assert_eq!(shared.path(), seen(false));
-    // Over the only connection demand passes what is asked for.
-    for (_, line) in &lines[..2] {
-        line.bury();
-    }
-    let seen = shared.path().unwrap();
-    assert_eq!((seen.queue, seen.out_of_order), (false, 7));
-    drop((demand, late));
 }

@@ -186,6 +186,7 @@ impl Line {
         let by_now = per_second(state.brought, elapsed);
         Busy {
             load: self.load(lane),
+            backlog: self.load(Lane::Late),
             pace: state.pace.map(|p| if slower { p.min(by_now) } else { p }),
         }
     }

@@ -14,7 +14,6 @@ use super::line::Line;
 use super::wire::Wire;
 use super::{NbdSourceConfig, Ticket};
 use crate::source::{Fetched, Lane, SourceError};
-use crate::tcp::TcpInfo;
 use crate::transport::frame::Side;
 use crate::transport::message::Request;
 use crate::transport::{Decoder, Header, Kind, Priority};
@@ -27,7 +26,6 @@ pub(super) struct Script {
     says: Mutex<Vec<u8>>,
     heard: Mutex<Vec<u8>>,
     then: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-    tcp: Mutex<Option<TcpInfo>>,
 }
 
 impl Script {
@@ -39,11 +37,6 @@ impl Script {
     /// What is done once all of that was received, before the end.
     pub(super) fn then(&self, act: impl FnOnce() + Send + 'static) {
         *self.then.lock().unwrap() = Some(Box::new(act));
-    }
-
-    /// So is the way to it.
-    pub(super) fn is_reached_over(&self, tcp: TcpInfo) {
-        *self.tcp.lock().unwrap() = Some(tcp);
     }
 
     fn wait(&self) {
@@ -90,10 +83,6 @@ impl Wire for Script {
         let len = more.min(left.len());
         data.extend(left.drain(..len));
         Ok(len)
-    }
-
-    fn tcp(&self) -> Option<TcpInfo> {
-        *self.tcp.lock().unwrap()
     }
 }
 

@@ -525,12 +525,10 @@ impl Shared {
     }
 
     /// How the path is, by what is under way over it; see [`Source::path`](crate::Source::path). Not where demand would
-    /// stand behind all that is asked for: over the only connection, unless the source sends what is urgent first.
+    /// stand behind all that is asked for.
     pub(super) fn path(&self) -> Option<PathSeen> {
         let lines: Vec<_> = self.state().alive(|_| true).into_iter().cloned().collect();
-        let passes = lines.iter().all(|line| line.speaks_frames());
-        let spared = usize::from(lines.len() > 1);
-        if spared == 0 && !passes {
+        if lines.len() < 2 || lines.iter().any(|line| line.speaks_frames()) {
             return None;
         }
         let (mut base, mut trip, mut out_of_order) = (None, None, 0);
@@ -539,7 +537,7 @@ impl Shared {
             out_of_order += u64::from(told.out_of_order?);
             base = base.into_iter().chain(told.shortest_round_trip).min();
             // What the one for demand tells may be of long ago.
-            let tells = index >= spared && line.waiting_since().is_some();
+            let tells = index > 0 && line.waiting_since().is_some();
             trip = trip
                 .into_iter()
                 .chain(tells.then_some(told.round_trip))

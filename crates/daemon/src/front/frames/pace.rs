@@ -49,8 +49,8 @@ const LEAST_TIME: Duration = Duration::from_millis(1);
 const SILENCE: Duration = Duration::from_secs(1);
 const SILENT_TRIPS: u32 = 4;
 
-/// For so long after something was lost the window does not hold back what TCP itself holds back, and how much that
-/// may be on each connection: a piece, while the one before it is sent.
+/// For so long after something was lost the window does not hold back what TCP itself holds back: while less than
+/// this is unsent on a connection, it may have another piece.
 const LOSS_LASTS: Duration = Duration::from_secs(10);
 const MOST_UNSENT: u64 = limits::BULK_BYTES as u64;
 
@@ -228,6 +228,15 @@ impl State {
         unsent(socket) < MOST_UNSENT && TcpInfo::of(socket).is_some_and(is_free)
     }
 
+    /// Whether something that was lost in a round of that length says that TCP is below what the path carries. What is
+    /// lost while TCP decides may be its own doing, or that of a window that is being looked for, in a queue too short to
+    /// be seen: so the window that was found decides before the next loss counts.
+    fn is_by_chance(&self, now: Instant, took: Duration) -> bool {
+        let calm = LOSS_LASTS + took * 2;
+        let decides = |at| now.saturating_duration_since(at) < calm;
+        self.window.is_cruising() && self.is_free && !self.lost_at.is_some_and(decides)
+    }
+
     fn admitted(&mut self, seat: u64, bytes: u64) {
         let far = self.base >= SPREAD_FROM;
         if let Some(seat) = self.seats.get_mut(&seat) {
@@ -264,21 +273,24 @@ impl State {
                 if unseen || fresh > 0 || unacknowledged(&seat.socket) == 0 {
                     seat.heard_at = now;
                 }
-                if fresh > 0 {
-                    trip = Some(trip.map_or(told.round_trip, |trip| trip.min(told.round_trip)));
-                }
                 bytes += fresh;
                 seat.acknowledged = told.acknowledged;
-                lost |= told.sent_again != seat.sent_again;
-                seat.sent_again = told.sent_again;
+                // What nobody hears of any more is sent again for minutes, and a queue that is full loses, too.
+                if fresh > 0 {
+                    trip = Some(trip.map_or(told.round_trip, |trip| trip.min(told.round_trip)));
+                    let again = told.sent_again != seat.sent_again;
+                    lost |= again && !is_queue(told.round_trip, base);
+                    seat.sent_again = told.sent_again;
+                }
             }
         }
         let queue = trip.is_some_and(|trip| is_queue(trip, base));
-        // What a queue had no room for says nothing against the window.
-        if lost && self.is_free && !queue {
+        if lost && !queue && self.is_by_chance(now, took) {
             self.lost_at = Some(now);
         }
-        self.is_free = !queue;
+        if trip.is_some() {
+            self.is_free = !queue;
+        }
         let between = bytes_in(self.window.rate(), SLACK_TIME);
         self.window.end_round(Round {
             bytes,
@@ -483,6 +495,34 @@ mod tests {
         let piece = vec![7; 64 << 10];
         while there.write(&piece).is_ok() {}
         assert!(!admits(true, lately));
+    }
+
+    /// What is lost while a window is looked for, beside a queue, or while TCP decides, counts for nothing.
+    #[test]
+    fn a_loss_counts_where_the_window_decides() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _here = connect_from([127, 77, 0, 5], &listener);
+        let pace = Pace::of(&Socket::from(listener.accept().unwrap().0)).unwrap();
+        let mut state = lock(&pace.path.state);
+        let now = Instant::now() + LOSS_LASTS * 2;
+        state.is_free = true;
+        assert!(!state.is_by_chance(now, MIN_ROUND));
+        while !state.window.is_cruising() {
+            state.window.end_round(Round {
+                bytes: 1 << 20,
+                took: MIN_ROUND,
+                full: true,
+                queue: false,
+                base: MIN_ROUND,
+                slack_bytes: 0,
+            });
+        }
+        assert!(state.is_by_chance(now, MIN_ROUND));
+        state.lost_at = Some(now - LOSS_LASTS - MIN_ROUND);
+        assert!(!state.is_by_chance(now, MIN_ROUND));
+        assert!(state.is_by_chance(now + MIN_ROUND, MIN_ROUND));
+        state.is_free = false;
+        assert!(!state.is_by_chance(now + MIN_ROUND, MIN_ROUND));
     }
 
     #[test]
