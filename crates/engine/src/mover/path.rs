@@ -234,7 +234,8 @@ impl Seat {
         part_of(state.pacer.window_bytes(), share)
     }
 
-    /// How much this disk may have in flight: more than that where its source sends no more than fills the path.
+    /// How much this disk may have in flight: more than that where its source sends no more than fills the path, and
+    /// after a loss where TCP here tells of it.
     pub fn open_bytes(&self) -> u64 {
         let place = self.place();
         let state = place.path.state();
