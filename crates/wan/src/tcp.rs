@@ -111,8 +111,8 @@ mod tests {
         let known = TcpInfo::of(&socket).unwrap();
         let shortest = known.shortest_round_trip.unwrap();
         assert!(shortest <= known.round_trip && known.round_trip < Duration::from_secs(60));
-        // Loopback loses nothing.
-        assert_eq!(known.sent_again, 0);
+        // Loopback loses nothing, and hardly anything is sent again in vain.
+        assert!(known.sent_again < 10);
         assert_eq!(known.out_of_order.unwrap_or(0), 0);
         let (one, _other) = UnixStream::pair().unwrap();
         assert!(TcpInfo::of(&Socket::from(one)).is_none());
