@@ -663,6 +663,8 @@ fn the_server_is_told_what_a_guest_waits_for() {
         let offset = u64::try_from(index).unwrap() * (32 << 20);
         source.read(Lane::Bulk, offset, len, Box::new(told));
     }
+    // What is asked for waits there, and is no queue on the path.
+    assert_eq!(source.path().map(|seen| seen.queue), Some(false));
     source.promote((32 << 20) + 4096, 1);
     go.send(()).unwrap();
     let order: Vec<usize> = (0..2).map(|_| order.recv().unwrap()).collect();

@@ -237,8 +237,9 @@ pub trait Source: Send + Sync + 'static {
     /// Time has passed. To be called every 20 milliseconds or so.
     fn tick(&self) {}
 
-    /// How the path to it is, where only the requests for what comes over it can be steered, and demand has a connection
-    /// of its own. `None` where that is not known, and where frames are spoken: there the source sees more of it.
+    /// How the path to it is, where demand stands behind nothing that is asked for: it has a connection of its own, or frames
+    /// are spoken. `None` where that is not known, or nothing is under way. Over frames there is never a queue: the source
+    /// sends no more than fills the path.
     fn path(&self) -> Option<PathSeen> {
         None
     }

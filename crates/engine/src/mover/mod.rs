@@ -285,7 +285,7 @@ impl<W> Mover<W> {
         self.pacer.source_paces(paces);
     }
 
-    /// TCP tells how the path to the source is; not where the source paces itself.
+    /// TCP tells how the path to the source is.
     pub fn path_is_seen(&mut self, now: Duration, seen: Option<PathSeen>) {
         self.pacer.sees(now, seen);
     }

@@ -30,9 +30,12 @@ const CHUNKS_IN_WINDOW: u64 = 28;
 /// How long the shortest round trip is believed.
 const BASE_LIFETIME: Duration = Duration::from_secs(20);
 
-/// How often the window is halved for a round, so that the queue empties and the shortest round
+/// How often the window is made smaller for a round, so that the queue empties and the shortest round
 /// trip can be seen again. A window computed from a round trip with a queue in it keeps the queue.
 const DRAIN_EVERY: Duration = Duration::from_secs(8);
+
+/// What is in flight besides the window has to have come before that: so many rounds are waited for it.
+const MOST_REST_ROUNDS: u32 = 16;
 
 /// Chunks are shorter then: their own time on the wire counts as distance.
 const DRAIN_CHUNKS_IN_WINDOW: u64 = 64;
@@ -70,7 +73,7 @@ const LOSS_LASTS: Duration = Duration::from_secs(10);
 /// way: over a short one it is so few that each connection would often be without. One more with each full round.
 const MOST_SURPLUS_8TH: u64 = 8;
 
-/// How the path to a source is that does not pace itself, as TCP here tells.
+/// How the path to a source is, as TCP here tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PathSeen {
     /// More is on its way than fills it.
@@ -84,6 +87,18 @@ impl PathSeen {
     pub(super) fn shows_loss_since(&self, before: &Self) -> bool {
         self.out_of_order > before.out_of_order
     }
+}
+
+/// What is done to see how far away the source is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lull {
+    No,
+    /// No more than the window may be in flight, for so many rounds now.
+    Rest {
+        rounds: u32,
+    },
+    /// Less than that.
+    Drain,
 }
 
 /// Bytes are those of the disk unless they are called wire bytes.
@@ -102,7 +117,7 @@ pub(crate) struct Pacer {
     round_bytes: u64,
     round_started: Duration,
     drained_at: Duration,
-    draining: bool,
+    lull: Lull,
     /// The window, and not the cap or the disk, held something back in this round.
     held_back: bool,
     /// There is no queue on the path, as TCP told last, and when it told of a loss.
@@ -124,7 +139,7 @@ impl Pacer {
             round_bytes: 0,
             round_started: Duration::ZERO,
             drained_at: Duration::ZERO,
-            draining: false,
+            lull: Lull::No,
             held_back: false,
             is_free: false,
             lost_at: None,
@@ -150,7 +165,7 @@ impl Pacer {
     }
 
     fn wire_chunk(&self) -> u64 {
-        let wanted = if self.draining {
+        let wanted = if self.lull == Lull::Drain {
             self.window.bytes() / DRAIN_CHUNKS_IN_WINDOW
         } else {
             bytes_in(self.window.rate(), CHUNK_TIME).max(self.window.bytes() / CHUNKS_IN_WINDOW)
@@ -175,8 +190,8 @@ impl Pacer {
 
     /// Whether what nobody waits for may go now, with one disk at the link.
     #[cfg(all(test, not(loom)))]
-    pub fn may_send(&mut self) -> bool {
-        let room = self.in_flight_bytes < self.open_bytes(false, true);
+    pub fn may_send(&mut self, source_paces: bool) -> bool {
+        let room = self.in_flight_bytes < self.open_bytes(source_paces, true);
         self.held_back |= !room;
         room
     }
@@ -184,19 +199,33 @@ impl Pacer {
     /// How much may be in flight now; more where the source sends no more than fills the path,
     /// whatever it is asked for, and where TCP tells how the path is.
     pub fn open_bytes(&self, source_paces: bool, is_seen: bool) -> u64 {
+        let window = self.window_bytes();
+        match self.lull {
+            Lull::No => {}
+            Lull::Rest { .. } => return window,
+            Lull::Drain => return self.drained(window),
+        }
         let windows = match (source_paces, self.window.is_starting()) {
             (false, _) => 1,
             (true, false) => OVER_ASKED,
             (true, true) => OVER_ASKED_AT_FIRST,
         };
-        let window = self.window_bytes() * windows;
         let surplus = if is_seen { self.surplus_bytes() } else { 0 };
         // What is in flight has a place in memory when it comes.
-        let open = (window + surplus).min(MAX_WINDOW_BYTES);
-        if self.draining { open / 2 } else { open }
+        (window * windows)
+            .max(window + surplus)
+            .min(MAX_WINDOW_BYTES)
     }
 
-    /// What may be in flight besides the window while losses are remembered. None while the window is halved.
+    /// What is left of the window while the queue empties: three quarters, since what is not on its way then is time
+    /// lost; half over a short way, where a window is a few chunks.
+    fn drained(&self, window: u64) -> u64 {
+        let chunks = self.of_disk(bytes_in(self.window.rate(), CHUNK_TIME * 2));
+        let left = window.saturating_sub(chunks);
+        left.clamp(window / 2, window / 4 * 3)
+    }
+
+    /// What may be in flight besides the window while losses are remembered.
     fn surplus_bytes(&self) -> u64 {
         let most = self
             .window_bytes()
@@ -275,13 +304,12 @@ impl Pacer {
     }
 
     /// A window that is made for what TCP brings after a loss lets it bring no more: it grows only while somebody asks
-    /// for more than it sends. What is asked for besides waits at the source, unless a queue shows that it does not. It has to
-    /// be gone (`rest`) for a round before the window is halved, or what waits would count as distance.
-    fn follow_losses(&mut self, now: Duration, full: bool, rest: bool) {
+    /// for more than it sends. What is asked for besides waits at the source, unless a queue shows that it does not.
+    fn follow_losses(&mut self, now: Duration, full: bool) {
         let lossy = self
             .lost_at
             .is_some_and(|at| now.saturating_sub(at) < LOSS_LASTS);
-        self.surplus_8th = match (lossy && self.is_free && !rest, full) {
+        self.surplus_8th = match (lossy && self.is_free, full) {
             (true, true) => MOST_SURPLUS_8TH.min(self.surplus_8th + 1),
             (true, false) => self.surplus_8th,
             (false, _) => 0,
@@ -289,7 +317,7 @@ impl Pacer {
     }
 
     fn end_round(&mut self, now: Duration) {
-        let full = self.held_back && !self.draining;
+        let full = self.held_back && self.lull != Lull::Drain;
         let started = self.window.is_starting();
         self.window.end_round(Round {
             bytes: self.round_bytes,
@@ -302,13 +330,30 @@ impl Pacer {
         self.round_bytes = 0;
         self.round_started = now;
         self.held_back = false;
-        self.draining = false;
-        let due = started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY;
-        if full && self.window.is_cruising() && due && self.surplus_8th == 0 {
+        self.follow_losses(now, full);
+        self.lull = self.next_lull(now, full, started);
+    }
+
+    /// What is in flight besides the window has to be gone before that is made smaller: it would count as distance.
+    fn next_lull(&mut self, now: Duration, full: bool, started: bool) -> Lull {
+        let rounds = match self.lull {
+            Lull::Rest { rounds } => rounds + 1,
+            Lull::Drain => return Lull::No,
+            Lull::No => {
+                let due = started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY;
+                if !(full && self.window.is_cruising() && due) {
+                    return Lull::No;
+                }
+                0
+            }
+        };
+        let at_rest = self.in_flight_bytes <= self.window_bytes() + self.chunk_bytes();
+        if at_rest || rounds == MOST_REST_ROUNDS {
             self.drained_at = now;
-            self.draining = true;
+            Lull::Drain
+        } else {
+            Lull::Rest { rounds }
         }
-        self.follow_losses(now, full, due);
     }
 }
 
@@ -330,6 +375,10 @@ mod tests {
         requests: usize,
         /// A guest reads something small now and then: that shows how far away the source is.
         guest: bool,
+        /// The source sends no more than fills the path, whatever it is asked for.
+        paces: bool,
+        /// TCP tells of losses all the time, and of no queue.
+        lossy: bool,
     }
 
     /// What came of some seconds: the share of the link used, and the mean time that a small read
@@ -340,7 +389,10 @@ mod tests {
         while now < to {
             // Half of what waits before and half of what waits after: the mean over time.
             queue += link.free_at.saturating_sub(now + link.rtt / 2) / 2;
-            while pacer.may_send() {
+            if link.lossy {
+                pacer.sees(now, false, true);
+            }
+            while pacer.may_send(link.paces) {
                 let chunk = pacer.chunk_bytes();
                 pacer.sent(chunk);
                 // One more than may be under way goes when one has come back.
@@ -379,6 +431,8 @@ mod tests {
             packed_16th: 16,
             requests: REQUESTS_IN_WINDOW,
             guest: true,
+            paces: false,
+            lossy: false,
         }
     }
 
@@ -486,23 +540,25 @@ mod tests {
         assert_eq!(pacer.open_bytes(false, false), pacer.window_bytes());
     }
 
-    /// What waits at the source besides the window is not taken for distance, however long packets are lost.
+    /// What waits at the source besides the window is not taken for distance, however long it waits there, and though
+    /// nobody reads anything small.
     #[test]
-    fn what_is_asked_for_after_a_loss_does_not_make_the_way_longer() {
-        for mbit in [30, 160] {
-            let (mut pacer, mut link, mut now) = (Pacer::new(), link(mbit, 50), Duration::ZERO);
-            link.guest = false;
-            let mut most = 0;
-            while now < Duration::from_secs(600) {
-                pacer.sees(now, false, true);
-                let to = now + Duration::from_secs(1);
-                drive(&mut pacer, &mut link, now, to);
-                now = to;
-                most = most.max(pacer.surplus_8th);
-                let base = pacer.base();
-                assert!(base < link.rtt * 3 / 2, "{mbit} Mbit/s, {now:?}: {base:?}");
+    fn what_waits_at_the_source_does_not_make_the_way_longer() {
+        for (paces, lossy) in [(false, false), (false, true), (true, false), (true, true)] {
+            for (mbit, rtt_ms) in [(30, 50), (160, 50), (160, 10), (400, 200)] {
+                let (mut pacer, mut link) = (Pacer::new(), link(mbit, rtt_ms));
+                (link.guest, link.paces, link.lossy) = (false, paces, lossy);
+                let minute = Duration::from_secs(60);
+                for at in 0..10 {
+                    let (share, _) = drive(&mut pacer, &mut link, minute * at, minute * (at + 1));
+                    let (base, most) = (pacer.base(), link.rtt * 9 / 8);
+                    let told =
+                        format!("{paces}, {lossy}: {mbit} Mbit/s, {at} min: {share:.3}, {base:?}");
+                    assert!(share > 0.9, "{told}");
+                    assert!(base < most, "{told}");
+                }
+                assert_eq!(pacer.surplus_8th == MOST_SURPLUS_8TH, lossy);
             }
-            assert_eq!(most, MOST_SURPLUS_8TH);
         }
     }
 

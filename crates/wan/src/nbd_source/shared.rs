@@ -528,7 +528,9 @@ impl Shared {
     /// stand behind all that is asked for.
     pub(super) fn path(&self) -> Option<PathSeen> {
         let lines: Vec<_> = self.state().alive(|_| true).into_iter().cloned().collect();
-        if lines.len() < 2 || lines.iter().any(|line| line.speaks_frames()) {
+        // Over frames demand stands behind nothing.
+        let passes = lines.iter().any(|line| line.speaks_frames());
+        if lines.len() < 2 && !passes {
             return None;
         }
         let (mut base, mut trip, mut out_of_order) = (None, None, 0);
@@ -537,14 +539,15 @@ impl Shared {
             out_of_order += u64::from(told.out_of_order?);
             base = base.into_iter().chain(told.shortest_round_trip).min();
             // What the one for demand tells may be of long ago.
-            let tells = index > 0 && line.waiting_since().is_some();
+            let tells = (index > 0 || passes) && line.waiting_since().is_some();
             trip = trip
                 .into_iter()
                 .chain(tells.then_some(told.round_trip))
                 .min();
         }
         Some(PathSeen {
-            queue: is_queue(trip?, base?),
+            // What is asked for over frames waits there, and not on the path.
+            queue: is_queue(trip?, base?) && !passes,
             out_of_order,
         })
     }
