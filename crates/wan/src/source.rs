@@ -238,8 +238,8 @@ pub trait Source: Send + Sync + 'static {
     fn tick(&self) {}
 
     /// How the path to it is, where demand stands behind nothing that is asked for: it has a connection of its own, or frames
-    /// are spoken. `None` where that is not known, or nothing is under way. Over frames there is never a queue: the source
-    /// sends no more than fills the path.
+    /// are spoken. `None` where that is not known, or nothing is under way. Over frames none is looked for: what
+    /// waits, waits at the source.
     fn path(&self) -> Option<PathSeen> {
         None
     }

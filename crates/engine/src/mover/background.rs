@@ -111,7 +111,12 @@ impl<W> Mover<W> {
         let chunk = self.blocks_in(self.pacer.chunk_bytes());
         loop {
             let rests = self.must_rest(now) || self.store_is_behind;
-            if rests || !self.pacer.may_send() || !self.bucket.has_room(now) {
+            let may_send = if self.flights.count(Purpose::Ahead) > 0 {
+                self.pacer.may_copy_beside()
+            } else {
+                self.pacer.may_send()
+            };
+            if rests || !may_send || !self.bucket.has_room(now) {
                 return;
             }
             let Some((range, turn)) = self.next_bulk(now, chunk, residency) else {

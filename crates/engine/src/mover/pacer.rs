@@ -34,8 +34,9 @@ const BASE_LIFETIME: Duration = Duration::from_secs(20);
 /// trip can be seen again. A window computed from a round trip with a queue in it keeps the queue.
 const DRAIN_EVERY: Duration = Duration::from_secs(8);
 
-/// What is in flight besides the window has to have come before that: so many rounds are waited for it.
-const MOST_REST_ROUNDS: u32 = 16;
+/// What is in flight besides the window has to have come before that: it is waited for while a round brings so much of it,
+/// in parts of the window.
+const REST_PART: u64 = 4;
 
 /// Chunks are shorter then: their own time on the wire counts as distance.
 const DRAIN_CHUNKS_IN_WINDOW: u64 = 64;
@@ -93,9 +94,9 @@ impl PathSeen {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lull {
     No,
-    /// No more than the window may be in flight, for so many rounds now.
+    /// No more than the window may be in flight; so much was when the round began.
     Rest {
-        rounds: u32,
+        in_flight: u64,
     },
     /// Less than that.
     Drain,
@@ -116,7 +117,7 @@ pub(crate) struct Pacer {
     /// Wire bytes landed in this round, and when it began.
     round_bytes: u64,
     round_started: Duration,
-    drained_at: Duration,
+    drained_at: Option<Duration>,
     lull: Lull,
     /// The window, and not the cap or the disk, held something back in this round.
     held_back: bool,
@@ -138,7 +139,7 @@ impl Pacer {
             base_since: Duration::ZERO,
             round_bytes: 0,
             round_started: Duration::ZERO,
-            drained_at: Duration::ZERO,
+            drained_at: None,
             lull: Lull::No,
             held_back: false,
             is_free: false,
@@ -153,7 +154,6 @@ impl Pacer {
             in_flight_bytes: self.in_flight_bytes,
             base_since: now,
             round_started: now,
-            drained_at: now,
             ..Self::new()
         };
     }
@@ -318,7 +318,6 @@ impl Pacer {
 
     fn end_round(&mut self, now: Duration) {
         let full = self.held_back && self.lull != Lull::Drain;
-        let started = self.window.is_starting();
         self.window.end_round(Round {
             bytes: self.round_bytes,
             took: now.saturating_sub(self.round_started),
@@ -331,28 +330,36 @@ impl Pacer {
         self.round_started = now;
         self.held_back = false;
         self.follow_losses(now, full);
-        self.lull = self.next_lull(now, full, started);
+        self.lull = self.next_lull(now, full);
     }
 
     /// What is in flight besides the window has to be gone before that is made smaller: it would count as distance.
-    fn next_lull(&mut self, now: Duration, full: bool, started: bool) -> Lull {
-        let rounds = match self.lull {
-            Lull::Rest { rounds } => rounds + 1,
-            Lull::Drain => return Lull::No,
-            Lull::No => {
-                let due = started || now.saturating_sub(self.drained_at) >= DRAIN_EVERY;
-                if !(full && self.window.is_cruising() && due) {
-                    return Lull::No;
-                }
-                0
-            }
+    /// (Some of it may not come soon: over a slow connection, or since others are served first.)
+    fn next_lull(&mut self, now: Duration, full: bool) -> Lull {
+        let due = |at| now.saturating_sub(at) >= DRAIN_EVERY;
+        let goes_on = match self.lull {
+            Lull::No => full && self.drained_at.is_none_or(due),
+            Lull::Rest { .. } => true,
+            Lull::Drain => false,
         };
-        let at_rest = self.in_flight_bytes <= self.window_bytes() + self.chunk_bytes();
-        if at_rest || rounds == MOST_REST_ROUNDS {
-            self.drained_at = now;
+        // A larger window that is being tried would not empty.
+        if !goes_on || !self.window.is_cruising() {
+            return Lull::No;
+        }
+        let (in_flight, window) = (self.in_flight_bytes, self.window_bytes());
+        let comes = match self.lull {
+            Lull::Rest { in_flight: before } => in_flight + window / REST_PART <= before,
+            _ => true,
+        };
+        if comes && in_flight > window + self.chunk_bytes() {
+            return Lull::Rest { in_flight };
+        }
+        self.drained_at = Some(now);
+        if in_flight < window * 2 {
             Lull::Drain
         } else {
-            Lull::Rest { rounds }
+            // Nothing at all could be asked for in that round, and nothing would be seen.
+            Lull::No
         }
     }
 }
@@ -559,6 +566,29 @@ mod tests {
                 }
                 assert_eq!(pacer.surplus_8th == MOST_SURPLUS_8TH, lossy);
             }
+        }
+    }
+
+    /// Much over a slow connection, or of a stream: the window is made smaller all the same, if anything can go then.
+    #[test]
+    fn what_does_not_come_is_not_waited_for() {
+        for (halves, wanted) in [(1, 2..=3), (6, 0..=0)] {
+            let (mut pacer, mut link) = (Pacer::new(), link(400, 50));
+            let mut now = Duration::from_secs(5);
+            drive(&mut pacer, &mut link, Duration::ZERO, now);
+            let bytes = pacer.window_bytes();
+            pacer.sent(bytes + bytes / 2 * halves);
+            let (mut rests, mut drains) = (0, 0);
+            for _ in 0..400 {
+                now += link.rtt;
+                pacer.hold_back();
+                pacer.sent(bytes);
+                pacer.landed(now, link.rtt, bytes, bytes);
+                rests += u32::from(matches!(pacer.lull, Lull::Rest { .. }));
+                drains += u32::from(pacer.lull == Lull::Drain);
+            }
+            assert!(wanted.contains(&drains), "{drains} times in 20 s");
+            assert!((1..=3).contains(&rests), "{rests} rounds for it");
         }
     }
 

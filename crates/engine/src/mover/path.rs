@@ -103,10 +103,10 @@ impl Path {
 }
 
 impl State {
-    /// How much may be in flight in all, if all is asked of the source of this disk.
-    fn open_for(&self, seat: &Use) -> u64 {
-        self.pacer
-            .open_bytes(seat.source_paces, seat.seen.is_some())
+    /// How much may be in flight in all, if all is asked of the source of this disk; `more`: after a loss more.
+    fn open_for(&self, seat: &Use, more: bool) -> u64 {
+        let more = more && seat.seen.is_some();
+        self.pacer.open_bytes(seat.source_paces, more)
     }
 
     /// Makes the shares anew, and begins to look at what is needed.
@@ -240,7 +240,7 @@ impl Seat {
         let place = self.place();
         let state = place.path.state();
         let seat = state.seats.get(&place.number);
-        seat.map_or(0, |seat| part_of(state.open_for(seat), seat.share))
+        seat.map_or(0, |seat| part_of(state.open_for(seat, true), seat.share))
     }
 
     /// See [`Pacer::base`].
@@ -250,17 +250,28 @@ impl Seat {
 
     /// Whether what nobody waits for may go now.
     pub fn may_send(&self) -> bool {
+        self.has_room(true)
+    }
+
+    /// The same for the background copy beside what is read ahead, which would else lose what of the link goes to what the
+    /// copy is asked for besides after a loss.
+    pub fn may_copy_beside(&self) -> bool {
+        self.has_room(false)
+    }
+
+    fn has_room(&self, more: bool) -> bool {
         let place = self.place();
         let mut guard = place.path.state();
         let state = &mut *guard;
         let count = u64::try_from(state.seats.len()).unwrap_or(1);
         // What is asked of those that pace themselves is not on the path yet, and takes nobody's place there.
-        let all = state.seats.values().map(|seat| state.open_for(seat)).max();
+        let all = state.seats.values();
+        let all = all.map(|seat| state.open_for(seat, more)).max();
         let all = all.unwrap_or(0);
         let window = state
             .seats
             .get(&place.number)
-            .map(|seat| state.open_for(seat));
+            .map(|seat| state.open_for(seat, more));
         let (Some(window), Some(seat)) = (window, state.seats.get_mut(&place.number)) else {
             return false;
         };

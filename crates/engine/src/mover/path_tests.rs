@@ -319,3 +319,44 @@ fn a_loss_is_told_by_the_connections_that_had_it() {
     // Connections that have ended take what they told along.
     assert_eq!(tell(MS * 4, 0), Some(MS * 3));
 }
+
+/// After a loss more is asked for than the window, but not of the background copy while a stream is read ahead.
+#[test]
+fn after_a_loss_the_copy_asks_for_no_more_beside_what_is_read_ahead() {
+    let (seat, mut now) = (Seat::alone(), Duration::ZERO);
+    let mut fill = |seat: &Seat, room: fn(&Seat) -> bool, losses: u64| {
+        let mut asked = Vec::new();
+        while room(seat) {
+            asked.push(seat.chunk_bytes());
+            seat.sent(seat.chunk_bytes());
+        }
+        now += RTT;
+        let queue = false;
+        let out_of_order = losses;
+        seat.sees(
+            now,
+            Some(PathSeen {
+                queue,
+                out_of_order,
+            }),
+        );
+        // No more than 100 Mbit/s carry in a round trip, over and over.
+        let carried = RTT.as_secs_f64() * 12.5e6;
+        let all: u64 = asked.iter().sum();
+        let trips = (all as f64 / carried).ceil().max(1.0);
+        now += RTT.mul_f64(trips - 1.0);
+        for bytes in asked {
+            seat.landed(now, RTT, bytes, bytes);
+        }
+        all
+    };
+    for _ in 0..60 {
+        fill(&seat, Seat::may_send, 0);
+    }
+    let (mut most, mut most_beside) = (0, 0);
+    for losses in 1..40 {
+        most = most.max(fill(&seat, Seat::may_send, losses));
+        most_beside = most_beside.max(fill(&seat, Seat::may_copy_beside, losses));
+    }
+    assert!(most > most_beside * 3 / 2, "{most} and {most_beside}");
+}
