@@ -238,8 +238,8 @@ pub trait Source: Send + Sync + 'static {
     fn tick(&self) {}
 
     /// How the path to it is, where demand stands behind nothing that is asked for: it has a connection of its own, or frames
-    /// are spoken. `None` where that is not known, or nothing is under way. Over frames none is looked for: what
-    /// waits, waits at the source.
+    /// are spoken. `None` where that is not known, or nothing is under way. Over frames no queue is
+    /// looked for: what waits, waits at the source.
     fn path(&self) -> Option<PathSeen> {
         None
     }
