@@ -197,8 +197,8 @@ impl Pacer {
     }
 
     /// How much may be in flight now; more where the source sends no more than fills the path,
-    /// whatever it is asked for, and where TCP tells how the path is.
-    pub fn open_bytes(&self, source_paces: bool, is_seen: bool) -> u64 {
+    /// whatever it is asked for, and with `more` after a loss.
+    pub fn open_bytes(&self, source_paces: bool, more: bool) -> u64 {
         let window = self.window_bytes();
         match self.lull {
             Lull::No => {}
@@ -210,7 +210,7 @@ impl Pacer {
             (true, false) => OVER_ASKED,
             (true, true) => OVER_ASKED_AT_FIRST,
         };
-        let surplus = if is_seen { self.surplus_bytes() } else { 0 };
+        let surplus = if more { self.surplus_bytes() } else { 0 };
         // What is in flight has a place in memory when it comes.
         (window * windows)
             .max(window + surplus)
@@ -386,6 +386,8 @@ mod tests {
         paces: bool,
         /// TCP tells of losses all the time, and of no queue.
         lossy: bool,
+        /// The farthest that the source ever seemed to be.
+        farthest: Duration,
     }
 
     /// What came of some seconds: the share of the link used, and the mean time that a small read
@@ -422,6 +424,7 @@ mod tests {
             now = now.max(at);
             bytes += wire;
             pacer.landed(now, now - sent_at, chunk, wire);
+            link.farthest = link.farthest.max(pacer.base());
         }
         for (_, _, chunk, _) in under_way {
             pacer.lost(chunk);
@@ -440,6 +443,7 @@ mod tests {
             guest: true,
             paces: false,
             lossy: false,
+            farthest: Duration::ZERO,
         }
     }
 
@@ -563,6 +567,7 @@ mod tests {
                         format!("{paces}, {lossy}: {mbit} Mbit/s, {at} min: {share:.3}, {base:?}");
                     assert!(share > 0.9, "{told}");
                     assert!(base < most, "{told}");
+                    assert!(link.farthest < link.rtt * 3 / 2, "{told}");
                 }
                 assert_eq!(pacer.surplus_8th == MOST_SURPLUS_8TH, lossy);
             }
