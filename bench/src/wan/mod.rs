@@ -206,6 +206,8 @@ fn cases_of(options: &Options) -> Vec<(LinkCase, Vec<Section>)> {
                 let wanted = |section: &Section| match section {
                     // It has a link of its own.
                     Section::Loss => false,
+                    // It needs more than the time that is left.
+                    Section::Company => asked(Section::Company),
                     Section::Writes | Section::Trace | Section::Seed if options.only.is_empty() => {
                         options.matrix || Some(rtt_ms) == traced
                     }
@@ -220,6 +222,7 @@ fn cases_of(options: &Options) -> Vec<(LinkCase, Vec<Section>)> {
                     Section::Writes,
                     Section::Trace,
                     Section::Seed,
+                    Section::Company,
                 ]
                 .into_iter()
                 .filter(wanted)

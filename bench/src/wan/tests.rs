@@ -104,6 +104,23 @@ fn every_way_of_moving_is_measured() {
     }
 }
 
+/// Slow enough that a small disk lasts.
+#[test]
+#[ignore = "makes network namespaces: needs root"]
+fn what_a_move_gets_beside_others_is_measured() {
+    let found = tables("--size 64 --rtt 4 --rate 20 --only company");
+    for figure in ["beside", "that stream got", "after", "half as long again"] {
+        for column in [
+            "hikkoshi",
+            "hikkoshi, nbdkit source",
+            "nbdcopy, 4 connections",
+        ] {
+            let rate = value(&found["company"], figure, column).unwrap();
+            assert!((0.01..2.5).contains(&rate), "{figure}, {column}: {rate}");
+        }
+    }
+}
+
 #[test]
 fn the_default_is_three_round_trips_and_the_matrix_is_all() {
     let cases = |line: &str| {

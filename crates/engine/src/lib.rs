@@ -17,4 +17,6 @@ pub mod residency;
 pub mod seeding;
 pub mod sync;
 pub mod window;
+#[cfg(all(test, not(loom)))]
+mod window_tests;
 pub mod witness;

@@ -52,6 +52,30 @@ pub const MIN_ROUND: Duration = Duration::from_millis(40);
 /// too high, because arrivals were held up and then came at once, does not.
 const RATE_ROUNDS: usize = 8;
 
+/// Beside others what a single round brings says little: of so many, after the first, it must be more in two.
+const BESIDE_PROBE_ROUNDS: u32 = 4;
+
+/// A queue counts as one that stays when there was one so much more often than none, in rounds. By then the rates from before it
+/// are forgotten, and the window follows them, once: if it was ours, it goes.
+const QUEUED_ROUNDS: u32 = 8;
+
+/// A round trip that is longer than an empty one by what the window is above the product, and this, is a queue.
+const QUEUE_TIME: Duration = Duration::from_millis(1);
+
+/// Where it does not go, whose it is is seen with a window of three quarters of the product: once what was on its way before has
+/// come, for so many rounds.
+const LOOK_ROUNDS: u32 = 3;
+
+/// How much of the window is given up each time that others are still there (in eighths): with what is tried after that it
+/// stays, or it was more than they leave.
+const LOOK_YIELD_8TH: u64 = 1;
+
+/// How often it is looked, by the clock of the host, and the next power of two of it where it is less than so many round
+/// trips: others that send over the same path have that clock, too, and whoever looks alone takes what the others send for
+/// somebody else's queue.
+const LOOK_EVERY: Duration = Duration::from_secs(4);
+const LOOK_TRIPS: u32 = 32;
+
 /// What the window is being used for. Rounds are full rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -60,8 +84,23 @@ enum Stage {
     /// To keep the pipe full, for so many rounds now.
     Cruise { rounds: u32 },
     /// To see whether more would arrive. What a larger window brings arrives a round trip later, so
-    /// the first round does not count.
-    Probe { before: u64, rounds: u32 },
+    /// the first round does not count. What the rate and the window were before, for how many rounds it has been tried, and
+    /// in how many of them more arrived.
+    Probe {
+        before: u64,
+        bytes: u64,
+        rounds: u32,
+        brought: u32,
+    },
+    /// To see whose the queue is. What the window was before, and for how long what was sent with it may still come; then for
+    /// how many rounds it has been looked, in how many of them there was a queue, and the mean round trip.
+    Look {
+        bytes: u64,
+        left: Duration,
+        rounds: u32,
+        queued: u32,
+        trip: Duration,
+    },
 }
 
 /// What a round was like.
@@ -75,10 +114,14 @@ pub struct Round {
     pub full: bool,
     /// There was a queue in front of the path, whoever made it.
     pub queue: bool,
-    /// The round trip of an empty queue.
+    /// The round trip.
+    pub trip: Duration,
+    /// That of an empty queue.
     pub base: Duration,
     /// The least that the window is to be above the product.
     pub slack_bytes: u64,
+    /// It is time to see whose a queue is that stays; see [`is_time_to_look`].
+    pub look: bool,
 }
 
 /// A window; see the [module](self).
@@ -88,6 +131,15 @@ pub struct Window {
     /// Rates of the last full rounds, bytes per second.
     rates: VecDeque<u64>,
     stage: Stage,
+    /// How much more often than not there was a queue lately; see [`QUEUED_ROUNDS`].
+    queued: u32,
+    /// The window has followed what arrives since there was none.
+    has_followed: bool,
+    /// The window when there was none last.
+    free_bytes: u64,
+    /// It stayed when hardly anything of ours was in it, and the round trip was this: somebody else keeps it, or the way has
+    /// become longer.
+    beside_others: Option<Duration>,
 }
 
 impl Default for Window {
@@ -96,6 +148,10 @@ impl Default for Window {
             bytes: FIRST_WINDOW_BYTES,
             rates: VecDeque::with_capacity(RATE_ROUNDS),
             stage: Stage::Start { best: 0, rounds: 0 },
+            queued: 0,
+            has_followed: false,
+            free_bytes: 0,
+            beside_others: None,
         }
     }
 }
@@ -118,6 +174,11 @@ impl Window {
     /// Whether the rate has been found.
     pub fn is_cruising(&self) -> bool {
         matches!(self.stage, Stage::Cruise { .. })
+    }
+
+    /// Whether no more than a part of what fills the path is to be on its way, to see whose a queue is.
+    pub fn is_looking(&self) -> bool {
+        matches!(self.stage, Stage::Look { .. })
     }
 
     /// Whether it is being looked for.
@@ -145,35 +206,113 @@ impl Window {
         let rate = u64::try_from(rate).unwrap_or(u64::MAX);
         // Whoever makes a queue has filled the path: where TCP keeps a sender below the window that is
         // tried, the window is never full, and no more need be tried.
-        let filled = round.full || (round.queue && !self.is_cruising());
-        // A round in which there was little to fetch tells nothing, unless it is the best.
-        if filled || rate > self.rate() {
+        let filled = round.full || (round.queue && !self.is_cruising() && !self.queue_stays());
+        // A round in which there was little to fetch tells nothing, unless it is the best; nor does one in which little was to be
+        // on its way.
+        if !self.is_looking() && (filled || rate > self.rate()) {
             if self.rates.len() == RATE_ROUNDS {
                 self.rates.pop_front();
             }
             self.rates.push_back(rate);
         }
-        if filled {
-            self.stage = self.next_stage(rate);
-            self.fit(round);
+        self.count_queue(round);
+        if filled || (self.queue_stays() && round.bytes > 0) {
+            self.stage = self.next_stage(rate, round);
+            self.fit(rate, round);
         }
     }
 
-    fn fit(&mut self, round: Round) {
-        let product = bytes_in(self.rate(), round.base);
+    /// Whether the round trip was longer than the window explains that fills the path.
+    fn is_longer(&self, round: Round) -> bool {
+        let slack = time_of(round.slack_bytes, self.rate()).max(round.base / 16);
+        round.trip > round.base + slack + QUEUE_TIME
+    }
+
+    fn count_queue(&mut self, round: Round) {
+        if !self.is_cruising() {
+            return;
+        }
+        if self.is_longer(round) {
+            self.queued = QUEUED_ROUNDS.min(self.queued + 1);
+        } else {
+            self.queued = self.queued.saturating_sub(1);
+        }
+        if self.queued == 0 {
+            self.free_bytes = self.bytes;
+            self.has_followed = false;
+        }
+    }
+
+    fn fit(&mut self, rate: u64, round: Round) {
         let window = match self.stage {
             Stage::Start { best, .. } => {
                 let product = bytes_in(best, round.base);
                 self.bytes.max(product * START_GAIN)
             }
-            Stage::Cruise { .. } => product + (product / SLACK).max(round.slack_bytes),
-            Stage::Probe { rounds: 0, .. } => self.bytes / 8 * PROBE_GAIN_8TH,
+            Stage::Cruise { .. } => self.cruising(rate, round),
+            Stage::Probe {
+                bytes, rounds: 0, ..
+            } => bytes / 8 * PROBE_GAIN_8TH,
             Stage::Probe { .. } => self.bytes,
+            Stage::Look { .. } => self.bytes,
         };
         self.bytes = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
     }
 
-    fn next_stage(&self, rate: u64) -> Stage {
+    /// What fills the path; no less than the window is, while there is a queue that may be somebody else's: what arrives beside
+    /// it, over the way without it, is less than what was sent, and would be less again each time.
+    fn cruising(&mut self, rate: u64, round: Round) -> u64 {
+        let way = self.beside_others.unwrap_or(round.base);
+        let fills = |rate| {
+            let product = bytes_in(rate, way);
+            product + (product / SLACK).max(round.slack_bytes)
+        };
+        let queue = self.is_longer(round);
+        let follows = queue && self.queue_stays() && !self.has_followed;
+        self.has_followed |= follows;
+        let kept = if !self.can_look(round) || follows && self.beside_others.is_none() {
+            0
+        } else if queue || self.beside_others.is_some() {
+            self.bytes
+        } else {
+            // It is this round that tells of the path, and not those with a queue before it.
+            self.bytes.min(fills(rate))
+        };
+        fills(self.rate()).max(kept)
+    }
+
+    /// With the least window there may be a queue in front of a slow path, and nothing would be seen.
+    fn can_look(&self, round: Round) -> bool {
+        Self::looking(self.rate(), round) >= MIN_WINDOW_BYTES
+    }
+
+    /// The window with which it is seen whose a queue is, where so much arrives.
+    fn looking(rate: u64, round: Round) -> u64 {
+        bytes_in(rate, round.base) / 4 * 3
+    }
+
+    fn next_stage(&mut self, rate: u64, round: Round) -> Stage {
+        // TCP may send less than the window by now.
+        let looking = Self::looking(rate.min(self.rate()), round);
+        if !self.can_look(round) {
+            self.beside_others = None;
+        } else if round.look && self.queue_stays() && looking >= MIN_WINDOW_BYTES {
+            let before = match self.stage {
+                Stage::Cruise { .. } => Some(self.bytes),
+                Stage::Probe { bytes, .. } => Some(bytes),
+                Stage::Start { .. } | Stage::Look { .. } => None,
+            };
+            if let Some(bytes) = before {
+                self.bytes = looking;
+                return Stage::Look {
+                    bytes,
+                    left: round.trip,
+                    rounds: 0,
+                    queued: 0,
+                    trip: Duration::ZERO,
+                };
+            }
+        }
         match self.stage {
             Stage::Start { best, .. } if rate > best + best / 4 => Stage::Start {
                 best: rate,
@@ -183,24 +322,123 @@ impl Window {
                 best,
                 rounds: rounds + 1,
             },
-            Stage::Start { .. } => Stage::Cruise { rounds: 0 },
+            Stage::Start { .. } => self.cruise(0),
             Stage::Cruise { rounds } if rounds + 1 < CRUISE_ROUNDS => {
                 Stage::Cruise { rounds: rounds + 1 }
             }
-            Stage::Cruise { .. } => Stage::Probe {
-                before: self.rate(),
+            Stage::Cruise { .. } => self.probe(self.bytes),
+            Stage::Probe {
+                before,
+                bytes,
                 rounds: 0,
+                ..
+            } => Stage::Probe {
+                before,
+                bytes,
+                rounds: 1,
+                brought: 0,
             },
-            Stage::Probe { before, rounds: 0 } => Stage::Probe { before, rounds: 1 },
-            Stage::Probe { before, .. } if rate > before / 16 * PROBE_SUCCESS_16TH => {
+            Stage::Probe { before, .. }
+                if self.beside_others.is_none() && rate > before / 16 * PROBE_SUCCESS_16TH =>
+            {
                 Stage::Start {
                     best: rate,
                     rounds: 0,
                 }
             }
-            Stage::Probe { .. } => Stage::Cruise { rounds: 0 },
+            Stage::Probe {
+                before,
+                bytes,
+                rounds,
+                brought,
+            } if self.beside_others.is_some() && rounds < BESIDE_PROBE_ROUNDS => {
+                let more = round.full && rate > before / 16 * PROBE_SUCCESS_16TH;
+                let brought = brought + u32::from(more);
+                if brought == 2 {
+                    return self.probe(self.bytes);
+                }
+                Stage::Probe {
+                    before,
+                    bytes,
+                    rounds: rounds + 1,
+                    brought,
+                }
+            }
+            Stage::Probe { bytes, .. } => self.cruise(bytes),
+            Stage::Look {
+                bytes,
+                left,
+                rounds,
+                queued,
+                trip,
+            } => {
+                let look = |left, rounds, queued, trip| Stage::Look {
+                    bytes,
+                    left,
+                    rounds,
+                    queued,
+                    trip,
+                };
+                if !left.is_zero() {
+                    return look(left.saturating_sub(round.took), rounds, queued, trip);
+                }
+                // Demand is not held back, and may be more than that.
+                let is_ours = bytes_in(rate, round.trip) > self.bytes / 2 * 3;
+                let queued = queued + u32::from(self.is_longer(round) && !is_ours);
+                let trip = trip + round.trip / LOOK_ROUNDS;
+                if rounds + 1 < LOOK_ROUNDS {
+                    return look(left, rounds + 1, queued, trip);
+                }
+                self.end_look(bytes, (queued * 2 > LOOK_ROUNDS).then_some(trip))
+            }
         }
     }
+
+    /// The window was `bytes`; when hardly anything was on its way, there was a queue and the round trip was `others`, or there
+    /// was none.
+    fn end_look(&mut self, bytes: u64, others: Option<Duration>) -> Stage {
+        let newly = self.beside_others.is_none();
+        self.beside_others = others;
+        self.queued = 0;
+        self.has_followed = false;
+        match others {
+            // What was lost to them meanwhile is to come back. (Since then the path may have become another.)
+            Some(trip) if newly => {
+                let most = bytes_in(self.rate(), trip) * 2;
+                self.probe(bytes.max(self.free_bytes.min(most)))
+            }
+            Some(_) => self.probe(bytes / 8 * (8 - LOOK_YIELD_8TH)),
+            None => self.cruise(0),
+        }
+    }
+
+    /// Keeps the pipe full from now on. Where there is a queue, with no less than `bytes`.
+    fn cruise(&mut self, bytes: u64) -> Stage {
+        self.bytes = bytes;
+        Stage::Cruise { rounds: 0 }
+    }
+
+    fn queue_stays(&self) -> bool {
+        self.beside_others.is_some() || self.queued == QUEUED_ROUNDS
+    }
+
+    fn probe(&self, bytes: u64) -> Stage {
+        Stage::Probe {
+            before: self.rate(),
+            bytes,
+            rounds: 0,
+            brought: 0,
+        }
+    }
+}
+
+/// Whether between two times since the epoch (1970) one came at which everybody looks whose a queue is, where a round trip is
+/// `base`.
+pub fn is_time_to_look(before: Duration, now: Duration, base: Duration) -> bool {
+    let trips = u64::try_from((base * LOOK_TRIPS).as_millis()).unwrap_or(u64::MAX / 2);
+    let every = LOOK_EVERY.as_secs().max(trips.div_ceil(1000));
+    let every = every.next_power_of_two();
+    now.as_secs() / every > before.as_secs() / every
 }
 
 /// How many bytes pass in `time` at `rate` bytes per second.
@@ -230,8 +468,10 @@ mod tests {
             took: BASE,
             full: window.bytes() <= tcp_bytes,
             queue: on_their_way > product + product / SLACK,
+            trip: BASE,
             base: BASE,
             slack_bytes: 0,
+            look: false,
         }
     }
 

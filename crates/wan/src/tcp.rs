@@ -1,7 +1,7 @@
 //! What TCP tells of a connection.
 
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use socket2::Socket;
 
@@ -71,6 +71,12 @@ impl TcpInfo {
 /// it go: TCP, whose window may still be the smaller one when it has outgrown the path, makes a queue of its own.
 pub fn is_queue(trip: Duration, base: Duration) -> bool {
     trip > base + base / 16 + QUEUE_TIME
+}
+
+/// The time since the epoch (1970), by the clock of the host.
+pub fn since_epoch() -> Duration {
+    let passed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    passed.unwrap_or_default()
 }
 
 #[cfg(test)]

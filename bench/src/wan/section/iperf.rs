@@ -93,7 +93,7 @@ impl Sending {
     }
 
     /// What it got once all is sent, in 10^6 bytes a second.
-    fn rate(mut self, limit: Duration) -> Result<f64> {
+    pub fn rate(mut self, limit: Duration) -> Result<f64> {
         let status = self.client.wait(limit)?;
         let said = std::fs::read_to_string(self.listening.said())?;
         ensure!(status.success(), "iperf3 failed, {status}: {said}");

@@ -4,6 +4,7 @@
 //! a table and, where time matters, charts.
 
 mod cold;
+mod company;
 mod copy;
 mod incompressible;
 mod iperf;
@@ -54,6 +55,8 @@ pub enum Section {
     Seed,
     /// A link that loses packets
     Loss,
+    /// A link that another stream fills, and one that becomes longer: only when asked for
+    Company,
 }
 
 /// What a section found.
@@ -83,6 +86,7 @@ impl Section {
             Self::Trace => trace::run(bench, sites),
             Self::Seed => seed::run(bench, sites),
             Self::Loss => loss::run(bench, sites),
+            Self::Company => company::run(bench, sites),
         }
     }
 }

@@ -14,7 +14,7 @@
 
 use std::time::Duration;
 
-use crate::window::{MAX_WINDOW_BYTES, MIN_ROUND, Round, Window, bytes_in};
+use crate::window::{MAX_WINDOW_BYTES, MIN_ROUND, Round, Window, bytes_in, is_time_to_look};
 
 /// The smallest and largest chunk of the background copy.
 const MIN_CHUNK_BYTES: u64 = 16 << 10;
@@ -75,12 +75,16 @@ const LOSS_LASTS: Duration = Duration::from_secs(10);
 const MOST_SURPLUS_8TH: u64 = 8;
 
 /// How the path to a source is, as TCP here tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PathSeen {
     /// More is on its way than fills it.
     pub queue: bool,
+    /// The round trip.
+    pub trip: Duration,
     /// How many packets have come out of order so far. More of them: some were lost.
     pub out_of_order: u64,
+    /// When that was, by the clock of the host, since the epoch.
+    pub since_epoch: Duration,
 }
 
 impl PathSeen {
@@ -121,11 +125,13 @@ pub(crate) struct Pacer {
     lull: Lull,
     /// The window, and not the cap or the disk, held something back in this round.
     held_back: bool,
-    /// There is no queue on the path, as TCP told last, and when it told of a loss.
-    is_free: bool,
+    /// What TCP told last, and when it told of a loss.
+    seen: Option<PathSeen>,
     lost_at: Option<Duration>,
     /// What may be in flight besides the window, in eighths of the most.
     surplus_8th: u64,
+    /// What the clock of the host was when the round began, as far as TCP told.
+    round_started_at: Duration,
 }
 
 impl Pacer {
@@ -142,9 +148,10 @@ impl Pacer {
             drained_at: None,
             lull: Lull::No,
             held_back: false,
-            is_free: false,
+            seen: None,
             lost_at: None,
             surplus_8th: 0,
+            round_started_at: Duration::ZERO,
         }
     }
 
@@ -233,12 +240,23 @@ impl Pacer {
         most / 8 * self.surplus_8th
     }
 
-    /// TCP tells whether there is a queue on the path, and whether something was lost since it told last.
-    pub fn sees(&mut self, now: Duration, queue: bool, lost: bool) {
-        self.is_free = !queue;
+    /// TCP tells how the path is, and whether something was lost since it told last.
+    pub fn sees(&mut self, now: Duration, seen: PathSeen, lost: bool) {
+        self.seen = Some(seen);
         if lost {
             self.lost_at = Some(now);
         }
+    }
+
+    /// TCP tells nothing of the path any more.
+    pub fn sees_nothing(&mut self) {
+        self.seen = None;
+    }
+
+    /// How the path is, as was told last.
+    #[cfg(all(test, not(loom)))]
+    pub fn seen(&self) -> Option<PathSeen> {
+        self.seen
     }
 
     /// When something was lost last.
@@ -309,7 +327,8 @@ impl Pacer {
         let lossy = self
             .lost_at
             .is_some_and(|at| now.saturating_sub(at) < LOSS_LASTS);
-        self.surplus_8th = match (lossy && self.is_free, full) {
+        let is_free = self.seen.is_some_and(|seen| !seen.queue);
+        self.surplus_8th = match (lossy && is_free, full) {
             (true, true) => MOST_SURPLUS_8TH.min(self.surplus_8th + 1),
             (true, false) => self.surplus_8th,
             (false, _) => 0,
@@ -318,13 +337,22 @@ impl Pacer {
 
     fn end_round(&mut self, now: Duration) {
         let full = self.held_back && self.lull != Lull::Drain;
+        let queue = self.seen.filter(|seen| seen.queue);
+        let base = self.base();
+        let before = self.round_started_at;
+        if let Some(seen) = self.seen {
+            self.round_started_at = seen.since_epoch;
+        }
         self.window.end_round(Round {
             bytes: self.round_bytes,
             took: now.saturating_sub(self.round_started),
             full,
-            queue: false,
-            base: self.base(),
+            queue: queue.is_some(),
+            // The shortest that is known here may be as long by now.
+            trip: queue.map_or(base, |seen| seen.trip.max(base)),
+            base,
             slack_bytes: self.wire_chunk(),
+            look: is_time_to_look(before, self.round_started_at, base),
         });
         self.round_bytes = 0;
         self.round_started = now;
@@ -386,6 +414,8 @@ mod tests {
         paces: bool,
         /// TCP tells of losses all the time, and of no queue.
         lossy: bool,
+        /// TCP tells of queues, by the round trip that was the shortest.
+        told_from: Option<Duration>,
         /// The farthest that the source ever seemed to be.
         farthest: Duration,
     }
@@ -399,7 +429,17 @@ mod tests {
             // Half of what waits before and half of what waits after: the mean over time.
             queue += link.free_at.saturating_sub(now + link.rtt / 2) / 2;
             if link.lossy {
-                pacer.sees(now, false, true);
+                pacer.sees(now, told(false), true);
+            }
+            if let Some(shortest) = link.told_from {
+                let trip = link.rtt + link.free_at.saturating_sub(now + link.rtt / 2);
+                let seen = PathSeen {
+                    queue: trip > shortest + shortest / 16 + Duration::from_millis(2),
+                    trip,
+                    since_epoch: now,
+                    ..PathSeen::default()
+                };
+                pacer.sees(now, seen, false);
             }
             while pacer.may_send(link.paces) {
                 let chunk = pacer.chunk_bytes();
@@ -433,6 +473,13 @@ mod tests {
         (bytes as f64 / could, queue / looks)
     }
 
+    fn told(queue: bool) -> PathSeen {
+        PathSeen {
+            queue,
+            ..PathSeen::default()
+        }
+    }
+
     fn link(mbit: u64, rtt_ms: u64) -> Link {
         Link {
             rate: mbit * 125_000,
@@ -443,6 +490,7 @@ mod tests {
             guest: true,
             paces: false,
             lossy: false,
+            told_from: None,
             farthest: Duration::ZERO,
         }
     }
@@ -519,7 +567,7 @@ mod tests {
         let (mut pacer, mut link, mut now) = (Pacer::new(), link(400, 50), Duration::ZERO);
         // Windows that may be in flight after so many rounds more, in eighths.
         let mut after = |rounds: u32, queue, lost| {
-            pacer.sees(now, queue, lost);
+            pacer.sees(now, told(queue), lost);
             let to = now + link.rtt * rounds;
             drive(&mut pacer, &mut link, now, to);
             now = to;
@@ -542,7 +590,7 @@ mod tests {
         let (mut pacer, mut link) = (Pacer::new(), link(100, 5));
         let second = Duration::from_secs(1);
         drive(&mut pacer, &mut link, Duration::ZERO, second);
-        pacer.sees(second, false, true);
+        pacer.sees(second, told(false), true);
         drive(&mut pacer, &mut link, second, second * 2);
         let chunk = pacer.chunk_bytes();
         assert!(pacer.window_bytes() < chunk * CHUNKS_IN_WINDOW / 2);
@@ -594,6 +642,32 @@ mod tests {
             }
             assert!(wanted.contains(&drains), "{drains} times in 20 s");
             assert!((1..=3).contains(&rests), "{rests} rounds for it");
+        }
+    }
+
+    /// As TCP tells: the window fills a way that has become longer, long before the round trips of the short one are forgotten,
+    /// and is as it was when it is short again.
+    #[test]
+    fn a_way_that_becomes_longer_is_filled_where_tcp_tells() {
+        for tells in [true, false] {
+            let (mut pacer, mut link) = (Pacer::new(), link(400, 50));
+            let (short, second) = (link.rtt, Duration::from_secs(1));
+            link.told_from = tells.then_some(short);
+            drive(&mut pacer, &mut link, Duration::ZERO, second * 4);
+            link.rtt = short * 3 / 2;
+            drive(&mut pacer, &mut link, second * 4, second * 10);
+            let (share, queue) = drive(&mut pacer, &mut link, second * 10, second * 18);
+            let there = format!("{tells}: {share:.2}, queue {queue:?}");
+            link.rtt = short;
+            drive(&mut pacer, &mut link, second * 18, second * 28);
+            let (share_back, queue_back) = drive(&mut pacer, &mut link, second * 28, second * 60);
+            if tells {
+                assert!(share > 0.85 && queue < short, "{there}");
+            } else {
+                assert!(share < 0.5, "{there}");
+            }
+            let back = format!("{tells}: {share_back:.2}, queue {queue_back:?}");
+            assert!(share_back > 0.92 && queue_back < short / 5, "{back}");
         }
     }
 

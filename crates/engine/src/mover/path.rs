@@ -206,19 +206,32 @@ impl Seat {
             return;
         };
         let before = std::mem::replace(&mut seat.seen, seen);
+        let all = state.seats.values().filter_map(|seat| seat.seen);
+        let Some(worst) = all.max_by_key(|seen| (seen.queue, seen.trip)) else {
+            state.pacer.sees_nothing();
+            return;
+        };
         let Some(seen) = seen else {
             return;
         };
         let lost = before.is_some_and(|before| seen.shows_loss_since(&before));
-        let mut all = state.seats.values().filter_map(|seat| seat.seen);
-        let queue = all.any(|seen| seen.queue);
-        state.pacer.sees(now + place.behind, queue, lost);
+        let all = PathSeen {
+            since_epoch: seen.since_epoch,
+            ..worst
+        };
+        state.pacer.sees(now + place.behind, all, lost);
     }
 
     /// When something was lost last on the path.
     #[cfg(all(test, not(loom)))]
     pub fn lost_at(&self) -> Option<Duration> {
         self.place().path.state().pacer.lost_at()
+    }
+
+    /// How the path is, as was told last.
+    #[cfg(all(test, not(loom)))]
+    pub fn seen(&self) -> Option<PathSeen> {
+        self.place().path.state().pacer.seen()
     }
 
     /// See [`Pacer::chunk_bytes`].

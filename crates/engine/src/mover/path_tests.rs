@@ -303,11 +303,9 @@ fn a_loss_is_told_by_the_connections_that_had_it() {
     });
     let tell = |now, more| {
         for (seat, out_of_order) in &seats {
-            let out_of_order = out_of_order + more;
-            let queue = false;
             let seen = PathSeen {
-                queue,
-                out_of_order,
+                out_of_order: out_of_order + more,
+                ..PathSeen::default()
             };
             seat.sees(now, Some(seen));
         }
@@ -318,6 +316,30 @@ fn a_loss_is_told_by_the_connections_that_had_it() {
     assert_eq!(tell(MS * 3, 1), Some(MS * 3));
     // Connections that have ended take what they told along.
     assert_eq!(tell(MS * 4, 0), Some(MS * 3));
+}
+
+/// What was told by connections that are gone is forgotten with the last of them.
+#[test]
+fn a_queue_is_that_of_whoever_still_tells() {
+    let path = Arc::new(Path::default());
+    let [one, other] = [0; 2].map(|_| {
+        let seat = Seat::alone();
+        seat.move_to(&path, Duration::ZERO);
+        seat
+    });
+    let seen = |queue, ms| PathSeen {
+        queue,
+        trip: MS * ms,
+        ..PathSeen::default()
+    };
+    one.sees(MS, Some(seen(true, 70)));
+    other.sees(MS * 2, Some(seen(false, 50)));
+    assert_eq!(one.seen(), Some(seen(true, 70)));
+    one.sees(MS * 3, None);
+    other.sees(MS * 4, Some(seen(false, 51)));
+    assert_eq!(one.seen(), Some(seen(false, 51)));
+    other.sees(MS * 5, None);
+    assert_eq!(one.seen(), None);
 }
 
 /// After a loss more is asked for than the window, but not of the background copy while a stream is read ahead.
@@ -331,15 +353,11 @@ fn after_a_loss_the_copy_asks_for_no_more_beside_what_is_read_ahead() {
             seat.sent(seat.chunk_bytes());
         }
         now += RTT;
-        let queue = false;
-        let out_of_order = losses;
-        seat.sees(
-            now,
-            Some(PathSeen {
-                queue,
-                out_of_order,
-            }),
-        );
+        let seen = PathSeen {
+            out_of_order: losses,
+            ..PathSeen::default()
+        };
+        seat.sees(now, Some(seen));
         // No more than 100 Mbit/s carry in a round trip, over and over.
         let carried = RTT.as_secs_f64() * 12.5e6;
         let all: u64 = asked.iter().sum();

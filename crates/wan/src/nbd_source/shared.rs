@@ -24,7 +24,7 @@ use super::job::Job;
 use super::line::Line;
 use super::replies::Others;
 use crate::source::{Lane, SourceError, SourceErrorKind, SourceInfo};
-use crate::tcp::is_queue;
+use crate::tcp::{is_queue, since_epoch};
 
 /// How long a connection that has shaken hands waits for another that was to be the first and has not:
 /// both were dialled at the same time, but a packet may have been lost.
@@ -545,10 +545,13 @@ impl Shared {
                 .chain(tells.then_some(told.round_trip))
                 .min();
         }
+        let (base, trip) = (base?, trip?);
         Some(PathSeen {
             // What is asked for over frames waits there, and not on the path.
-            queue: is_queue(trip?, base?) && !passes,
+            queue: is_queue(trip, base) && !passes,
+            trip,
             out_of_order,
+            since_epoch: since_epoch(),
         })
     }
 

@@ -16,8 +16,8 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use hikkoshi_engine::window::{MIN_ROUND, Round, Window, bytes_in, time_of};
-use hikkoshi_wan::tcp::{TcpInfo, is_queue};
+use hikkoshi_engine::window::{MIN_ROUND, Round, Window, bytes_in, is_time_to_look, time_of};
+use hikkoshi_wan::tcp::{TcpInfo, is_queue, since_epoch};
 use hikkoshi_wan::transport::limits;
 use socket2::Socket;
 
@@ -75,6 +75,8 @@ struct State {
     next_seat: u64,
     window: Window,
     round_started: Instant,
+    /// The same by the clock of the host, since the epoch.
+    round_started_at: Duration,
     /// The shortest round trip.
     base: Duration,
     /// Acknowledged in this round on connections that have ended since.
@@ -138,6 +140,7 @@ impl Pace {
                         next_seat: 0,
                         window: Window::across(base),
                         round_started: Instant::now(),
+                        round_started_at: since_epoch(),
                         base,
                         left_bytes: 0,
                         held_back: false,
@@ -217,7 +220,7 @@ impl State {
     /// while there is no queue, each connection has something unsent.
     fn tcp_holds_back(&self, now: Instant, seat: u64) -> bool {
         let lossy = |at| now.saturating_duration_since(at) < LOSS_LASTS;
-        if !self.is_free || !self.lost_at.is_some_and(lossy) {
+        if !self.is_free || !self.lost_at.is_some_and(lossy) || self.window.is_looking() {
             return false;
         }
         let Some(Seat { socket, .. }) = self.seats.get(&seat) else {
@@ -292,14 +295,18 @@ impl State {
             self.is_free = !queue;
         }
         let between = bytes_in(self.window.rate(), SLACK_TIME);
+        let round_ended_at = since_epoch();
         self.window.end_round(Round {
             bytes,
             took,
             full: self.held_back,
             queue,
+            trip: trip.unwrap_or(base),
             base,
             slack_bytes: between + SLACK_BYTES,
+            look: is_time_to_look(self.round_started_at, round_ended_at, base),
         });
+        self.round_started_at = round_ended_at;
         self.round_started = now;
         self.held_back = false;
     }
@@ -513,8 +520,10 @@ mod tests {
                 took: MIN_ROUND,
                 full: true,
                 queue: false,
+                trip: MIN_ROUND,
                 base: MIN_ROUND,
                 slack_bytes: 0,
+                look: false,
             });
         }
         assert!(state.is_by_chance(now, MIN_ROUND));
