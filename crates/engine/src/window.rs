@@ -59,12 +59,14 @@ const BESIDE_PROBE_ROUNDS: u32 = 4;
 /// are forgotten, and the window follows them, once: if it was ours, it goes.
 const QUEUED_ROUNDS: u32 = 8;
 
-/// A round trip that is longer than an empty one by what the window is above the product, and this, is a queue.
+/// A round trip that is longer than an empty one by what the window is above the product, and this, is a queue; and over a long
+/// way by as much as a rate may be measured too high: a part of the way.
 const QUEUE_TIME: Duration = Duration::from_millis(1);
+const QUEUE_PART: u32 = 32;
 
 /// Where it does not go, whose it is is seen with a window of three quarters of the product: once what was on its way before has
-/// come, for so many rounds.
-const LOOK_ROUNDS: u32 = 3;
+/// come, and a mean of round trips has followed, for so many rounds.
+const LOOK_ROUNDS: u32 = 2;
 
 /// How much of the window is given up each time that others are still there (in eighths): with what is tried after that it
 /// stays, or it was more than they leave.
@@ -93,13 +95,12 @@ enum Stage {
         brought: u32,
     },
     /// To see whose the queue is. What the window was before, and for how long what was sent with it may still come; then for
-    /// how many rounds it has been looked, in how many of them there was a queue, and the mean round trip.
+    /// how many rounds it has been looked, and in how many of them there was a queue.
     Look {
         bytes: u64,
         left: Duration,
         rounds: u32,
         queued: u32,
-        trip: Duration,
     },
 }
 
@@ -225,7 +226,7 @@ impl Window {
     /// Whether the round trip was longer than the window explains that fills the path.
     fn is_longer(&self, round: Round) -> bool {
         let slack = time_of(round.slack_bytes, self.rate()).max(round.base / 16);
-        round.trip > round.base + slack + QUEUE_TIME
+        round.trip > round.base + slack + QUEUE_TIME.max(round.base / QUEUE_PART)
     }
 
     fn count_queue(&mut self, round: Round) {
@@ -253,8 +254,7 @@ impl Window {
             Stage::Probe {
                 bytes, rounds: 0, ..
             } => bytes / 8 * PROBE_GAIN_8TH,
-            Stage::Probe { .. } => self.bytes,
-            Stage::Look { .. } => self.bytes,
+            Stage::Probe { .. } | Stage::Look { .. } => self.bytes,
         };
         self.bytes = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
     }
@@ -281,35 +281,32 @@ impl Window {
         fills(self.rate()).max(kept)
     }
 
-    /// With the least window there may be a queue in front of a slow path, and nothing would be seen.
+    /// With less than the least window there may be a queue in front of a slow path, and nothing would be seen.
     fn can_look(&self, round: Round) -> bool {
-        Self::looking(self.rate(), round) >= MIN_WINDOW_BYTES
-    }
-
-    /// The window with which it is seen whose a queue is, where so much arrives.
-    fn looking(rate: u64, round: Round) -> u64 {
-        bytes_in(rate, round.base) / 4 * 3
+        bytes_in(self.rate(), round.base) >= MIN_WINDOW_BYTES
     }
 
     fn next_stage(&mut self, rate: u64, round: Round) -> Stage {
         // TCP may send less than the window by now.
-        let looking = Self::looking(rate.min(self.rate()), round);
+        let product = bytes_in(rate.min(self.rate()), round.base);
         if !self.can_look(round) {
             self.beside_others = None;
-        } else if round.look && self.queue_stays() && looking >= MIN_WINDOW_BYTES {
+            if self.is_looking() {
+                return self.cruise(0);
+            }
+        } else if round.look && self.queue_stays() && product >= MIN_WINDOW_BYTES {
             let before = match self.stage {
                 Stage::Cruise { .. } => Some(self.bytes),
                 Stage::Probe { bytes, .. } => Some(bytes),
                 Stage::Start { .. } | Stage::Look { .. } => None,
             };
             if let Some(bytes) = before {
-                self.bytes = looking;
+                self.bytes = product / 4 * 3;
                 return Stage::Look {
                     bytes,
-                    left: round.trip,
+                    left: round.trip + round.base,
                     rounds: 0,
                     queued: 0,
-                    trip: Duration::ZERO,
                 };
             }
         }
@@ -365,31 +362,30 @@ impl Window {
                 }
             }
             Stage::Probe { bytes, .. } => self.cruise(bytes),
+            // Nothing came, which tells nothing.
+            Stage::Look { .. } if round.bytes == 0 => self.stage,
             Stage::Look {
                 bytes,
                 left,
                 rounds,
                 queued,
-                trip,
             } => {
-                let look = |left, rounds, queued, trip| Stage::Look {
+                let look = |left, rounds, queued| Stage::Look {
                     bytes,
                     left,
                     rounds,
                     queued,
-                    trip,
                 };
                 if !left.is_zero() {
-                    return look(left.saturating_sub(round.took), rounds, queued, trip);
+                    return look(left.saturating_sub(round.took), rounds, queued);
                 }
                 // Demand is not held back, and may be more than that.
-                let is_ours = bytes_in(rate, round.trip) > self.bytes / 2 * 3;
+                let is_ours = bytes_in(rate, round.trip) > self.bytes * 2;
                 let queued = queued + u32::from(self.is_longer(round) && !is_ours);
-                let trip = trip + round.trip / LOOK_ROUNDS;
                 if rounds + 1 < LOOK_ROUNDS {
-                    return look(left, rounds + 1, queued, trip);
+                    return look(left, rounds + 1, queued);
                 }
-                self.end_look(bytes, (queued * 2 > LOOK_ROUNDS).then_some(trip))
+                self.end_look(bytes, (queued == LOOK_ROUNDS).then_some(round.trip))
             }
         }
     }
@@ -400,7 +396,6 @@ impl Window {
         let newly = self.beside_others.is_none();
         self.beside_others = others;
         self.queued = 0;
-        self.has_followed = false;
         match others {
             // What was lost to them meanwhile is to come back. (Since then the path may have become another.)
             Some(trip) if newly => {
@@ -433,9 +428,9 @@ impl Window {
 }
 
 /// Whether between two times since the epoch (1970) one came at which everybody looks whose a queue is, where a round trip is
-/// `base`.
-pub fn is_time_to_look(before: Duration, now: Duration, base: Duration) -> bool {
-    let trips = u64::try_from((base * LOOK_TRIPS).as_millis()).unwrap_or(u64::MAX / 2);
+/// now `trip`.
+pub fn is_time_to_look(before: Duration, now: Duration, trip: Duration) -> bool {
+    let trips = u64::try_from((trip * LOOK_TRIPS).as_millis()).unwrap_or(u64::MAX / 2);
     let every = LOOK_EVERY.as_secs().max(trips.div_ceil(1000));
     let every = every.next_power_of_two();
     now.as_secs() / every > before.as_secs() / every

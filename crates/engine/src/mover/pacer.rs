@@ -217,7 +217,11 @@ impl Pacer {
             (true, false) => OVER_ASKED,
             (true, true) => OVER_ASKED_AT_FIRST,
         };
-        let surplus = if more { self.surplus_bytes() } else { 0 };
+        let surplus = if more && !self.window.is_looking() {
+            self.surplus_bytes()
+        } else {
+            0
+        };
         // What is in flight has a place in memory when it comes.
         (window * windows)
             .max(window + surplus)
@@ -290,7 +294,10 @@ impl Pacer {
         self.learn_base(now, rtt);
         self.learn_ratio(bytes, wire_bytes);
         self.round_bytes += wire_bytes;
-        let over = now.saturating_sub(self.round_started) >= self.base().max(MIN_ROUND);
+        // What is told of the path is of a round trip, and what comes of it may come in bursts.
+        let trip = self.seen.filter(|seen| seen.queue).map(|seen| seen.trip);
+        let round = self.base().max(trip.unwrap_or_default()).max(MIN_ROUND);
+        let over = now.saturating_sub(self.round_started) >= round;
         if over {
             self.end_round(now);
         }
@@ -343,16 +350,17 @@ impl Pacer {
         if let Some(seen) = self.seen {
             self.round_started_at = seen.since_epoch;
         }
+        // The shortest that is known here may be as long by now.
+        let trip = queue.map_or(base, |seen| seen.trip.max(base));
         self.window.end_round(Round {
             bytes: self.round_bytes,
             took: now.saturating_sub(self.round_started),
             full,
             queue: queue.is_some(),
-            // The shortest that is known here may be as long by now.
-            trip: queue.map_or(base, |seen| seen.trip.max(base)),
+            trip,
             base,
             slack_bytes: self.wire_chunk(),
-            look: is_time_to_look(before, self.round_started_at, base),
+            look: is_time_to_look(before, self.round_started_at, trip),
         });
         self.round_bytes = 0;
         self.round_started = now;

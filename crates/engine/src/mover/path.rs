@@ -18,6 +18,9 @@ use super::pacer::{Pacer, PathSeen};
 /// Fractions of the window are counted in these.
 const WHOLE: u64 = 1 << 16;
 
+/// What a disk's connections told is believed for so long, where another's tell: the disk may have arrived.
+const TOLD_FOR: Duration = Duration::from_secs(1);
+
 /// A link, for [`Mover::share`](super::Mover::share).
 #[derive(Debug, Default)]
 pub struct Path {
@@ -206,8 +209,10 @@ impl Seat {
             return;
         };
         let before = std::mem::replace(&mut seat.seen, seen);
-        let all = state.seats.values().filter_map(|seat| seat.seen);
-        let Some(worst) = all.max_by_key(|seen| (seen.queue, seen.trip)) else {
+        let all = || state.seats.values().filter_map(|seat| seat.seen);
+        let newest = all().map(|seen| seen.since_epoch).max().unwrap_or_default();
+        let lately = all().filter(|seen| seen.since_epoch + TOLD_FOR >= newest);
+        let Some(worst) = lately.max_by_key(|seen| (seen.queue, seen.trip)) else {
             state.pacer.sees_nothing();
             return;
         };

@@ -335,6 +335,12 @@ fn a_queue_is_that_of_whoever_still_tells() {
     one.sees(MS, Some(seen(true, 70)));
     other.sees(MS * 2, Some(seen(false, 50)));
     assert_eq!(one.seen(), Some(seen(true, 70)));
+    let later = PathSeen {
+        since_epoch: Duration::from_millis(1001),
+        ..seen(false, 52)
+    };
+    other.sees(MS * 3, Some(later));
+    assert_eq!(one.seen(), Some(later));
     one.sees(MS * 3, None);
     other.sees(MS * 4, Some(seen(false, 51)));
     assert_eq!(one.seen(), Some(seen(false, 51)));

@@ -77,8 +77,9 @@ struct State {
     round_started: Instant,
     /// The same by the clock of the host, since the epoch.
     round_started_at: Duration,
-    /// The shortest round trip.
+    /// The shortest round trip, and that of the last round.
     base: Duration,
+    trip: Duration,
     /// Acknowledged in this round on connections that have ended since.
     left_bytes: u64,
     /// Something was held back in this round.
@@ -142,6 +143,7 @@ impl Pace {
                         round_started: Instant::now(),
                         round_started_at: since_epoch(),
                         base,
+                        trip: base,
                         left_bytes: 0,
                         held_back: false,
                         is_free: false,
@@ -261,7 +263,8 @@ impl State {
         let trips = told.values().filter_map(|told| told.shortest_round_trip);
         let base = trips.min().unwrap_or(Duration::ZERO);
         let took = now.saturating_duration_since(self.round_started);
-        if took < base {
+        // What goes one way in bursts comes back in bursts.
+        if took < base.max(self.trip) {
             return;
         }
         self.base = base;
@@ -294,6 +297,7 @@ impl State {
         if trip.is_some() {
             self.is_free = !queue;
         }
+        self.trip = trip.unwrap_or(base);
         let between = bytes_in(self.window.rate(), SLACK_TIME);
         let round_ended_at = since_epoch();
         self.window.end_round(Round {
@@ -301,10 +305,10 @@ impl State {
             took,
             full: self.held_back,
             queue,
-            trip: trip.unwrap_or(base),
+            trip: self.trip,
             base,
             slack_bytes: between + SLACK_BYTES,
-            look: is_time_to_look(self.round_started_at, round_ended_at, base),
+            look: is_time_to_look(self.round_started_at, round_ended_at, self.trip),
         });
         self.round_started_at = round_ended_at;
         self.round_started = now;
