@@ -195,6 +195,17 @@ impl Pacer {
         self.base.unwrap_or(Duration::ZERO)
     }
 
+    /// What TCP told last, if there is a queue.
+    fn queue(&self) -> Option<PathSeen> {
+        self.seen.filter(|seen| seen.queue)
+    }
+
+    /// The round trip, with the queue that there is. (The shortest that is known here may be as long by now.)
+    fn trip(&self) -> Duration {
+        let base = self.base();
+        self.queue().map_or(base, |seen| seen.trip.max(base))
+    }
+
     /// Whether what nobody waits for may go now, with one disk at the link.
     #[cfg(all(test, not(loom)))]
     pub fn may_send(&mut self, source_paces: bool) -> bool {
@@ -294,10 +305,8 @@ impl Pacer {
         self.learn_base(now, rtt);
         self.learn_ratio(bytes, wire_bytes);
         self.round_bytes += wire_bytes;
-        // What is told of the path is of a round trip, and what comes of it may come in bursts.
-        let trip = self.seen.filter(|seen| seen.queue).map(|seen| seen.trip);
-        let round = self.base().max(trip.unwrap_or_default()).max(MIN_ROUND);
-        let over = now.saturating_sub(self.round_started) >= round;
+        // What goes one way in bursts comes back in bursts.
+        let over = now.saturating_sub(self.round_started) >= self.trip().max(MIN_ROUND);
         if over {
             self.end_round(now);
         }
@@ -344,21 +353,18 @@ impl Pacer {
 
     fn end_round(&mut self, now: Duration) {
         let full = self.held_back && self.lull != Lull::Drain;
-        let queue = self.seen.filter(|seen| seen.queue);
-        let base = self.base();
+        let trip = self.trip();
         let before = self.round_started_at;
         if let Some(seen) = self.seen {
             self.round_started_at = seen.since_epoch;
         }
-        // The shortest that is known here may be as long by now.
-        let trip = queue.map_or(base, |seen| seen.trip.max(base));
         self.window.end_round(Round {
             bytes: self.round_bytes,
             took: now.saturating_sub(self.round_started),
             full,
-            queue: queue.is_some(),
+            queue: self.queue().is_some(),
             trip,
-            base,
+            base: self.base(),
             slack_bytes: self.wire_chunk(),
             look: is_time_to_look(before, self.round_started_at, trip),
         });
