@@ -209,20 +209,20 @@ impl Seat {
             return;
         };
         let before = std::mem::replace(&mut seat.seen, seen);
-        let all = || state.seats.values().filter_map(|seat| seat.seen);
-        let newest = all().map(|seen| seen.since_epoch).max().unwrap_or_default();
-        let lately = all().filter(|seen| seen.since_epoch + TOLD_FOR >= newest);
-        let Some(worst) = lately.max_by_key(|seen| (seen.queue, seen.trip)) else {
-            state.pacer.sees_nothing();
-            return;
-        };
+        let mut all = state.seats.values().filter_map(|seat| seat.seen);
         let Some(seen) = seen else {
+            if all.next().is_none() {
+                state.pacer.sees_nothing();
+            }
             return;
         };
+        // (The clock may have been set back.)
+        let lately = all.filter(|told| told.since_epoch.abs_diff(seen.since_epoch) <= TOLD_FOR);
+        let worst = lately.max_by_key(|told| (told.queue, told.trip));
         let lost = before.is_some_and(|before| seen.shows_loss_since(&before));
         let all = PathSeen {
             since_epoch: seen.since_epoch,
-            ..worst
+            ..worst.unwrap_or(seen)
         };
         state.pacer.sees(now + place.behind, all, lost);
     }

@@ -341,6 +341,15 @@ fn a_queue_is_that_of_whoever_still_tells() {
     };
     other.sees(MS * 3, Some(later));
     assert_eq!(one.seen(), Some(later));
+    one.sees(
+        MS * 3,
+        Some(PathSeen {
+            since_epoch: Duration::from_secs(60),
+            ..seen(true, 70)
+        }),
+    );
+    other.sees(MS * 3, Some(later));
+    assert_eq!(one.seen(), Some(later), "the clock was set back");
     one.sees(MS * 3, None);
     other.sees(MS * 4, Some(seen(false, 51)));
     assert_eq!(one.seen(), Some(seen(false, 51)));
