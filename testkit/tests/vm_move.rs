@@ -37,6 +37,9 @@ const ANYWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT);
 /// A site's own server.
 const OWN_SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
 
+/// A copy that takes minutes, until it is told otherwise.
+const SLOWLY: [&str; 2] = ["--max-rate", "3MB/s"];
+
 /// The server of the disk at the site that the guest leaves.
 enum OldSite {
     Hikkoshi(Hikkoshi),
@@ -277,8 +280,7 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
     })?;
     let from = source_uri(&link);
     let trouble = |mut server: Hikkoshi, machine: &Machine| -> Result<Hikkoshi> {
-        // From here on slow enough for the copy to be under way all through the trouble. (Memory
-        // would not get across such a link while the guest works.)
+        // A slow link from here on: memory would not get across it while the guest works.
         link.set(LinkSpec::wan(50, 60));
         for round in 0..3 {
             let before = server.status()?;
@@ -292,7 +294,7 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
                 link.cut();
             }
             let start = Instant::now();
-            server = Hikkoshi::serve(&b, &journey.image("b"), ANYWHERE, Some(&from), &[])?;
+            server = Hikkoshi::serve(&b, &journey.image("b"), ANYWHERE, Some(&from), &SLOWLY)?;
             let back = start.elapsed();
             if round == 1 {
                 std::thread::sleep(Duration::from_secs(2));
@@ -310,9 +312,11 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
             machine.console.wait_for_rounds(3, LONG)?;
         }
         link.set(LinkSpec::wan(50, 400));
+        server.command(&["limit", "none"])?;
         Ok(server)
     };
-    // Nothing ahead of the handoff, so that the copy is under way all through the trouble.
-    let bare: &[&str] = &["--prepare", "none"];
-    journey.arrive(journey.go_on_with(here, "b", &b, (&link, bare), trouble)?)
+    // Nothing ahead of the handoff, and slowly then, so that the copy is under way all through the
+    // trouble however slow this machine is.
+    let bare = [&["--prepare", "none"], &SLOWLY[..]].concat();
+    journey.arrive(journey.go_on_with(here, "b", &b, (&link, &bare), trouble)?)
 }

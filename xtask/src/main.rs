@@ -7,6 +7,7 @@ mod debian;
 mod fuzz;
 mod mutants;
 mod report;
+mod room;
 mod runner;
 mod steps;
 

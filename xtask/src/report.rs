@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::room;
+
 /// How many tests passed, failed and were left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -57,9 +59,16 @@ pub struct Outcome {
     pub counts: Option<Counts>,
     /// The closing lines of its tests, as they printed them.
     pub closing_lines: Vec<String>,
+    /// The least room that its disks had meanwhile, in bytes; `None` when nobody looked.
+    pub least_room: Option<u64>,
 }
 
 impl Outcome {
+    /// Whether it failed while the disk was full, which says nothing of the project.
+    pub fn had_no_room(&self) -> bool {
+        self.failure.is_some() && self.least_room.is_some_and(|room| room < room::TOO_LITTLE)
+    }
+
     /// What the step adds to the sum: its tests, and one failure more when it failed although
     /// every test in it passed (it did not compile, was killed, skipped what it may not).
     fn contribution(&self) -> Counts {
@@ -95,13 +104,25 @@ pub fn print(outcomes: &[Outcome]) -> bool {
             None => "ok".to_owned(),
             Some(why) => format!("FAILED: {why}"),
         };
+        let full = if outcome.had_no_room() {
+            " (the disk was full meanwhile)"
+        } else {
+            ""
+        };
         println!(
-            "  {:<8} {:>7.1} s  {verdict}",
+            "  {:<8} {:>7.1} s  {verdict}{full}",
             outcome.step,
             outcome.elapsed.as_secs_f64()
         );
     }
     println!("  {:<8} {:>7.1} s", "total", elapsed.as_secs_f64());
+    if let Some(least) = outcomes
+        .iter()
+        .filter_map(|outcome| outcome.least_room)
+        .min()
+    {
+        println!("\nthe disk had room for {} MB at least", least / 1_000_000);
+    }
     if total.skipped > 0 {
         println!("\n{} skipped", total.skipped);
     }
@@ -135,7 +156,20 @@ mod tests {
             failure: failure.map(str::to_owned),
             counts,
             closing_lines: Vec::new(),
+            least_room: None,
         }
+    }
+
+    #[test]
+    fn what_failed_on_a_full_disk_is_told_from_what_failed() {
+        let with = |failure, least_room| Outcome {
+            least_room,
+            ..outcome(failure, None)
+        };
+        assert!(with(Some("exit status 101"), Some(0)).had_no_room());
+        assert!(!with(Some("exit status 101"), Some(room::TOO_LITTLE)).had_no_room());
+        assert!(!with(Some("exit status 101"), None).had_no_room());
+        assert!(!with(None, Some(0)).had_no_room());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::debian;
 use crate::report::{self, Outcome};
+use crate::room;
 use crate::runner::Session;
 
 /// Crashes in the sample that is part of the tests; a soak is `cargo xtask crash`.
@@ -15,6 +16,9 @@ const CRASH_SAMPLE: u64 = 2000;
 
 /// How long new worlds are simulated.
 const SIM_SECONDS: &str = "90";
+
+/// How long a step that failed on a full disk waits for others to make room.
+const ROOM_PATIENCE: Duration = Duration::from_secs(5 * 60);
 
 /// One step of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,11 +170,15 @@ pub fn test(session: &Session, selection: &Selection, install: bool) -> Result<b
     }
     let mut built = true;
     for step in steps {
-        let outcome = if step.needs_binary() && !built {
+        let mut outcome = if step.needs_binary() && !built {
             failed(step.name(), "there is no release binary")
         } else {
             session.run(step.name(), step.limit(), command(session, step)?)
         };
+        if session.ci && outcome.had_no_room() && room::wait(&session.places(), ROOM_PATIENCE) {
+            println!("==> {} once more: the disk was full", step.name());
+            outcome = session.run(step.name(), step.limit(), command(session, step)?);
+        }
         if step == Step::Build {
             built = outcome.failure.is_none();
         }
@@ -261,6 +269,11 @@ fn command(session: &Session, step: Step) -> Result<Command> {
             command = crash_command(session, &sample);
         }
         Step::Interop => command = interop_command(session, &[])?,
+    }
+    if session.ci && matches!(step, Step::Clippy | Step::Test | Step::EndToEnd) {
+        // What is built once needs nothing kept for the next time, which is most of the room that
+        // a build takes.
+        command.env("CARGO_INCREMENTAL", "0");
     }
     Ok(command)
 }
@@ -373,6 +386,7 @@ fn passed(step: &'static str, elapsed: Duration) -> Outcome {
         failure: None,
         counts: None,
         closing_lines: Vec::new(),
+        least_room: None,
     }
 }
 
@@ -383,6 +397,7 @@ fn failed(step: &'static str, why: &str) -> Outcome {
         failure: Some(why.to_owned()),
         counts: None,
         closing_lines: Vec::new(),
+        least_room: None,
     }
 }
 
