@@ -54,6 +54,7 @@ const RATE_ROUNDS: usize = 8;
 
 /// Beside others what a single round brings says little: of so many, after the first, it must be more in two.
 const BESIDE_PROBE_ROUNDS: u32 = 4;
+const BESIDE_PROBE_SUCCESSES: u32 = 2;
 
 /// A queue counts as one that stays when there was one so much more often than none, in rounds. By then the rates from before it
 /// are forgotten, and the window follows them, once: if it was ours, it goes.
@@ -85,23 +86,36 @@ enum Stage {
     Start { best: u64, rounds: u32 },
     /// To keep the pipe full, for so many rounds now.
     Cruise { rounds: u32 },
-    /// To see whether more would arrive. What a larger window brings arrives a round trip later, so
-    /// the first round does not count. What the rate and the window were before, for how many rounds it has been tried, and
-    /// in how many of them more arrived.
-    Probe {
-        before: u64,
-        bytes: u64,
-        rounds: u32,
-        brought: u32,
-    },
-    /// To see whose the queue is. What the window was before, and for how long what was sent with it may still come; then for
-    /// how many rounds it has been looked, and in how many of them there was a queue.
-    Look {
-        bytes: u64,
-        left: Duration,
-        rounds: u32,
-        queued: u32,
-    },
+    /// To see whether more would arrive.
+    Probe(Probe),
+    /// To see whose the queue is.
+    Look(Look),
+}
+
+/// A larger window that is tried. What it brings arrives a round trip later, so the first round does not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Probe {
+    /// The rate before.
+    before: u64,
+    /// The window before.
+    bytes: u64,
+    /// For how many rounds it has been tried.
+    rounds: u32,
+    /// In how many of them more arrived.
+    brought: u32,
+}
+
+/// A window that leaves no queue of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Look {
+    /// The window before.
+    bytes: u64,
+    /// For how long what was sent with that may still come.
+    left: Duration,
+    /// For how many rounds it has been looked since.
+    rounds: u32,
+    /// In how many of them there was a queue.
+    queued: u32,
 }
 
 /// What a round was like.
@@ -179,7 +193,7 @@ impl Window {
 
     /// Whether no more than a part of what fills the path is to be on its way, to see whose a queue is.
     pub fn is_looking(&self) -> bool {
-        matches!(self.stage, Stage::Look { .. })
+        matches!(self.stage, Stage::Look(_))
     }
 
     /// Whether it is being looked for.
@@ -251,10 +265,8 @@ impl Window {
                 self.bytes.max(product * START_GAIN)
             }
             Stage::Cruise { .. } => self.cruising(rate, round),
-            Stage::Probe {
-                bytes, rounds: 0, ..
-            } => bytes / 8 * PROBE_GAIN_8TH,
-            Stage::Probe { .. } | Stage::Look { .. } => self.bytes,
+            Stage::Probe(probe) if probe.rounds == 0 => probe.bytes / 8 * PROBE_GAIN_8TH,
+            Stage::Probe(_) | Stage::Look(_) => self.bytes,
         };
         self.bytes = window.clamp(MIN_WINDOW_BYTES, MAX_WINDOW_BYTES);
     }
@@ -287,107 +299,111 @@ impl Window {
     }
 
     fn next_stage(&mut self, rate: u64, round: Round) -> Stage {
-        // TCP may send less than the window by now.
-        let product = bytes_in(rate.min(self.rate()), round.base);
         if !self.can_look(round) {
             self.beside_others = None;
             if self.is_looking() {
                 return self.cruise(0);
             }
-        } else if round.look && self.queue_stays() && product >= MIN_WINDOW_BYTES {
-            let before = match self.stage {
-                Stage::Cruise { .. } => Some(self.bytes),
-                Stage::Probe { bytes, .. } => Some(bytes),
-                Stage::Start { .. } | Stage::Look { .. } => None,
-            };
-            if let Some(bytes) = before {
-                self.bytes = product / 4 * 3;
-                return Stage::Look {
-                    bytes,
-                    left: round.trip + round.base,
-                    rounds: 0,
-                    queued: 0,
-                };
-            }
+        }
+        if let Some(look) = self.begin_look(rate, round) {
+            return look;
         }
         match self.stage {
-            Stage::Start { best, .. } if rate > best + best / 4 => Stage::Start {
-                best: rate,
-                rounds: 0,
-            },
-            Stage::Start { best, rounds } if rounds + 1 < FLAT_ROUNDS => Stage::Start {
-                best,
-                rounds: rounds + 1,
-            },
-            Stage::Start { .. } => self.cruise(0),
+            Stage::Start { best, rounds } => self.after_start(best, rounds, rate),
             Stage::Cruise { rounds } if rounds + 1 < CRUISE_ROUNDS => {
                 Stage::Cruise { rounds: rounds + 1 }
             }
             Stage::Cruise { .. } => self.probe(self.bytes),
-            Stage::Probe {
-                before,
-                bytes,
+            Stage::Probe(probe) => self.after_probe(probe, rate, round),
+            Stage::Look(look) => self.after_look(look, rate, round),
+        }
+    }
+
+    fn after_start(&mut self, best: u64, rounds: u32, rate: u64) -> Stage {
+        if rate > best + best / 4 {
+            return Stage::Start {
+                best: rate,
                 rounds: 0,
-                ..
-            } => Stage::Probe {
-                before,
-                bytes,
-                rounds: 1,
-                brought: 0,
-            },
-            Stage::Probe { before, .. }
-                if self.beside_others.is_none() && rate > before / 16 * PROBE_SUCCESS_16TH =>
-            {
-                Stage::Start {
+            };
+        }
+        let rounds = rounds + 1;
+        if rounds < FLAT_ROUNDS {
+            return Stage::Start { best, rounds };
+        }
+        self.cruise(0)
+    }
+
+    fn after_probe(&mut self, probe: Probe, rate: u64, round: Round) -> Stage {
+        let rounds = probe.rounds + 1;
+        if probe.rounds == 0 {
+            return Stage::Probe(Probe { rounds, ..probe });
+        }
+        let more = rate > probe.before / 16 * PROBE_SUCCESS_16TH;
+        if self.beside_others.is_none() {
+            return match more {
+                true => Stage::Start {
                     best: rate,
                     rounds: 0,
-                }
-            }
-            Stage::Probe {
-                before,
-                bytes,
-                rounds,
-                brought,
-            } if self.beside_others.is_some() && rounds < BESIDE_PROBE_ROUNDS => {
-                let more = round.full && rate > before / 16 * PROBE_SUCCESS_16TH;
-                let brought = brought + u32::from(more);
-                if brought == 2 {
-                    return self.probe(self.bytes);
-                }
-                Stage::Probe {
-                    before,
-                    bytes,
-                    rounds: rounds + 1,
-                    brought,
-                }
-            }
-            Stage::Probe { bytes, .. } => self.cruise(bytes),
-            // Nothing came, which tells nothing.
-            Stage::Look { .. } if round.bytes == 0 => self.stage,
-            Stage::Look {
-                bytes,
-                left,
+                },
+                false => self.cruise(probe.bytes),
+            };
+        }
+        let brought = probe.brought + u32::from(more && round.full);
+        if brought == BESIDE_PROBE_SUCCESSES {
+            return self.probe(self.bytes);
+        }
+        if rounds > BESIDE_PROBE_ROUNDS {
+            return self.cruise(probe.bytes);
+        }
+        Stage::Probe(Probe {
+            rounds,
+            brought,
+            ..probe
+        })
+    }
+
+    /// The first round of a look, if this is the time for one.
+    fn begin_look(&mut self, rate: u64, round: Round) -> Option<Stage> {
+        // TCP may send less than the window by now.
+        let product = bytes_in(rate.min(self.rate()), round.base);
+        if !round.look || !self.queue_stays() || product < MIN_WINDOW_BYTES {
+            return None;
+        }
+        let bytes = match self.stage {
+            Stage::Cruise { .. } => self.bytes,
+            Stage::Probe(probe) => probe.bytes,
+            Stage::Start { .. } | Stage::Look(_) => return None,
+        };
+        self.bytes = product / 4 * 3;
+        Some(Stage::Look(Look {
+            bytes,
+            left: round.trip + round.base,
+            rounds: 0,
+            queued: 0,
+        }))
+    }
+
+    fn after_look(&mut self, look: Look, rate: u64, round: Round) -> Stage {
+        // Nothing came, which tells nothing.
+        if round.bytes == 0 {
+            return self.stage;
+        }
+        if !look.left.is_zero() {
+            let left = look.left.saturating_sub(round.took);
+            return Stage::Look(Look { left, ..look });
+        }
+        // Demand is not held back, and may be more than that.
+        let is_ours = bytes_in(rate, round.trip) > self.bytes * 2;
+        let queued = look.queued + u32::from(self.is_longer(round) && !is_ours);
+        let rounds = look.rounds + 1;
+        if rounds < LOOK_ROUNDS {
+            return Stage::Look(Look {
                 rounds,
                 queued,
-            } => {
-                let look = |left, rounds, queued| Stage::Look {
-                    bytes,
-                    left,
-                    rounds,
-                    queued,
-                };
-                if !left.is_zero() {
-                    return look(left.saturating_sub(round.took), rounds, queued);
-                }
-                // Demand is not held back, and may be more than that.
-                let is_ours = bytes_in(rate, round.trip) > self.bytes * 2;
-                let queued = queued + u32::from(self.is_longer(round) && !is_ours);
-                if rounds + 1 < LOOK_ROUNDS {
-                    return look(left, rounds + 1, queued);
-                }
-                self.end_look(bytes, (queued == LOOK_ROUNDS).then_some(round.trip))
-            }
+                ..look
+            });
         }
+        self.end_look(look.bytes, (queued == LOOK_ROUNDS).then_some(round.trip))
     }
 
     /// The window was `bytes`; when hardly anything was on its way, there was a queue and the round trip was `others`, or there
@@ -418,12 +434,12 @@ impl Window {
     }
 
     fn probe(&self, bytes: u64) -> Stage {
-        Stage::Probe {
+        Stage::Probe(Probe {
             before: self.rate(),
             bytes,
             rounds: 0,
             brought: 0,
-        }
+        })
     }
 }
 
