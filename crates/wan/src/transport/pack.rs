@@ -236,8 +236,9 @@ const fn step(how: Option<(Codec, i32)>, enter_below: u128, leave_above: u128) -
 /// Where it begins: cheap, and better than nothing on every link but the fastest.
 const FIRST_STEP: usize = 2;
 
-/// How long a step is tried before it is judged.
-const JUDGE_AFTER: Duration = Duration::from_millis(100);
+/// How long a step is tried before it is judged. Another level begins another Zstandard frame, which knows nothing of
+/// what went before it, so what is busy for a moment should not change it.
+const JUDGE_AFTER: Duration = Duration::from_millis(400);
 
 /// And over how many quanta.
 const JUDGED_QUANTA: u32 = 4;
@@ -253,6 +254,8 @@ pub struct Effort {
     worked: Duration,
     /// Quanta that compressed: what does not is hardly tried, and costs nothing.
     quanta: u32,
+    /// The last quantum was one of those, so that the time since then tells of this step.
+    tells: bool,
 }
 
 impl Default for Effort {
@@ -262,6 +265,7 @@ impl Default for Effort {
             waited: Duration::ZERO,
             worked: Duration::ZERO,
             quanta: 0,
+            tells: false,
         }
     }
 }
@@ -270,6 +274,9 @@ impl Effort {
     /// How long the sender had nothing to do, for want of requests or of room in the socket, and how
     /// long it worked then.
     pub fn note(&mut self, waited: Duration, worked: Duration) {
+        if !self.tells {
+            return;
+        }
         self.waited += waited.min(LONGEST_WAIT);
         self.worked += worked;
         let all = self.waited + self.worked;
@@ -286,6 +293,12 @@ impl Effort {
         self.waited = Duration::ZERO;
         self.worked = Duration::ZERO;
         self.quanta = 0;
+    }
+
+    /// A quantum was compressed, or it was no use.
+    fn tried(&mut self, pays: bool) {
+        self.quanta += u32::from(pays);
+        self.tells = pays;
     }
 
     fn choice(&self) -> Option<(Codec, i32)> {
@@ -371,10 +384,11 @@ impl Packer {
             Packing::Auto => self.effort.choice(),
         };
         if self.noise.passes(place) {
+            self.effort.tells = false;
             return None;
         }
         let Some((codec, level)) = how else {
-            self.effort.quanta += 1;
+            self.effort.tried(true);
             return None;
         };
         if raw.len() < LEAST_PACKED_BYTES {
@@ -388,7 +402,7 @@ impl Packer {
         };
         let pays = packed.as_ref().is_some_and(|packed| packed.len() <= most);
         self.noise.tried(place, pays);
-        self.effort.quanta += u32::from(pays);
+        self.effort.tried(pays);
         // What went into the stream is a part of it, whether it pays or not.
         let packed = packed.filter(|_| pays || codec == Codec::Zstd)?;
         Some((codec, packed))
@@ -689,12 +703,13 @@ mod tests {
         assert!((50..70).contains(&tries), "{tries} of 1000");
     }
 
-    /// A sender that works for so many of 100 milliseconds, and waits for the others.
-    fn worked(effort: &mut Effort, ms: u64) {
-        effort.quanta += JUDGED_QUANTA;
-        for _ in 0..4 {
-            let quarter = Duration::from_micros(ms * 250);
-            effort.note(Duration::from_millis(25) - quarter, quarter);
+    /// A sender that works for so many percent of its time, and waits for the others, until it is judged.
+    fn worked(effort: &mut Effort, percent: u32) {
+        let part = JUDGE_AFTER / 16;
+        let busy = part * percent / 100;
+        for _ in 0..16 {
+            effort.tried(true);
+            effort.note(part - busy, busy);
         }
     }
 
@@ -727,10 +742,33 @@ mod tests {
         assert_eq!(seen.into_iter().collect::<Vec<_>>(), [3]);
     }
 
+    /// What does not compress costs nothing, which says nothing of what it costs to compress.
+    #[test]
+    fn the_time_of_noise_does_not_count() {
+        let mut packer = Packer::default();
+        let (text, noise) = (text(60_000), noise(60_000));
+        for piece in 0..4000 {
+            let is_text = piece / 100 % 2 == 0;
+            let raw = if is_text { &text } else { &noise };
+            packer.pack(Packing::Auto, piece * 60_000, raw);
+            if !is_text {
+                // The same noise again would be found in the window.
+                packer.zstd = None;
+            }
+            let busy = if is_text { 15 } else { 1 };
+            packer.note(
+                Duration::from_millis(20 - busy),
+                Duration::from_millis(busy),
+            );
+        }
+        assert_eq!(packer.effort.step, FIRST_STEP);
+    }
+
     /// A connection that is hardly used says nothing of the link.
     #[test]
     fn a_quiet_connection_is_not_judged() {
         let mut effort = Effort::default();
+        effort.tried(true);
         for _ in 0..1000 {
             effort.note(Duration::from_secs(1), Duration::from_micros(50));
         }
