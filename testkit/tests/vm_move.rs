@@ -37,8 +37,8 @@ const ANYWHERE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, PORT);
 /// A site's own server.
 const OWN_SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, PORT);
 
-/// A copy that takes minutes, until it is told otherwise.
-const SLOWLY: [&str; 2] = ["--max-rate", "3MB/s"];
+/// A copy that takes five minutes, unless it is told otherwise.
+const SLOWLY: [&str; 2] = ["--max-rate", "1MB/s"];
 
 /// The server of the disk at the site that the guest leaves.
 enum OldSite {
@@ -312,11 +312,16 @@ fn vm_goes_on_when_the_destination_is_killed_and_the_link_is_cut() -> Result<()>
             machine.console.wait_for_rounds(3, LONG)?;
         }
         link.set(LinkSpec::wan(50, 400));
+        let after = server.status()?;
+        ensure!(
+            after.state()? == "arriving",
+            "the copy is over before the trouble is: {after:?}"
+        );
         server.command(&["limit", "none"])?;
         Ok(server)
     };
     // Nothing ahead of the handoff, and slowly then, so that the copy is under way all through the
-    // trouble however slow this machine is.
+    // trouble, on a slow machine too.
     let bare = [&["--prepare", "none"], &SLOWLY[..]].concat();
     journey.arrive(journey.go_on_with(here, "b", &b, (&link, &bare), trouble)?)
 }

@@ -61,12 +61,37 @@ pub struct Outcome {
     pub closing_lines: Vec<String>,
     /// The least room that its disks had meanwhile, in bytes; `None` when nobody looked.
     pub least_room: Option<u64>,
+    /// It is of a second run: in the first one the disk was full.
+    pub again: bool,
 }
 
 impl Outcome {
     /// Whether it failed while the disk was full, which says nothing of the project.
     pub fn had_no_room(&self) -> bool {
         self.failure.is_some() && self.least_room.is_some_and(|room| room < room::TOO_LITTLE)
+    }
+
+    /// This counts and not `first`, which failed on a full disk; the time and the room are of both.
+    pub fn in_place_of(self, first: Self) -> Self {
+        Self {
+            elapsed: first.elapsed + self.elapsed,
+            least_room: first.least_room.min(self.least_room),
+            again: true,
+            ..self
+        }
+    }
+
+    /// What is said of it in the summary.
+    fn verdict(&self) -> String {
+        let verdict = match &self.failure {
+            None => "ok".to_owned(),
+            Some(why) => format!("FAILED: {why}"),
+        };
+        match (self.again, self.had_no_room()) {
+            (true, _) => verdict + " (the second time: the disk was full)",
+            (false, true) => verdict + " (the disk was full meanwhile)",
+            (false, false) => verdict,
+        }
     }
 
     /// What the step adds to the sum: its tests, and one failure more when it failed although
@@ -100,19 +125,11 @@ pub fn print(outcomes: &[Outcome]) -> bool {
     for outcome in outcomes {
         total.add(outcome.contribution());
         elapsed += outcome.elapsed;
-        let verdict = match &outcome.failure {
-            None => "ok".to_owned(),
-            Some(why) => format!("FAILED: {why}"),
-        };
-        let full = if outcome.had_no_room() {
-            " (the disk was full meanwhile)"
-        } else {
-            ""
-        };
         println!(
-            "  {:<8} {:>7.1} s  {verdict}{full}",
+            "  {:<8} {:>7.1} s  {}",
             outcome.step,
-            outcome.elapsed.as_secs_f64()
+            outcome.elapsed.as_secs_f64(),
+            outcome.verdict()
         );
     }
     println!("  {:<8} {:>7.1} s", "total", elapsed.as_secs_f64());
@@ -157,6 +174,7 @@ mod tests {
             counts,
             closing_lines: Vec::new(),
             least_room: None,
+            again: false,
         }
     }
 
@@ -170,6 +188,12 @@ mod tests {
         assert!(!with(Some("exit status 101"), Some(room::TOO_LITTLE)).had_no_room());
         assert!(!with(Some("exit status 101"), None).had_no_room());
         assert!(!with(None, Some(0)).had_no_room());
+        // And does not go without a word when it went well the second time.
+        let first = with(Some("exit status 101"), Some(0));
+        let again = with(None, Some(1 << 40)).in_place_of(first);
+        assert_eq!(again.least_room, Some(0));
+        assert_eq!(again.contribution().failed, 0);
+        assert_eq!(again.verdict(), "ok (the second time: the disk was full)");
     }
 
     #[test]

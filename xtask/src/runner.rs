@@ -42,7 +42,7 @@ impl Session {
 
     /// Whose disks the steps write to.
     pub fn places(&self) -> Vec<PathBuf> {
-        vec![self.target_dir(), std::env::temp_dir()]
+        vec![self.root.join(self.target_dir()), std::env::temp_dir()]
     }
 
     /// A cargo command in the workspace; under CI's rules with a fixed `Cargo.lock`.
@@ -98,6 +98,7 @@ impl Session {
             counts,
             closing_lines,
             least_room: Some(watch.least()),
+            again: false,
         }
     }
 

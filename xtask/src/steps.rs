@@ -177,7 +177,8 @@ pub fn test(session: &Session, selection: &Selection, install: bool) -> Result<b
         };
         if session.ci && outcome.had_no_room() && room::wait(&session.places(), ROOM_PATIENCE) {
             println!("==> {} once more: the disk was full", step.name());
-            outcome = session.run(step.name(), step.limit(), command(session, step)?);
+            let again = session.run(step.name(), step.limit(), command(session, step)?);
+            outcome = again.in_place_of(outcome);
         }
         if step == Step::Build {
             built = outcome.failure.is_none();
@@ -387,6 +388,7 @@ fn passed(step: &'static str, elapsed: Duration) -> Outcome {
         counts: None,
         closing_lines: Vec::new(),
         least_room: None,
+        again: false,
     }
 }
 
@@ -398,6 +400,7 @@ fn failed(step: &'static str, why: &str) -> Outcome {
         counts: None,
         closing_lines: Vec::new(),
         least_room: None,
+        again: false,
     }
 }
 

@@ -504,6 +504,34 @@ mod tests {
         assert!(window.bytes() >= product);
     }
 
+    /// Beside others it counts in how many rounds of four more arrived than before, the last one too.
+    #[test]
+    fn beside_others_two_rounds_of_four_must_bring_more() {
+        let slow = bytes_in(RATE, BASE) / 2;
+        let trial = |brought: [bool; 5]| {
+            let mut window = Window {
+                bytes: slow,
+                rates: VecDeque::from([RATE / 2; RATE_ROUNDS]),
+                beside_others: Some(BASE),
+                ..Window::default()
+            };
+            window.stage = window.probe(slow);
+            for more in brought {
+                window.end_round(Round {
+                    bytes: if more { slow / 4 * 5 } else { slow },
+                    trip: BASE * 2,
+                    full: true,
+                    ..round(&window, u64::MAX)
+                });
+            }
+            window.stage
+        };
+        let goes_on = |stage| matches!(stage, Stage::Probe(Probe { rounds: 0, .. }));
+        assert!(goes_on(trial([false, false, false, true, true])));
+        assert!(!goes_on(trial([true, false, false, false, true])));
+        assert!(!goes_on(trial([true, false, false, false, false])));
+    }
+
     /// And one that never fills the path says nothing: the window leaves room for it to grow.
     #[test]
     fn a_tcp_that_is_slow_is_not_held_back() {

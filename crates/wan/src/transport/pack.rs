@@ -383,8 +383,10 @@ impl Packer {
             Packing::Zstd(level) => Some((Codec::Zstd, i32::from(level))),
             Packing::Auto => self.effort.choice(),
         };
+        // What is packed otherwise says nothing of the step.
+        let follows = packing == Packing::Auto;
         if self.noise.passes(place) {
-            self.effort.tells = false;
+            self.effort.tells &= !follows;
             return None;
         }
         let Some((codec, level)) = how else {
@@ -402,7 +404,9 @@ impl Packer {
         };
         let pays = packed.as_ref().is_some_and(|packed| packed.len() <= most);
         self.noise.tried(place, pays);
-        self.effort.tried(pays);
+        if follows {
+            self.effort.tried(pays);
+        }
         // What went into the stream is a part of it, whether it pays or not.
         let packed = packed.filter(|_| pays || codec == Codec::Zstd)?;
         Some((codec, packed))
