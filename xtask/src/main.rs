@@ -7,7 +7,6 @@ mod debian;
 mod fuzz;
 mod mutants;
 mod report;
-mod room;
 mod runner;
 mod steps;
 

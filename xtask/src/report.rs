@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use crate::room;
-
 /// How many tests passed, failed and were left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -59,41 +57,9 @@ pub struct Outcome {
     pub counts: Option<Counts>,
     /// The closing lines of its tests, as they printed them.
     pub closing_lines: Vec<String>,
-    /// The least room that its disks had meanwhile, in bytes; `None` when nobody looked.
-    pub least_room: Option<u64>,
-    /// It is of a second run: in the first one the disk was full.
-    pub again: bool,
 }
 
 impl Outcome {
-    /// Whether it failed while the disk was full, which says nothing of the project.
-    pub fn had_no_room(&self) -> bool {
-        self.failure.is_some() && self.least_room.is_some_and(|room| room < room::TOO_LITTLE)
-    }
-
-    /// This counts and not `first`, which failed on a full disk; the time and the room are of both.
-    pub fn in_place_of(self, first: Self) -> Self {
-        Self {
-            elapsed: first.elapsed + self.elapsed,
-            least_room: first.least_room.min(self.least_room),
-            again: true,
-            ..self
-        }
-    }
-
-    /// What is said of it in the summary.
-    fn verdict(&self) -> String {
-        let verdict = match &self.failure {
-            None => "ok".to_owned(),
-            Some(why) => format!("FAILED: {why}"),
-        };
-        match (self.again, self.had_no_room()) {
-            (true, _) => verdict + " (the second time: the disk was full)",
-            (false, true) => verdict + " (the disk was full meanwhile)",
-            (false, false) => verdict,
-        }
-    }
-
     /// What the step adds to the sum: its tests, and one failure more when it failed although
     /// every test in it passed (it did not compile, was killed, skipped what it may not).
     fn contribution(&self) -> Counts {
@@ -125,21 +91,17 @@ pub fn print(outcomes: &[Outcome]) -> bool {
     for outcome in outcomes {
         total.add(outcome.contribution());
         elapsed += outcome.elapsed;
+        let verdict = match &outcome.failure {
+            None => "ok".to_owned(),
+            Some(why) => format!("FAILED: {why}"),
+        };
         println!(
-            "  {:<8} {:>7.1} s  {}",
+            "  {:<8} {:>7.1} s  {verdict}",
             outcome.step,
-            outcome.elapsed.as_secs_f64(),
-            outcome.verdict()
+            outcome.elapsed.as_secs_f64()
         );
     }
     println!("  {:<8} {:>7.1} s", "total", elapsed.as_secs_f64());
-    if let Some(least) = outcomes
-        .iter()
-        .filter_map(|outcome| outcome.least_room)
-        .min()
-    {
-        println!("\nthe disk had room for {} MB at least", least / 1_000_000);
-    }
     if total.skipped > 0 {
         println!("\n{} skipped", total.skipped);
     }
@@ -173,27 +135,7 @@ mod tests {
             failure: failure.map(str::to_owned),
             counts,
             closing_lines: Vec::new(),
-            least_room: None,
-            again: false,
         }
-    }
-
-    #[test]
-    fn what_failed_on_a_full_disk_is_told_from_what_failed() {
-        let with = |failure, least_room| Outcome {
-            least_room,
-            ..outcome(failure, None)
-        };
-        assert!(with(Some("exit status 101"), Some(0)).had_no_room());
-        assert!(!with(Some("exit status 101"), Some(room::TOO_LITTLE)).had_no_room());
-        assert!(!with(Some("exit status 101"), None).had_no_room());
-        assert!(!with(None, Some(0)).had_no_room());
-        // And does not go without a word when it went well the second time.
-        let first = with(Some("exit status 101"), Some(0));
-        let again = with(None, Some(1 << 40)).in_place_of(first);
-        assert_eq!(again.least_room, Some(0));
-        assert_eq!(again.contribution().failed, 0);
-        assert_eq!(again.verdict(), "ok (the second time: the disk was full)");
     }
 
     #[test]

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::report::{Counts, Outcome};
-use crate::room;
 
 /// What holds for all steps of one invocation.
 #[derive(Debug)]
@@ -40,11 +39,6 @@ impl Session {
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| self.root.join("target"), PathBuf::from)
     }
 
-    /// Whose disks the steps write to.
-    pub fn places(&self) -> Vec<PathBuf> {
-        vec![self.root.join(self.target_dir()), std::env::temp_dir()]
-    }
-
     /// A cargo command in the workspace; under CI's rules with a fixed `Cargo.lock`.
     pub fn cargo(&self, subcommand: &str) -> Command {
         let mut command = self.command(std::env::var("CARGO").as_deref().unwrap_or("cargo"));
@@ -71,7 +65,6 @@ impl Session {
         let started = Instant::now();
         let mut closing_lines = Vec::new();
         let mut counts: Option<Counts> = None;
-        let watch = room::Watch::start(self.places());
         let result = self.run_watched(&mut command, limit, |line| {
             if let Some(more) = Counts::from_closing_line(line) {
                 counts.get_or_insert_with(Counts::default).add(more);
@@ -97,8 +90,6 @@ impl Session {
             failure,
             counts,
             closing_lines,
-            least_room: Some(watch.least()),
-            again: false,
         }
     }
 

@@ -8,7 +8,6 @@ use anyhow::{Context, Result, bail};
 
 use crate::debian;
 use crate::report::{self, Outcome};
-use crate::room;
 use crate::runner::Session;
 
 /// Crashes in the sample that is part of the tests; a soak is `cargo xtask crash`.
@@ -16,9 +15,6 @@ const CRASH_SAMPLE: u64 = 2000;
 
 /// How long new worlds are simulated.
 const SIM_SECONDS: &str = "90";
-
-/// How long a step that failed on a full disk waits for others to make room.
-const ROOM_PATIENCE: Duration = Duration::from_secs(5 * 60);
 
 /// One step of the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,16 +166,11 @@ pub fn test(session: &Session, selection: &Selection, install: bool) -> Result<b
     }
     let mut built = true;
     for step in steps {
-        let mut outcome = if step.needs_binary() && !built {
+        let outcome = if step.needs_binary() && !built {
             failed(step.name(), "there is no release binary")
         } else {
             session.run(step.name(), step.limit(), command(session, step)?)
         };
-        if session.ci && outcome.had_no_room() && room::wait(&session.places(), ROOM_PATIENCE) {
-            println!("==> {} once more: the disk was full", step.name());
-            let again = session.run(step.name(), step.limit(), command(session, step)?);
-            outcome = again.in_place_of(outcome);
-        }
         if step == Step::Build {
             built = outcome.failure.is_none();
         }
@@ -387,8 +378,6 @@ fn passed(step: &'static str, elapsed: Duration) -> Outcome {
         failure: None,
         counts: None,
         closing_lines: Vec::new(),
-        least_room: None,
-        again: false,
     }
 }
 
@@ -399,8 +388,6 @@ fn failed(step: &'static str, why: &str) -> Outcome {
         failure: Some(why.to_owned()),
         counts: None,
         closing_lines: Vec::new(),
-        least_room: None,
-        again: false,
     }
 }
 

@@ -438,6 +438,15 @@ pub(crate) fn prepare_dir(dir: &Path) -> Result<(), StateError> {
         .map_err(|e| trouble("protecting", dir, e))
 }
 
+/// What the file system of `file` has left, in bytes. One without a bound, as a tmpfs may be, says that it has nothing at all.
+fn room(file: &File) -> io::Result<u64> {
+    let told = rustix::fs::fstatvfs(file)?;
+    Ok(match told.f_blocks {
+        0 => u64::MAX,
+        _ => told.f_bavail.saturating_mul(told.f_frsize),
+    })
+}
+
 /// Fresh memory, all of it allocated, so that it can never run out later.
 fn make(live_dir: &Path, identity: &Identity) -> Result<(LiveFile, Mapping), StateError> {
     prepare_dir(live_dir)?;
@@ -453,6 +462,10 @@ fn make(live_dir: &Path, identity: &Identity) -> Result<(LiveFile, Mapping), Sta
             .custom_flags(no_follow())
             .open(&path)?;
         let bytes = (HEADER_BYTES + words * 8) as u64;
+        // The kernel would take all that there is before it says that it is not enough: from others, and from the VMs here.
+        if bytes > room(&file)? {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
         let mapping = Mapping::new(&file, words)?;
         Ok((file, mapping))

@@ -121,6 +121,25 @@ fn memory_that_cannot_be_had_is_refused() {
     assert_eq!(fs::read_dir(&p.live).unwrap().count(), 0);
 }
 
+/// What is refused has not been tried: until the kernel had seen that it was too little, nobody else found any room.
+#[test]
+fn memory_that_cannot_be_had_takes_no_room_meanwhile() {
+    let p = place();
+    prepare_dir(&p.live).unwrap();
+    let file = File::create(p.live.join("probe")).unwrap();
+    let most = room(&file).unwrap();
+    std::thread::scope(|scope| {
+        let tries = scope.spawn(|| {
+            for _ in 0..20 {
+                create_map(&p.state, &p.live, identity(1 << 56)).unwrap_err();
+            }
+        });
+        while !tries.is_finished() {
+            assert!(room(&file).unwrap() > most / 2);
+        }
+    });
+}
+
 /// A process that was killed while it recorded the completion left `volume` renamed in the kernel,
 /// but its directory not synced. The next process believed it, people switched the source off, and
 /// a power cut brought the move back. (Seed 7538 of the simulator.) So opening a volume that is

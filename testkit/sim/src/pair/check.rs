@@ -83,6 +83,10 @@ impl PairWorld {
         self.owner = self.other();
         self.moving = false;
         self.comes_back[self.owner] = None;
+        // What has waited here for that writes from now on, and may have written a piece by the time at which the disk moves on.
+        let site = self.owner;
+        let here = self.requests.values_mut().filter(|r| r.site == site);
+        here.for_each(|request| request.elsewhere = false);
         Ok(())
     }
 

@@ -55,7 +55,7 @@ struct Request {
     site: usize,
     began: Time,
     must_succeed: bool,
-    /// It was asked at a destination that had not taken over.
+    /// It was asked at a destination that has not taken over since.
     elsewhere: bool,
     /// What it tells counts no more: it may be of a disk that a crash of the other site has ended since.
     unchecked: bool,
