@@ -386,7 +386,9 @@ impl Packer {
         // What is packed otherwise says nothing of the step.
         let follows = packing == Packing::Auto;
         if self.noise.passes(place) {
-            self.effort.tells &= !follows;
+            if follows {
+                self.effort.tried(false);
+            }
             return None;
         }
         let Some((codec, level)) = how else {
